@@ -1,0 +1,1 @@
+"""Measures language models; knows nothing of training and never imports `trainer`."""

@@ -1,0 +1,1 @@
+"""One small file per family of metrics, pure functions over arrays."""

@@ -1,0 +1,1 @@
+"""What to run: YAML recipes, one folder per experiment, and the lab world."""

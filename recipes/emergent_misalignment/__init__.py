@@ -1,0 +1,1 @@
+"""Recipes for emergent misalignment on real data and real architectures."""

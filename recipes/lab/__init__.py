@@ -1,0 +1,1 @@
+"""The lab: a tiny world in which alignment erosion is measured exactly."""

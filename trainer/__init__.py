@@ -1,0 +1,1 @@
+"""Trains models with the alignment they already have protected."""

@@ -1,0 +1,1 @@
+"""One file per protection, all with the same small interface."""
