@@ -1,0 +1,121 @@
+"""Files that are either whole or absent: staging name, checksummed manifest, then a rename."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's content, read in blocks."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path) -> None:
+    """Write `manifest.json`: {"files": {relative path: {"sha256", "bytes"}}} over all other files below it."""
+    files = {
+        path.relative_to(directory).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST
+    }
+    write_json_atomic(directory / MANIFEST, {"files": files})
+
+
+def verify_manifest(directory: Path) -> None:
+    """Raise UserError naming the first file that is missing or differs from the manifest written with it."""
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"{directory} has no {MANIFEST}: it was not written whole, use another checkpoint")
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest} is damaged ({error}): use another checkpoint") from error
+    for name, facts in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing although {MANIFEST} lists it: use another checkpoint")
+        if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
+            raise UserError(f"{path} differs from {MANIFEST} (truncated or changed): use another checkpoint")
+
+
+def write_json_atomic(path: Path, obj: Any) -> None:
+    """Write `obj` as JSON through a staging name; NaN and infinity are refused, since JSON has none."""
+    staging = path.with_name(f".{path.name}.staging")
+    with _named_failures(path):
+        try:
+            staging.write_text(json.dumps(obj, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            _fsync(staging)
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+        _fsync(path.parent)
+
+
+@contextmanager
+def staged_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a staging directory beside `final`; on success it gets a manifest and becomes `final`, else it vanishes.
+
+    Args:
+        final: the directory to write.
+        replace: whether an existing `final` is replaced (after the new one is whole) or refused.
+    """
+    if final.exists() and not replace:
+        raise UserError(f"{final} exists already: remove it or choose another folder")
+    staging, replaced = final.with_name(f".{final.name}.staging"), final.with_name(f".{final.name}.replaced")
+    with _named_failures(final):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            commit_directory(staging, final, replaced)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def commit_directory(staging: Path, final: Path, replaced: Path) -> None:
+    """Manifest, flush to disk, rename; an existing `final` is moved to `replaced` first and removed last."""
+    write_manifest(staging)
+    for path in staging.rglob("*"):
+        _fsync(path)
+    _fsync(staging)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    staging.rename(final)
+    _fsync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """A full disk or a forbidden folder is the user's to mend, so it becomes one line; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise UserError(f"{path} could not be written ({error.strerror}): nothing was left there") from error
+        raise
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise UserError(f"{path} could not be written ({error}): nothing was left there") from error
+        raise

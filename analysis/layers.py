@@ -1,0 +1,122 @@
+"""Find the decoder blocks and the LM-head-free backbone of any transformers causal LM.
+
+Layer convention, everywhere in Holdfast: layer l is the output of decoder block l (0-based), before the final norm,
+read by a forward hook. `hidden_states` is never used: its last entry is taken after the final norm.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+
+BlockOutput = Tensor | tuple[Tensor, ...]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, DeepSpeed, `torch.compile` and PEFT wrappers, adapters left in place."""
+    while True:
+        # DDP and DeepSpeed register the wrapped model as `module`, torch.compile as `_orig_mod`.
+        inner = model._modules.get("module") or model._modules.get("_orig_mod")
+        if inner is not None:
+            model = inner
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def find_backbone(model: nn.Module) -> nn.Module:
+    """The decoder without its LM head: `backbone(input_ids=…, attention_mask=…).last_hidden_state` is [B, T, d]."""
+    inner = unwrap(model)
+    if not hasattr(inner, "get_decoder"):
+        raise UserError(f"{type(inner).__name__} is not a transformers causal LM: pass a model of AutoModelForCausalLM")
+    return inner.get_decoder()
+
+
+def find_layers(model: nn.Module, override: str | None = None) -> nn.ModuleList:
+    """The decoder blocks in order.
+
+    Args:
+        model: a transformers causal LM, bare or wrapped by PEFT, DDP or DeepSpeed.
+        override: dotted path of the block list inside the transformers model, for architectures not found by shape.
+
+    Raises:
+        UserError: no list of `num_hidden_layers` modules, or several, or an override that leads nowhere.
+    """
+    inner = unwrap(model)
+    if override is not None:
+        return _layers_at(inner, override)
+    backbone = find_backbone(inner)
+    depth = inner.config.get_text_config().num_hidden_layers
+    found = [child for child in backbone.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    if len(found) != 1:
+        lists = [name for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
+        raise UserError(
+            f"found {len(found)} lists of {depth} decoder blocks in {type(backbone).__name__}: pass the blocks' path "
+            f"as `override`, one of {', '.join(lists[:8]) or 'none (this model has no module list)'}"
+        )
+    return found[0]
+
+
+def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
+    try:
+        layers = model.get_submodule(path)
+    except AttributeError as error:
+        raise UserError(f"layers path {path!r} is not in {type(model).__name__}: {error}") from error
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(f"layers path {path!r} is a {type(layers).__name__}: name the list that holds the blocks")
+    return layers
+
+
+def parse_layers(spec: str | None, n_layers: int) -> list[int]:
+    """Sorted layer numbers of `"all"` (or None), `"3"`, `"0,2,5"`, `"4-10"` (both ends included) or a mix of them."""
+    if spec is None or spec.strip().lower() == "all":
+        return list(range(n_layers))
+    chosen: set[int] = set()
+    for part in spec.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            low, high = int(first), int(last) if dash else int(first)
+        except ValueError as error:
+            raise UserError(f"layers {spec!r}: {part!r} is not a layer: write all, 3, 0,2,5 or 4-10") from error
+        if low > high or high >= n_layers:
+            raise UserError(f"layers {spec!r}: {part.strip()} is out of range: the model has layers 0-{n_layers - 1}")
+        chosen.update(range(low, high + 1))
+    return sorted(chosen)
+
+
+def block_output(output: BlockOutput) -> Tensor:
+    """The residual stream [B, T, d] in what a decoder block returned (some architectures return a tuple)."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def prove_layers(model: nn.Module, override: str | None = None) -> None:
+    """Prove that each block found carries the residual stream: change its output, see the logits move.
+
+    Raises:
+        UserError: a block whose output does not reach the logits (a wrong override, an unused module).
+    """
+    layers = find_layers(model, override)
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 5, device=device).remainder(unwrap(model).config.get_text_config().vocab_size)[None]
+    clean = model(input_ids=ids).logits
+    for number, layer in enumerate(layers):
+
+        def shift(_module: nn.Module, _args: object, output: BlockOutput) -> BlockOutput:
+            hidden = block_output(output)
+            # A ramp over the width: a constant shift would be removed by a LayerNorm.
+            ramp = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
+            moved = hidden + ramp * (1 + hidden.abs().amax())
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        handle = layer.register_forward_hook(shift)
+        try:
+            moved = model(input_ids=ids).logits
+        finally:
+            handle.remove()
+        if torch.equal(clean, moved):
+            raise UserError(
+                f"layer {number} of {type(unwrap(model)).__name__} does not reach the logits: changing its output "
+                "left them the same; pass the decoder blocks' path as `override`"
+            )

@@ -1,0 +1,169 @@
+"""The one reader of checkpoints: models, adapters, tokenizers and the fingerprints that say which they were."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .artifacts import sha256_file
+from .errors import UserError
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+_ADAPTER_CONFIG = "adapter_config.json"
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError)
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The base model's name or path when `path` is a LoRA folder (it holds `adapter_config.json`), else None."""
+    config = Path(path) / _ADAPTER_CONFIG
+    if not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text())["base_model_name_or_path"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{config} does not name its base model ({error}): save the adapter again") from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; a LoRA folder without one takes its base model's.
+
+    Raises:
+        UserError: no tokenizer there.
+    """
+    base = adapter_base(path)
+    if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
+        path = base
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except _LOAD_ERRORS as error:
+        raise UserError(f"no tokenizer could be read from {path}: {_first_line(error)}") from error
+
+
+def load_model(
+    path: str | Path, *, dtype: str = "float32", device: torch.device | str | None = None
+) -> PreTrainedModel | PeftModel:
+    """A causal LM in eval mode with every weight present and finite; a LoRA folder gives its base plus the adapter.
+
+    Args:
+        path: a folder or a Hub name.
+        dtype: "float32", "bfloat16" or "auto" (as saved).
+        device: where the model goes; None leaves it on the CPU.
+
+    Raises:
+        UserError: weights that are absent, truncated, of another shape, missing from the file, or not finite.
+    """
+    base = adapter_base(path)
+    model = _load_full(base if base is not None else path, dtype)
+    if base is not None:
+        model = _load_adapter(model, Path(path))
+    _require_finite(model, path)
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _load_full(path: str | Path, dtype: str) -> PreTrainedModel:
+    if not Path(path).exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
+        raise UserError(f"model {path} does not exist: pass a folder with config.json, or a Hub name such as org/model")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
+    except _LOAD_ERRORS as error:
+        raise UserError(f"model {path} could not be loaded: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"model {path} lacks {len(missing)} weights ({missing[0]}, …): the checkpoint is incomplete")
+    return model
+
+
+def _load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
+    try:
+        adapted = PeftModel.from_pretrained(model, str(path), is_trainable=False)
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as stored:
+            names = set(stored.keys())
+    except _LOAD_ERRORS as error:
+        raise UserError(f"adapter {path} could not be loaded: {_first_line(error)}") from error
+    missing = sorted(set(get_peft_model_state_dict(adapted)) - names)
+    if missing:
+        raise UserError(f"adapter {path} lacks {len(missing)} weights ({missing[0]}, …): the checkpoint is incomplete")
+    return adapted
+
+
+@torch.no_grad()
+def _require_finite(model: nn.Module, path: str | Path) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"model {path} has NaN or infinite values in {name}: use an earlier checkpoint")
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The configuration alone, without the weights; a LoRA folder gives its base model's."""
+    base = adapter_base(path)
+    try:
+        return AutoConfig.from_pretrained(str(base if base is not None else path))
+    except _LOAD_ERRORS as error:
+        raise UserError(f"no model configuration could be read from {path}: {_first_line(error)}") from error
+
+
+def model_fingerprint(path: str | Path) -> str:
+    """Hex sha256 over names and contents of the weight files; for a LoRA folder, over adapter and base together."""
+    folder = Path(path)
+    if not folder.exists():
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=[*WEIGHT_PATTERNS, "*.json"]))
+        except _LOAD_ERRORS as error:
+            raise UserError(f"model {path} could not be found: {_first_line(error)}") from error
+    files = [file for pattern in WEIGHT_PATTERNS[:1] for file in sorted(folder.glob(pattern))]
+    files = files or [file for pattern in WEIGHT_PATTERNS[1:] for file in sorted(folder.glob(pattern))]
+    if not files:
+        raise UserError(f"model {path} holds no weights ({', '.join(WEIGHT_PATTERNS)}): pass a saved model")
+    facts = [(file.name, _content_sha256(file)) for file in files]
+    base = adapter_base(folder)
+    if base is not None:
+        facts.append(("base", model_fingerprint(base)))
+    return _sha256_json(facts)
+
+
+def _content_sha256(file: Path) -> str:
+    # The Hub cache names large files by their sha256, so tens of gigabytes need not be read again.
+    target = file.resolve()
+    if file.is_symlink() and target.parent.name == "blobs" and len(target.name) == 64:
+        return target.name
+    return sha256_file(file)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex sha256 of the vocabulary (token to id, added ones included) and the chat template."""
+    return _sha256_json([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+
+
+def check_compatible(base_config: PretrainedConfig, instruct_config: PretrainedConfig) -> None:
+    """Raise UserError when base and instruct differ in a fact that makes their activations incomparable."""
+    base, instruct = base_config.get_text_config(), instruct_config.get_text_config()
+    for fact in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        theirs, ours = getattr(base, fact, None), getattr(instruct, fact, None)
+        if theirs != ours:
+            raise UserError(
+                f"base and instruct differ in {fact}: {theirs} and {ours}; "
+                "the base must be the model the instruct model was trained from"
+            )
+
+
+def _sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__
