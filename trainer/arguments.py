@@ -1,0 +1,290 @@
+"""Every flag of the tool, with its unit and default, in one place.
+
+The dataclasses below are parsed together (`trainer.parsing.parse`), so their fields are the flat keys of a recipe and
+the flags of every command. `ModelArguments` and `HoldfastConfig` extend TRL's own, so all of TRL's flags work too.
+Checks that need one field alone are here; checks that need files, models or rows are in `trainer.run`.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import trl
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_torch_bf16_gpu_available
+
+from ..analysis.errors import UserError
+from ..analysis.probes import ROLES
+from ..analysis.subspace_methods import METHODS
+from .launch import find_deepspeed_config
+
+FAMILIES = ("behavior", "projection", "choices")
+
+
+def _option(default: Any, text: str, *choices: str) -> Any:
+    metadata: dict[str, Any] = {"help": text}
+    if choices:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
+
+
+def _require(condition: bool, flag: str, value: object, need: str) -> None:
+    if not condition:
+        raise UserError(f"--{flag} is {value}, but must be {need}")
+
+
+def _pattern(flag: str, value: dict[str, int] | str | None) -> dict[str, int] | None:
+    """Reads a module-name pattern -> integer mapping, given as a mapping or as JSON text."""
+    example = '{"layers.0.self_attn.v_proj": 8}'
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--{flag} is not JSON ({error.msg}); write it like {example}") from None
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(number, int) and number > 0 for number in value.values()):
+        raise UserError(f"--{flag} must map module names to positive integers, like {example}")
+    return value
+
+
+@dataclass
+class ModelArguments(trl.ModelConfig):
+    """The starting (instruct) model, its optional base, and LoRA."""
+
+    _argument_group_name = "model"
+
+    base_model_name_or_path: str | None = _option(
+        None,
+        "Folder or Hub name of the base model the starting model was aligned from. Needed only by the subspace methods "
+        "difference_in_means, svd and shared, and by the measures that compare with base. Default: none.",
+    )
+    layers_path: str | None = _option(
+        None,
+        "Dotted path of the decoder blocks, where they are not found by shape. Default: found by shape.",
+    )
+    lora_alpha_pattern: dict[str, int] | str | None = _option(
+        None, "LoRA alpha by module-name pattern (mapping or JSON), over --lora_alpha. Default: none."
+    )
+    lora_rank_pattern: dict[str, int] | str | None = _option(
+        None, "LoRA rank by module-name pattern (mapping or JSON), over --lora_r. Default: none."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
+        self.lora_alpha_pattern = _pattern("lora_alpha_pattern", self.lora_alpha_pattern)
+        self.lora_rank_pattern = _pattern("lora_rank_pattern", self.lora_rank_pattern)
+
+
+@dataclass
+class DataArguments:
+    """The sets. Each source is a Hub name, a URL, a .jsonl/.json/.csv/.parquet file, or a folder of such files.
+
+    Relative paths are relative to the folder the command is run in, not to the recipe.
+    """
+
+    _argument_group_name = "data"
+
+    train_dataset: str | None = _option(None, "Training rows (required by train). Default: none.")
+    train_split: str = _option("train", "Split of a Hub data set to train on. Default: train.")
+    train_rows: int | None = _option(None, "Use only the first N training rows. Default: all.")
+    held_out_dataset: str | None = _option(
+        None, "Rows to measure and evaluate on, apart from training. Duplicates with it are reported. Default: none."
+    )
+    held_out_rows: int = _option(
+        0, "Set aside this many rows of the training set, after de-duplication, when no --held_out_dataset. Default: 0."
+    )
+    anchor_dataset: str | None = _option(
+        None,
+        "Ordinary prompts, with or without answers, whose activations the penalty holds in place. "
+        "Default: 64 prompts that ship with Holdfast.",
+    )
+    probe_dataset: str | None = _option(
+        None,
+        "Rows on which checkpoints are measured. Default: the held-out rows, else the anchors.",
+    )
+    choices_dataset: str | None = _option(
+        None, "Prompts with enumerated answer classes, whose probability mass is measured exactly. Default: none."
+    )
+    long_rows: str = _option(
+        "error",
+        "What to do with a row longer than --max_length tokens: stop with its file and line, cut its end, or leave it "
+        "out (counted and printed). Default: error.",
+        "error",
+        "truncate",
+        "drop",
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.train_rows is None or self.train_rows >= 1, "train_rows", self.train_rows, "at least 1")
+        _require(self.held_out_rows >= 0, "held_out_rows", self.held_out_rows, "0 or more rows")
+
+
+@dataclass
+class SubspaceArguments:
+    """How the alignment subspace is built (`holdfast subspace`) and where it lies."""
+
+    _argument_group_name = "subspace"
+
+    subspace_path: str | None = _option(
+        None,
+        "Where subspace writes and train reads the subspace. Default: <output_dir>/subspace.safetensors.",
+    )
+    subspace_method: str = _option(
+        "contrastive",
+        "contrastive needs only the starting model; difference_in_means, svd and shared need the base too; random is "
+        "the null. Default: contrastive.",
+        *METHODS,
+    )
+    subspace_rank: int = _option(1, "Directions per layer. Default: 1.")
+    subspace_layers: str = _option("all", "Decoder blocks from 0: all, a list (0,2,5) or a range (4-10). Default: all.")
+    subspace_positions: str = _option("all", "Token role the activations are read at. Default: all.", *ROLES)
+    subspace_dataset: str | None = _option(None, "Rows the activations are read on. Default: the anchors.")
+    subspace_contrast: str | None = _option(
+        None,
+        "JSON Lines of contrast pairs: system prompts {aligned, misaligned}, or completions {prompt, chosen, "
+        "rejected}. Default: the pairs that ship with Holdfast.",
+    )
+    subspace_domains: dict[str, str] | str | None = _option(
+        None, "For shared: domain name -> source of rows (mapping or JSON). Default: none."
+    )
+    subspace_centred: bool = _option(
+        False, "For svd: subtract the mean residual first, as the paper did. Default: false."
+    )
+    subspace_seed: int = _option(0, "Seed of the random method. Default: 0.")
+
+    def __post_init__(self) -> None:
+        _require(self.subspace_rank >= 1, "subspace_rank", self.subspace_rank, "at least 1")
+        if isinstance(self.subspace_domains, str):
+            try:
+                self.subspace_domains = json.loads(self.subspace_domains)
+            except json.JSONDecodeError as error:
+                raise UserError(f"--subspace_domains is not JSON: {error.msg}") from None
+        if self.subspace_method == "shared" and not self.subspace_domains:
+            raise UserError(
+                "--subspace_method shared needs --subspace_domains: a mapping of at least two domains to rows"
+            )
+
+
+@dataclass
+class ProtectionArguments:
+    """What keeps the fine-tune aligned. loss = cross-entropy + strength x penalty (definitions: README, Protection)."""
+
+    _argument_group_name = "protection"
+
+    protection: str = _option(
+        "none",
+        "none: plain SFT. subspace: penalty in the alignment subspace. random_subspace: the null. Default: none.",
+        "none",
+        "subspace",
+        "random_subspace",
+    )
+    penalty_strength: float = _option(1.0, "Weight of the penalty against the cross-entropy, 0 or more. Default: 1.0.")
+    penalty_rank: int | None = _option(None, "Use only the first k directions of a layer. Default: all.")
+    penalty_layers: str | None = _option(
+        None, "Decoder blocks to penalise: all, a list (0,2,5) or a range (4-10). Default: all of the subspace's."
+    )
+    penalty_inputs: str = _option("anchors", "Rows the penalty acts on. Default: anchors.", "task", "anchors", "both")
+    penalty_tokens: str | None = _option(
+        None, "Token role the penalty acts on; must be the role the subspace was built on. Default: that role.", *ROLES
+    )
+    penalty_side: str = _option(
+        "both",
+        "Penalise drift either way, or only towards base (needs a subspace that knows it). Default: both.",
+        "both",
+        "toward_base",
+    )
+    penalty_warmup: int = _option(0, "Steps over which a stronger start falls linearly to 1 x strength. Default: 0.")
+    penalty_warmup_strength: float = _option(10.0, "Multiple of the strength at step 0 of that warm-up. Default: 10.0.")
+    penalty_task_weight: float = _option(0.5, "Weight of the task part for inputs `both`, in 0..1. Default: 0.5.")
+    reference: str = _option(
+        "auto",
+        "Where the starting model's activations come from: cached on disk, the model with adapters off, a frozen copy, "
+        "or auto: the first of these that works, said aloud. Default: auto.",
+        "auto",
+        "cached",
+        "adapter_off",
+        "frozen",
+    )
+    anchor_batch_size: int = _option(4, "Anchor rows per forward and process. Default: 4.")
+    anchor_every: int = _option(1, "Use anchors on every n-th optimiser step. Default: 1.")
+    null_seed: int = _option(0, "Seed of random_subspace. Default: 0.")
+    null_scale: str = _option(
+        "given", "Scale of random_subspace: as given, or its own. Default: given.", "given", "own"
+    )
+
+    def __post_init__(self) -> None:
+        _require(
+            self.penalty_warmup_strength >= 0, "penalty_warmup_strength", self.penalty_warmup_strength, "0 or more"
+        )
+        _require(0 <= self.penalty_task_weight <= 1, "penalty_task_weight", self.penalty_task_weight, "between 0 and 1")
+        _require(self.penalty_rank is None or self.penalty_rank >= 1, "penalty_rank", self.penalty_rank, "at least 1")
+        _require(self.anchor_batch_size >= 1, "anchor_batch_size", self.anchor_batch_size, "at least 1")
+        _require(self.anchor_every >= 1, "anchor_every", self.anchor_every, "at least 1")
+
+
+@dataclass
+class AnalysisArguments:
+    """What is measured on each saved checkpoint, and by `holdfast analyze`."""
+
+    _argument_group_name = "analysis"
+
+    analysis_families: list[str] | None = _option(
+        None,
+        f"Families to measure, of {', '.join(FAMILIES)}. Default: those the given sets and subspace allow.",
+        *FAMILIES,
+    )
+    analysis_rows: int = _option(200, "At most this many rows of each set. Default: 200.")
+    analysis_batch_size: int = _option(8, "Rows per forward while measuring. Default: 8.")
+    analysis_checkpoints: list[str] | None = _option(
+        None, "Folders to measure. Default: every checkpoint and the final model of the output folder."
+    )
+    analysis_during_training: bool = _option(True, "Measure each checkpoint when it is saved. Default: true.")
+
+    def __post_init__(self) -> None:
+        _require(self.analysis_rows >= 1, "analysis_rows", self.analysis_rows, "at least 1")
+        _require(self.analysis_batch_size >= 1, "analysis_batch_size", self.analysis_batch_size, "at least 1")
+
+
+@dataclass
+class HoldfastConfig(trl.SFTConfig):
+    """TRL's training flags with our defaults: loss on completions only, no bf16 on CPU, TensorBoard logs."""
+
+    _argument_group_name = "training"
+
+    output_dir: str | None = _option(None, "Folder of the run (required). Default: none.")
+    max_length: int | None = _option(2048, "Length limit of a row in tokens; see --long_rows. Default: 2048.")
+    completion_only_loss: bool | None = _option(True, "Loss on the assistant's tokens only. Default: true.")
+    gradient_checkpointing: bool = _option(
+        False, "Recompute activations in the backward: less memory, about a fifth slower. Default: false."
+    )
+    report_to: str = _option(
+        "tensorboard", "Where to log. Default: tensorboard.", *sorted(INTEGRATION_TO_CALLBACK), "none"
+    )
+    num_processes: int = _option(1, "Processes to train on, one per device (or CPU ranks). Default: 1.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = find_deepspeed_config(self.deepspeed)
+        # TRL turns bf16 on wherever fp16 is off; on a CPU that is slow and not what anyone asked for.
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
+            )
+        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
+        _require(self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        if self.packing and self.packing_strategy != "bfd":
+            raise UserError(f"--packing_strategy {self.packing_strategy} cuts documents in two; use bfd")
+        super().__post_init__()
+
+
+def non_finite(arguments: object) -> str | None:
+    """The name of the first field of a dataclass that is nan or infinite, or None."""
+    numbers = ((name, value) for name, value in vars(arguments).items() if isinstance(value, float))
+    return next((name for name, value in numbers if not math.isfinite(value)), None)

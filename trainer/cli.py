@@ -1,0 +1,127 @@
+"""The `holdfast` command: `holdfast <lab|subspace|train|analyze|quickstart> [--config recipe.yaml] [--flag value ...]`.
+
+Errors a user can cause are one line on stderr and exit code 2, with nothing written; an interrupt is exit code 130.
+"""
+
+import difflib
+import errno
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from ..analysis.errors import UserError
+
+COMMANDS = {
+    "quickstart": "build the lab, fine-tune without and with protection, and print one table",
+    "lab": "build the lab world: base, instruct, tokenizer and data",
+    "subspace": "find the alignment subspace of a model",
+    "train": "fine-tune, with or without protection",
+    "analyze": "measure checkpoints",
+}
+USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n" + "\n".join(
+    f"  {name:<12}{text}" for name, text in COMMANDS.items()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for a user's error, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE, "\n\nholdfast <command> --help lists the command's flags.")
+        return 0
+    if arguments == ["--version"]:
+        print(importlib.metadata.version("holdfast"))
+        return 0
+    try:
+        return _command(arguments)(arguments[1:])
+    except UserError as error:
+        return _complain(str(error), 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(f"the disk is full ({error.filename or error}); free some space and run again", 2)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted", 130)
+
+
+def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0] if name else "quickstart"
+        raise UserError(f"{'unknown command ' + repr(name) if name else 'no command'}; try `holdfast {near}`")
+    return {"quickstart": _quickstart, "lab": _lab, "subspace": _subspace, "train": _train, "analyze": _analyze}[name]
+
+
+def _complain(line: str, code: int) -> int:
+    """Prints the one line, on one rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"holdfast: error: {line}" if code == 2 else f"holdfast: {line}", file=sys.stderr)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """Silences notices of other packages that a user can do nothing about (deprecations between them)."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    for name in ("httpx", "deepspeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+# The commands import what they run: `holdfast --help` and a mistyped command answer at once.
+def _quickstart(arguments: Sequence[str]) -> int:
+    from ..recipes.lab.cli import quickstart_main
+
+    _quiet_libraries()
+    return quickstart_main(list(arguments))
+
+
+def _lab(arguments: Sequence[str]) -> int:
+    from ..recipes.lab.cli import lab_main
+
+    _quiet_libraries()
+    return lab_main(list(arguments))
+
+
+def _subspace(arguments: Sequence[str]) -> int:
+    from . import run
+    from .parsing import parse
+
+    _quiet_libraries()
+    print(f"subspace written to {run.subspace(parse(arguments))}")
+    return 0
+
+
+def _analyze(arguments: Sequence[str]) -> int:
+    from . import run
+    from .parsing import parse
+
+    _quiet_libraries()
+    print(f"measures written to {run.analyze(parse(arguments))}")
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from . import run
+    from .launch import launch, must_launch
+    from .parsing import build, parse_values
+
+    _quiet_libraries()
+    values = parse_values(arguments)
+    if must_launch(values):
+        # One process checks everything first, so that a bad input is one line and not one per rank. DeepSpeed is left
+        # out of that: its set-up belongs to the ranks.
+        run.check(build({**values, "deepspeed": None}), deepspeed=values["deepspeed"])
+        return launch(arguments, values)
+    result = run.train(build(values))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model written to {result.final}")
+        numbers = {name: value for name, value in vars(result).items() if isinstance(value, float)}
+        print(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

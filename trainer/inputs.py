@@ -1,0 +1,226 @@
+"""Everything a run reads, proven before anything is written."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ..analysis.artifacts import sha256_file
+from ..analysis.errors import UserError
+from ..analysis.layers import parse_layers
+from ..analysis.models import (
+    adapter_base,
+    check_compatible,
+    load_config,
+    load_tokenizer,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from ..analysis.probes import document_key
+from ..analysis.subspace import Subspace, random_like
+from .data import (
+    RenderedRows,
+    Row,
+    describe_duplicates,
+    duplicate_report,
+    load_rows,
+    render_rows,
+    split_held_out,
+)
+from .parsing import Arguments
+from .sources import read_records
+
+SHIPPED_ANCHORS = Path(__file__).with_name("anchor_prompts.jsonl")
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a training run reads: rows as token ids, the subspace, and the facts that identify them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: RenderedRows
+    held_out: RenderedRows | None
+    anchors: RenderedRows | None
+    probes: RenderedRows | None
+    choices: list[dict[str, Any]] | None
+    subspace: Subspace | None
+    report: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def load_inputs(arguments: Arguments) -> TrainingInputs:
+    """Reads and checks all that a training run needs but the model's weights. Writes nothing.
+
+    Raises UserError for whatever the run would stumble on later.
+    """
+    tokenizer, config = read_starting_model(arguments)
+    train, held_out = _training_rows(arguments)
+    uses_anchors = arguments.protection.protection != "none" and arguments.protection.penalty_inputs != "task"
+    anchors = anchor_rows(arguments) if uses_anchors else None
+    probes = load_rows(arguments.data.probe_dataset, prompts=True) if arguments.data.probe_dataset else None
+    choices = load_choices(arguments.data.choices_dataset) if arguments.data.choices_dataset else None
+    subspace = load_subspace(arguments, tokenizer, config)
+    rendered = {
+        name: render_set(tokenizer, rows, arguments)
+        for name, rows in {"train": train, "held_out": held_out, "anchors": anchors, "probes": probes}.items()
+        if rows
+    }
+    _require_roles(subspace, rendered)
+    sets = {"train": train, "held_out": held_out, "anchors": anchors, "probes": probes, "choices": _prompts_of(choices)}
+    return TrainingInputs(
+        tokenizer=tokenizer,
+        train=rendered["train"],
+        held_out=rendered.get("held_out"),
+        anchors=rendered.get("anchors"),
+        probes=rendered.get("probes"),
+        choices=choices,
+        subspace=subspace,
+        report=_report({name: rows for name, rows in sets.items() if rows}, rendered),
+        facts=_facts(arguments, tokenizer, rendered),
+    )
+
+
+def read_starting_model(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """The starting model's tokenizer and configuration, base checked against it."""
+    name = arguments.model.model_name_or_path
+    if not name:
+        raise UserError(
+            "no model_name_or_path; name the (instruct) model to start from, like --model_name_or_path folder"
+        )
+    if adapter_base(name):
+        raise UserError(
+            f"--model_name_or_path {name} is an adapter; merge it into its model first, and start from that"
+        )
+    config = load_config(name)
+    if arguments.model.base_model_name_or_path:
+        check_compatible(load_config(arguments.model.base_model_name_or_path), config)
+    return load_tokenizer(name), config
+
+
+def anchor_rows(arguments: Arguments) -> list[Row]:
+    """The anchors, those that ship with Holdfast when none are named."""
+    return load_rows(arguments.data.anchor_dataset or str(SHIPPED_ANCHORS), prompts=True)
+
+
+def render_set(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], arguments: Arguments) -> RenderedRows:
+    """Rows as the run's length limit and its treatment of long rows make them."""
+    return render_rows(tokenizer, rows, max_length=arguments.training.max_length, long_rows=arguments.data.long_rows)
+
+
+def subspace_path(arguments: Arguments) -> Path:
+    """Where the subspace is written and read."""
+    return Path(arguments.subspace.subspace_path or arguments.output_dir / "subspace.safetensors")
+
+
+def load_subspace(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Subspace | None:
+    """The subspace of the penalty, checked against the model and cut to the layers and rank asked for."""
+    asked = arguments.protection
+    if asked.protection == "none":
+        return None
+    path = subspace_path(arguments)
+    if not path.is_file():
+        raise UserError(f"subspace {path} does not exist; build it with `holdfast subspace` and the same recipe")
+    subspace = Subspace.load(path)
+    depth = config.get_text_config().num_hidden_layers
+    layers = parse_layers(asked.penalty_layers, depth) if asked.penalty_layers else sorted(subspace.bases)
+    subspace.check(
+        instruct_fingerprint=model_fingerprint(str(arguments.model.model_name_or_path)),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        role=asked.penalty_tokens or subspace.provenance.role,
+        layers=layers,
+    )
+    subspace = subspace.restrict(layers, asked.penalty_rank or subspace.provenance.rank)
+    if asked.protection == "random_subspace":
+        return random_like(subspace, asked.null_seed, asked.null_scale)
+    return subspace
+
+
+def load_choices(source: str) -> list[dict[str, Any]]:
+    """Prompts with enumerated answers: {"messages": [...], "classes": {class: [answer, ...]}, "split", ...}."""
+    rows = []
+    for record, where in read_records(source):
+        classes = record.get("classes") if isinstance(record, dict) else None
+        if not isinstance(classes, dict) or not all(isinstance(answers, list) for answers in classes.values()):
+            raise UserError(
+                f'{where}: a choices row needs `classes`, like {{"aligned": ["..."], "misaligned": ["..."]}}'
+            )
+        if not record.get("messages"):
+            raise UserError(f"{where}: a choices row needs `messages`, the prompt its answers belong to")
+        rows.append(record)
+    if not rows:
+        raise UserError(f"{source} has no rows; name a set with at least one")
+    return rows
+
+
+def _training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
+    data = arguments.data
+    if not data.train_dataset:
+        raise UserError("no train_dataset; name the rows to train on, like --train_dataset rows.jsonl")
+    rows = load_rows(data.train_dataset, split=data.train_split, limit=data.train_rows)
+    if data.held_out_dataset:
+        return rows, load_rows(data.held_out_dataset)
+    if data.held_out_rows:
+        return split_held_out(rows, data.held_out_rows, arguments.training.seed)
+    return rows, None
+
+
+def _require_roles(subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
+    if subspace is None or "anchors" not in rendered or subspace.provenance.role != "completion":
+        return
+    if not any(any(row.completion_mask) for row in rendered["anchors"].rendered):
+        raise UserError(
+            "the subspace acts on completions, but no anchor has one; use anchors with answers, or another role"
+        )
+
+
+def _prompts_of(choices: list[dict[str, Any]] | None) -> list[Row] | None:
+    return choices and [Row(row["messages"], f"choices {number}") for number, row in enumerate(choices, start=1)]
+
+
+def _report(sets: Mapping[str, Sequence[Row]], rendered: Mapping[str, RenderedRows]) -> dict[str, Any]:
+    counts = duplicate_report(sets)
+    lengths = {
+        name: {
+            "rows": len(rows.rendered),
+            "tokens": sum(len(row.input_ids) for row in rows.rendered),
+            "completion_tokens": int(sum(np.sum(row.completion_mask) for row in rows.rendered)),
+            "truncated": rows.truncated,
+            "dropped": rows.dropped,
+        }
+        for name, rows in rendered.items()
+    }
+    lines = describe_duplicates(counts)
+    for name, length in lengths.items():
+        for act in ("truncated", "dropped"):
+            if length[act]:
+                lines.append(f"{name}: {length[act]} rows longer than the length limit were {act}")
+    return {"sets": lengths, "duplicates": counts, "lines": lines}
+
+
+def _facts(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, rendered: Mapping[str, RenderedRows]
+) -> dict[str, Any]:
+    """What must be the same when the run is resumed, for its weights to be those of an uninterrupted one."""
+    model = arguments.model
+    facts: dict[str, Any] = {
+        "starting weights": model_fingerprint(str(model.model_name_or_path)),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        **{f"{name} rows": _documents_sha256(rows) for name, rows in rendered.items() if name in ("train", "anchors")},
+        "lora": {name: value for name, value in vars(model).items() if "lora" in name or name == "use_peft"},
+        "seed": arguments.training.seed,
+        "protection": vars(arguments.protection),
+    }
+    if arguments.protection.protection != "none":
+        facts["subspace"] = sha256_file(subspace_path(arguments))
+    return json.loads(json.dumps(facts))
+
+
+def _documents_sha256(rows: RenderedRows) -> str:
+    return hashlib.sha256("".join(document_key(row.input_ids) for row in rows.rendered).encode()).hexdigest()

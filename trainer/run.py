@@ -1,0 +1,204 @@
+"""Training, building a subspace and measuring, each as one function of parsed arguments.
+
+`holdfast train|subspace|analyze` and the lab call these. Everything is checked before anything is written.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import trl
+from peft import LoraConfig
+from torch.distributed import barrier, is_initialized
+from transformers import PreTrainedModel, set_seed
+
+from ..analysis.artifacts import commit_directory
+from ..analysis.errors import UserError
+from ..analysis.models import load_model
+from ..analysis.subspace import SubspaceRequest, build_subspace
+from .arguments import ModelArguments
+from .data import Row, load_rows, to_dataset
+from .documents import Document, documents_of
+from .inputs import TrainingInputs, anchor_rows, load_inputs, read_starting_model, subspace_path
+from .parsing import Arguments
+from .protected_sft_trainer import ProtectedSFTTrainer
+from .protections import NoProtection, PenaltySettings, SubspaceProtection
+from .protections.base import Protection
+from .records import check_output_dir, is_main, write_records
+from .sources import read_records
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended: folders, seconds of training, mean loss, and the last logged penalty (None without one)."""
+
+    output_dir: Path
+    final: Path
+    seconds: float
+    train_loss: float
+    penalty: float | None
+    global_step: int
+
+
+def check(arguments: Arguments, *, deepspeed: str | None = None) -> TrainingInputs:
+    """All checks of a training run that need no weights in memory; writes nothing. Raises UserError."""
+    inputs = load_inputs(arguments)
+    check_output_dir(arguments, inputs.facts)
+    if deepspeed is not None and arguments.protection.reference == "frozen" and arguments.model.use_peft:
+        raise UserError(
+            "--reference frozen keeps a second model in memory for no gain over adapter_off; use that with LoRA"
+        )
+    return inputs
+
+
+def train(arguments: Arguments) -> TrainResult:
+    """Runs one fine-tune and saves its final model (or adapter) with the tokenizer in <output_dir>/final.
+
+    Raises UserError for bad input (nothing written), KeyboardInterrupt with the way to go on when interrupted.
+    """
+    inputs = check(arguments)
+    set_seed(arguments.training.seed)
+    model = _load(arguments)
+    trainer = _trainer(arguments, inputs, model)
+    write_records(arguments, inputs)
+    if is_main():
+        for line in inputs.report["lines"]:
+            print(line)
+    started = time.perf_counter()
+    try:
+        output = trainer.train(resume_from_checkpoint=_resume(arguments))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted at step {trainer.state.global_step}; continue with --resume_from_checkpoint true"
+        ) from None
+    seconds = time.perf_counter() - started
+    final = _save_final(trainer, arguments.output_dir / "final")
+    penalties = [entry["penalty"] for entry in trainer.state.log_history if "penalty" in entry]
+    return TrainResult(
+        output_dir=arguments.output_dir,
+        final=final,
+        seconds=seconds,
+        train_loss=output.training_loss,
+        penalty=penalties[-1] if penalties else None,
+        global_step=output.global_step,
+    )
+
+
+def subspace(arguments: Arguments) -> Path:
+    """Builds the alignment subspace and writes it to its path. Raises UserError; writes nothing then."""
+    path = subspace_path(arguments)
+    if path.exists():
+        raise UserError(f"--subspace_path {path} exists already; remove it or choose another")
+    read_starting_model(arguments)
+    asked = arguments.subspace
+    rows = load_rows(asked.subspace_dataset, prompts=True) if asked.subspace_dataset else anchor_rows(arguments)
+    domains = asked.subspace_domains if isinstance(asked.subspace_domains, dict) else {}
+    request = SubspaceRequest(
+        instruct_path=str(arguments.model.model_name_or_path),
+        base_path=arguments.model.base_model_name_or_path,
+        rows=[row.messages for row in rows],
+        contrast=[record for record, _ in read_records(asked.subspace_contrast)] if asked.subspace_contrast else None,
+        domains={name: [row.messages for row in load_rows(source, prompts=True)] for name, source in domains.items()},
+        method=asked.subspace_method,
+        rank=asked.subspace_rank,
+        layers=asked.subspace_layers,
+        role=asked.subspace_positions,
+        centred=asked.subspace_centred,
+        seed=asked.subspace_seed,
+        dtype=arguments.model.dtype or "float32",
+        device=str(arguments.training.device),
+        batch_size=arguments.analysis.analysis_batch_size,
+        max_length=arguments.training.max_length,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    build_subspace(request).save(path)
+    return path
+
+
+def lora_config(model: ModelArguments) -> LoraConfig | None:
+    """TRL's LoRA configuration plus the patterns it has no flags for; None for full fine-tuning."""
+    config = trl.get_peft_config(model)
+    if config is not None:
+        config.alpha_pattern = model.lora_alpha_pattern or {}
+        config.rank_pattern = model.lora_rank_pattern or {}
+    return config
+
+
+def _load(arguments: Arguments) -> PreTrainedModel:
+    model = arguments.model
+    return load_model(str(model.model_name_or_path), dtype=model.dtype or "auto")
+
+
+def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedModel) -> ProtectedSFTTrainer:
+    datasets.disable_progress_bars()  # rows are tokenised already; TRL's passes over them take no time worth a bar
+    held_out = to_dataset(inputs.held_out.rendered) if inputs.held_out else None
+    try:
+        return ProtectedSFTTrainer(
+            model=model,
+            args=arguments.training,
+            train_dataset=to_dataset(inputs.train.rendered),
+            eval_dataset=held_out,
+            processing_class=inputs.tokenizer,
+            peft_config=lora_config(arguments.model),
+            protection=_protection(arguments, inputs),
+            documents=_documents(inputs.train.rendered, inputs.train.rows, "all"),
+        )
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        raise UserError(f"--lora_target_modules: {error}") from error
+
+
+def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
+    asked = arguments.protection
+    if inputs.subspace is None:
+        return NoProtection()
+    role = inputs.subspace.provenance.role
+    settings = PenaltySettings(
+        strength=asked.penalty_strength,
+        inputs=asked.penalty_inputs,
+        side=asked.penalty_side,
+        warmup=asked.penalty_warmup,
+        warmup_strength=asked.penalty_warmup_strength,
+        task_weight=asked.penalty_task_weight,
+        reference=asked.reference,
+        anchor_batch_size=asked.anchor_batch_size,
+        anchor_every=asked.anchor_every,
+        order_seed=arguments.training.seed,
+    )
+    task = asked.penalty_inputs in ("task", "both")
+    return SubspaceProtection(
+        inputs.subspace,
+        settings,
+        anchors=_documents(inputs.anchors.rendered, inputs.anchors.rows, role) if inputs.anchors else (),
+        task=_documents(inputs.train.rendered, inputs.train.rows, role) if task else (),
+        reference_model=_load(arguments) if asked.reference == "frozen" else None,
+        cache_dir=arguments.output_dir / "reference",
+        layers_path=arguments.model.layers_path,
+        name=asked.protection,
+    )
+
+
+def _documents(rendered: Sequence[Any], rows: Sequence[Row], role: str) -> list[Document]:
+    return documents_of(rendered, role, [row.source for row in rows])
+
+
+def _resume(arguments: Arguments) -> str | bool | None:
+    given = arguments.training.resume_from_checkpoint
+    return True if given and given.lower() in ("true", "yes", "last", "latest") else given
+
+
+def _save_final(trainer: ProtectedSFTTrainer, final: Path) -> Path:
+    """Saves on every rank (ZeRO-3 gathers), into a staging folder that the main process renames when it is whole."""
+    staging = final.with_name(f".{final.name}.staging")
+    trainer.save_model(str(staging))
+    if is_initialized():
+        barrier()
+    if is_main():
+        commit_directory(staging, final, final.with_name(f".{final.name}.replaced"))
+    if is_initialized():
+        barrier()
+    return final

@@ -1,0 +1,131 @@
+"""Where rows come from: files, folders, URLs and the Hub, read as (record, place) pairs."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pyarrow
+from datasets import DatasetDict, load_dataset
+from datasets.download import DownloadManager
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..analysis.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+Record = tuple[object, str]
+
+
+def read_records(source: str, split: str = "train") -> Iterator[Record]:
+    """Yields each record with its place ("rows.jsonl:7", "name[train] row 7"; both count from 1).
+
+    `~` and environment variables in the source are filled in. Raises UserError for a source that is missing, unreadable or of an unknown kind.
+    """
+    source = os.path.expanduser(os.path.expandvars(source))
+    if "$" in source:
+        raise UserError(f"{source} names an environment variable that is not set; set it, or write the path")
+    if urlparse(source).scheme in ("http", "https"):
+        yield from _read_url(source)
+    elif Path(source).is_dir():
+        yield from _read_folder(Path(source))
+    elif Path(source).suffix in SUFFIXES or Path(source).exists():
+        yield from _read_file(Path(source), source)
+    else:
+        yield from _read_hub(source, split)
+
+
+def _read_folder(folder: Path) -> Iterator[Record]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    if not files:
+        raise UserError(f"{folder} holds no {', '.join(SUFFIXES)} file; name a folder that does, or a file")
+    for file in files:
+        yield from _read_file(file, str(file))
+
+
+def _read_file(path: Path, name: str) -> Iterator[Record]:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{name} is none of {', '.join(SUFFIXES)}; convert it, one row a line")
+    if not path.is_file():
+        raise UserError(f"{name} does not exist; check the path (relative ones start at the current folder)")
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            yield from _read_json(path, name)
+        else:
+            yield from _read_table(path, name)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
+
+
+def _read_json(path: Path, name: str) -> Iterator[Record]:
+    with path.open(encoding="utf-8") as lines:
+        if path.suffix == ".json":
+            yield from _read_array(lines.read(), name)
+            return
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _decode(line, f"{name}:{number}"), f"{name}:{number}"
+
+
+def _read_array(text: str, name: str) -> Iterator[Record]:
+    try:
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{name}:{error.lineno}: not JSON ({error.msg}); for one object a line, name it .jsonl"
+        ) from None
+    if not isinstance(records, list):
+        raise UserError(f"{name} must hold a JSON list of rows; for one object a line, name it .jsonl")
+    for number, record in enumerate(records, start=1):
+        yield record, f"{name} row {number}"
+
+
+def _decode(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+
+
+def _read_table(path: Path, name: str) -> Iterator[Record]:
+    try:
+        table = load_dataset(path.suffix[1:], data_files=str(path), split="train")
+    except (DatasetsError, pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{name} is not a readable {path.suffix[1:]} file: {_first_line(error)}") from None
+    for number, record in enumerate(table, start=1):
+        yield record, f"{name} row {number}"
+
+
+def _read_url(url: str) -> Iterator[Record]:
+    suffix = Path(urlparse(url).path).suffix
+    if suffix not in SUFFIXES:
+        raise UserError(f"{url} ends in none of {', '.join(SUFFIXES)}; name the file itself, or download it")
+    try:
+        local = Path(DownloadManager().download(url))
+    except (OSError, DatasetsError) as error:
+        raise UserError(f"{url} could not be downloaded: {_first_line(error)}") from None
+    # The cache names files by hash; a link beside it carries the suffix by which a file is read.
+    link = local.with_suffix(suffix)
+    if not link.exists():
+        link.symlink_to(local)
+    yield from _read_file(link, url)
+
+
+def _read_hub(name: str, split: str) -> Iterator[Record]:
+    try:
+        table = load_dataset(name, split=split)
+    except (OSError, DatasetsError, HfHubHTTPError, ValueError) as error:
+        raise UserError(
+            f"{name} is neither a file nor a folder here, and the Hub gives no data set of that name with a split "
+            f"{split!r}: {_first_line(error)}"
+        ) from None
+    assert not isinstance(table, DatasetDict)  # a split was named
+    for number, record in enumerate(table, start=1):
+        yield record, f"{name}[{split}] row {number}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
