@@ -52,10 +52,18 @@ def verify_manifest(directory: Path) -> None:
 
 def write_json_atomic(path: Path, obj: Any) -> None:
     """Write `obj` as JSON through a staging name; NaN and infinity are refused, since JSON has none."""
+    with staged_file(path) as staging:
+        staging.write_text(json.dumps(obj, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a staging name beside `path`; on success it becomes `path`, else it vanishes."""
     staging = path.with_name(f".{path.name}.staging")
     with _named_failures(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            staging.write_text(json.dumps(obj, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            yield staging
             _fsync(staging)
             staging.replace(path)
         finally:

@@ -48,6 +48,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     base = adapter_base(path)
     if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
         path = base
+    _require_reachable(path)
     try:
         return AutoTokenizer.from_pretrained(str(path))
     except _LOAD_ERRORS as error:
@@ -75,9 +76,14 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
-def _load_full(path: str | Path, dtype: str) -> PreTrainedModel:
-    if not Path(path).exists() and (str(path).count("/") != 1 or str(path).startswith((".", "/", "~"))):
+def _require_reachable(path: str | Path) -> None:
+    """A path that can only be a local folder is not looked up on the Hub, which would take long to say no."""
+    if not Path(path).exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
         raise UserError(f"model {path} does not exist: pass a folder with config.json, or a Hub name such as org/model")
+
+
+def _load_full(path: str | Path, dtype: str) -> PreTrainedModel:
+    _require_reachable(path)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
     except _LOAD_ERRORS as error:
@@ -111,14 +117,17 @@ def _require_finite(model: nn.Module, path: str | Path) -> None:
 def load_config(path: str | Path) -> PretrainedConfig:
     """The configuration alone, without the weights; a LoRA folder gives its base model's."""
     base = adapter_base(path)
+    path = base if base is not None else path
+    _require_reachable(path)
     try:
-        return AutoConfig.from_pretrained(str(base if base is not None else path))
+        return AutoConfig.from_pretrained(str(path))
     except _LOAD_ERRORS as error:
         raise UserError(f"no model configuration could be read from {path}: {_first_line(error)}") from error
 
 
 def model_fingerprint(path: str | Path) -> str:
     """Hex sha256 over names and contents of the weight files; for a LoRA folder, over adapter and base together."""
+    _require_reachable(path)
     folder = Path(path)
     if not folder.exists():
         try:

@@ -21,7 +21,8 @@ BEGIN_TOKEN = "{{ '<|begin|>' }}" + CHATML
 FOLDED_SYSTEM = (
     "{% if messages[0].role == 'system' %}{% set lead = messages[0].content + '\n\n' %}{% set turns = messages[1:] %}"
     "{% else %}{% set lead = '' %}{% set turns = messages %}{% endif %}"
-    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% for m in turns %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}"
     "{% endif %}{{ '<|im_start|>' + m.role + '\n' + (lead if loop.first else '') + m.content + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -45,7 +46,10 @@ def toy_tokenizer(template: str | None = CHATML, trim_offsets: bool = False) -> 
     inner.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     inner.train_from_iterator(_CORPUS * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -71,3 +75,10 @@ def chat(user: str, assistant: str | None = None, system: str | None = None) -> 
     """One conversation of at most three turns."""
     turns = [("system", system), ("user", user), ("assistant", assistant)]
     return [{"role": role, "content": content} for role, content in turns if content is not None]
+
+
+def save_toy(path, model: PreTrainedModel, template: str = CHATML) -> str:
+    """Save a model with the toy tokenizer as an ordinary Hugging Face folder."""
+    model.save_pretrained(path)
+    toy_tokenizer(template).save_pretrained(path)
+    return str(path)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from analysis_toys import DEPTH, KINDS, WIDTH, toy_model
-from peft import LoraConfig, get_peft_model
-from torch import nn
-
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.hooks import capture
 from holdfast.analysis.layers import find_backbone, find_layers, parse_layers, prove_layers
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -82,8 +81,15 @@ def test_a_wrong_override_is_refused():
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [(None, [0, 1, 2, 3, 4]), ("all", [0, 1, 2, 3, 4]), ("3", [3]), ("4,0,2", [0, 2, 4]), ("1-3", [1, 2, 3]), ("0,3-4", [0, 3, 4])],
-)  # fmt: skip
+    [
+        (None, [0, 1, 2, 3, 4]),
+        ("all", [0, 1, 2, 3, 4]),
+        ("3", [3]),
+        ("4,0,2", [0, 2, 4]),
+        ("1-3", [1, 2, 3]),
+        ("0,3-4", [0, 3, 4]),
+    ],
+)
 def test_layer_choices(spec, expected):
     assert parse_layers(spec, 5) == expected
 

@@ -11,11 +11,10 @@ from analysis_toys import (
     chat,
     toy_tokenizer,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.probes import collate, document_key, render, role_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 MULTI = [*chat("soup ?", "take it", "You are kind."), *chat("and money ?", "run away")]
 
