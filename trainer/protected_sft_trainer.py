@@ -1,0 +1,234 @@
+"""TRL's SFTTrainer plus one protection.
+
+A trainer of one's own gets the same in a few lines:
+
+    class MyTrainer(ProtectedTrainerMixin, transformers.Trainer):
+        pass
+
+    subspace = Subspace.load("subspace.safetensors")
+    anchors = documents_of([render(tokenizer, row) for row in anchor_rows], subspace.provenance.role)
+    protection = SubspaceProtection(subspace, anchors=anchors)
+    trainer = MyTrainer(model=model, args=args, train_dataset=rows, protection=protection)
+    trainer.train()
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import prepare_deepspeed
+
+from ..analysis.errors import UserError
+from .checkpoints import CheckpointMixin
+from .documents import Batch, Document, DocumentStore, names_in
+from .protections import NoProtection, Protection
+
+
+class NonFiniteLoss(RuntimeError):
+    """Loss or penalty became NaN or infinite; the message names the step and the rows. The optimiser has not moved."""
+
+
+class ProtectedTrainerMixin(CheckpointMixin):
+    """One protection for any transformers.Trainer: `class MyTrainer(ProtectedTrainerMixin, Trainer)`.
+
+    Args:
+        protection: None, or one that is not active (strength 0), leaves every step to the trainer underneath.
+        documents: the training rows, to name them when the run stops on a non-finite loss.
+        args, kwargs: those of the trainer underneath. Its model must be the starting model when `train()` is called.
+    """
+
+    def __init__(
+        self, *args: Any, protection: Protection | None = None, documents: Sequence[Document] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.protection = protection if protection is not None and protection.active else NoProtection()
+        self._documents = documents
+        self._task_loss: Tensor | None = None
+        self._logged_step = 0
+        self.add_callback(_StartProtection(self))
+
+    # What protections ask of a trainer
+
+    def refuse_unsupported(self, *, task: bool) -> None:
+        """Refuse what would silently give another penalty."""
+        if self.args.n_gpu > 1:
+            raise UserError("several GPUs in one process (DataParallel) are not supported: launch with --num_processes")
+        if task and self.get_sp_size() * self.get_cp_size() * self.get_tp_size() > 1:
+            raise UserError("a penalty on task rows needs whole rows on each process: turn sequence parallelism off")
+
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch's tensors on this process's device."""
+        return {k: v.to(self.args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def first_task_batch(self) -> Batch:
+        """The first rows of the training set, collated as the data loader does; no sampler moves."""
+        assert self.train_dataset is not None
+        rows = list(itertools.islice(iter(self.train_dataset), self.args.per_device_train_batch_size))
+        self._set_signature_columns_if_needed()
+        kept: list[str] = self._signature_columns or []
+        columns = [name for name in rows[0] if name in kept or not self.args.remove_unused_columns]
+        collate = self.protection.collator(self.data_collator)
+        return collate([{name: row[name] for name in columns} for row in rows])
+
+    def place_reference(self, model: nn.Module) -> nn.Module:
+        """A frozen model on this process's device, sharded like the first under ZeRO-3."""
+        if is_deepspeed_zero3_enabled():
+            return prepare_deepspeed(model, self.accelerator)
+        return model.to(self.args.device)
+
+    def backward_alone(self, loss: Tensor) -> None:
+        """Backpropagate without synchronising or stepping: more gradient for this optimiser step follows."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.accelerator.deepspeed_engine_wrapped.backward(loss, sync_gradients=False, scale_wrt_gas=False)
+        else:
+            self.accelerator.backward(loss)
+
+    # The trainer's own steps
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; a checkpoint is resumed only if its manifest verifies (UserError otherwise)."""
+        folder = self.verified_checkpoint(resume_from_checkpoint)
+        if folder is not None:
+            self.resume_state(folder)
+        # The Trainer loads a checkpoint's weights later; DeepSpeed's model runs only inside an engine yet to be built.
+        if not self.is_deepspeed_enabled:
+            self.protection.prepare(self, cast(nn.Module, self.model))
+        return super().train(folder, *args, **kwargs)
+
+    def start_protection(self) -> None:
+        """Called once model, optimiser and checkpoint are in place."""
+        self._logged_step = self.state.global_step
+        self.protection.prepare(self, self.model_wrapped)
+        self.protection.start(self, self.model_wrapped)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        return {"protection": self.protection.facts()}
+
+    def load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        now = json.loads(json.dumps(self.protection.facts()))
+        then = state["protection"]
+        for fact in sorted(now.keys() | then.keys()):
+            if now.get(fact) != then.get(fact):
+                raise UserError(
+                    f"cannot resume: {fact} was {then.get(fact)} in the checkpoint and is {now.get(fact)} now; "
+                    "write it as it was, or start a new run"
+                )
+
+    def get_train_dataloader(self) -> DataLoader:
+        plain, self.data_collator = self.data_collator, self.protection.collator(self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if samples:
+            self.protection.begin_step(self, samples)
+        return samples, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy plus the protection's term; a separate pass of the protection has its backward pass here."""
+        result: Any
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.protection.active:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            self._stop_if_not_finite(result[0] if return_outputs else result, inputs)
+            return result
+        separate = self.protection.separate_pass(self, model)
+        with self.protection.task_pass(self, model, inputs) as term:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            task_term = term()
+        loss = result[0] if return_outputs else result
+        # Trainers that average over micro-batches divide the loss afterwards; the penalty is a sum over them.
+        steps = 1 if self._loss_is_summed(num_items_in_batch) else self.current_gradient_accumulation_steps
+        share = loss.detach() / steps
+        self._task_loss = share if self._task_loss is None else self._task_loss + share
+        scale = steps * self.accelerator.num_processes
+        if task_term is not None:
+            loss = loss + task_term * scale
+        if separate is not None:
+            # Backpropagated already: here it only shows in the reported loss.
+            loss = loss + separate * scale
+        self._stop_if_not_finite(loss, inputs)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _loss_is_summed(self, num_items_in_batch: Any) -> bool:
+        """As in Trainer.training_step."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _stop_if_not_finite(self, loss: Tensor, inputs: Batch) -> None:
+        """All processes stop together, before the backward pass (which DeepSpeed fuses with the optimiser's step)."""
+        bad = (~torch.isfinite(loss.detach())).float()
+        if self.accelerator.num_processes > 1:
+            bad = self.accelerator.reduce(bad, "sum")
+        if not bool(bad):
+            return
+        rows: list[str] = []
+        if not bool(torch.isfinite(loss.detach())):
+            rows = names_in(inputs, DocumentStore(self._documents)) + self.protection.separate_rows()
+        if self.accelerator.num_processes > 1:
+            rows = gather_object(rows)
+        raise NonFiniteLoss(
+            f"loss or penalty is not finite at step {self.state.global_step + 1}, before the optimiser moved; rows: "
+            f"{', '.join(rows)}. Lower learning_rate or penalty_strength, or look at these rows"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self.protection.active:
+            logs.update(self._penalty_logs())
+        super().log(logs, *args, **kwargs)
+
+    def _penalty_logs(self) -> dict[str, float]:
+        """Task loss and the protection's numbers, over the steps since the last log and all processes."""
+        numbers = self.protection.logs(self)
+        steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
+        if self._task_loss is not None:
+            numbers["task_loss"] = self.accelerator.reduce(self._task_loss, "mean").item() / steps
+            self._task_loss = None
+        return numbers
+
+
+class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
+    """TRL's SFTTrainer with `protection` and `documents`; at strength 0 it is TRL's, bit for bit."""
+
+    args: SFTConfig
+
+    def refuse_unsupported(self, *, task: bool) -> None:
+        super().refuse_unsupported(task=task)
+        if task and self.args.packing and self.args.packing_strategy != "bfd":
+            raise UserError(
+                f"packing_strategy {self.args.packing_strategy} cuts documents in two, so their references cannot be "
+                "found: write packing_strategy bfd, or penalise anchors only"
+            )
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        return {**super().checkpoint_state(), "num_tokens": self._total_train_tokens}
+
+    def load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        super().load_checkpoint_state(state)
+        # TRL starts this counter anew in a resumed run.
+        self._total_train_tokens = state["num_tokens"]
+
+
+class _StartProtection(TrainerCallback):
+    def __init__(self, trainer: ProtectedTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.start_protection()

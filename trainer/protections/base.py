@@ -1,0 +1,67 @@
+"""What every protection is to the trainer. One file per protection; each overrides only what it does.
+
+Order of calls: `prepare` (the model is the starting model; under DeepSpeed once its engine exists), `start` (before the
+first step), then per optimiser step `begin_step`, per micro-batch `separate_pass` and `task_pass`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..protected_sft_trainer import ProtectedTrainerMixin
+
+Batch = dict[str, Any]
+Collator = Callable[[list[Any]], Batch]
+Term = Callable[[], Tensor | None]
+
+
+class Protection:
+    """Plain training: the base of all protections, each of which is measured in the same way.
+
+    Attributes:
+        name: as in `protection: NAME`.
+        active: False where it would change nothing; the trainer then leaves every step to TRL.
+    """
+
+    name = "none"
+    active = False
+
+    def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """Read what is needed from the starting model."""
+
+    def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """Prove that the protection reaches the parameters (raise otherwise), leaving no trace in the run."""
+
+    def collator(self, inner: Collator) -> Collator:
+        """A collator that adds to each task batch what `task_pass` needs."""
+        return inner
+
+    def begin_step(self, trainer: "ProtectedTrainerMixin", batches: Sequence[Batch]) -> None:
+        """Look at all micro-batches of an optimiser step, e.g. to count tokens over accumulation and ranks."""
+
+    def separate_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> Tensor | None:
+        """A forward and backward pass on rows of the protection's own; its loss, detached, or None."""
+        return None
+
+    @contextmanager
+    def task_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module, inputs: Batch) -> Iterator[Term]:
+        """Surround the task's forward pass; the yielded function then gives a term to add to its loss, or None.
+
+        What `collator` added is taken out of `inputs` here.
+        """
+        yield lambda: None
+
+    def separate_rows(self) -> list[str]:
+        """Names of the rows read by the last `separate_pass`, for the message that stops a run."""
+        return []
+
+    def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:
+        """Numbers since the last call, reduced over ranks (called on all of them)."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What must not differ between a run and its resumption, as JSON values."""
+        return {"protection": self.name}
