@@ -6,8 +6,9 @@ rendered up to each assistant turn and the lengths say where the turn lies.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -23,6 +24,7 @@ Conversation = list[Message]
 Span = tuple[int, int]
 
 ROLES = ("prompt", "completion", "last_prompt", "all")
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -76,6 +78,43 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, source
     return Rendered(tuple(ids), tuple(completion), tuple(system))
 
 
+def _render_text(
+    template: str, special_tokens: Mapping[str, Any], messages: Conversation, prompt: bool = False
+) -> tuple[str, list[Span]]:
+    """Text of a conversation and the character spans that {% generation %} marks in it."""
+    marks = bool(_GENERATION.search(template))
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        add_generation_prompt=prompt,
+        return_assistant_tokens_mask=marks,
+        **special_tokens,
+    )
+    return texts[0], [(low, high) for low, high in spans[0]] if marks else []
+
+
+@lru_cache(maxsize=4096)
+def _text_before_user_turn(
+    template: str, special_tokens: tuple[tuple[str, Any], ...], system: str | None
+) -> str | None:
+    """What precedes the first user turn: one user turn is rendered twice, the difference is the turn itself."""
+    tokens = dict(special_tokens)
+    lead = [] if system is None else [{"role": "system", "content": system}]
+    user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}
+    for earlier in ([user], [user, reply]):
+        try:
+            once, shorter, longer = (
+                _render_text(template, tokens, [*lead, *turns])[0] for turns in ([user], earlier, [*earlier, user])
+            )
+        except _TEMPLATE_ERRORS:
+            # A template that refuses this order of turns may take the other one.
+            continue
+        turn = longer.removeprefix(shorter)
+        if longer.startswith(shorter) and once.endswith(turn):
+            return once[: len(once) - len(turn)]
+    return None
+
+
 class _Template:
     """Text renderings of one tokenizer's chat template."""
 
@@ -92,19 +131,11 @@ class _Template:
 
     def render(self, messages: Conversation, prompt: bool = False) -> tuple[str, list[Span]]:
         """Text and the character spans marked by {% generation %}."""
-        arguments: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.source,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.marks_generation,
-                **arguments,
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            return _render_text(self.source, self.tokenizer.special_tokens_map, messages, prompt)
+        except _TEMPLATE_ERRORS as error:
             roles = "/".join(message["role"] for message in messages)
             raise UserError(f"{self.where}the chat template refuses a row with turns {roles}: {error}") from error
-        return texts[0], [(low, high) for low, high in spans[0]] if self.marks_generation else []
 
     def turn_span(self, messages: Conversation, index: int, text: str) -> Span:
         """Character span of assistant turn `index` by comparing prefixes."""
@@ -120,26 +151,11 @@ class _Template:
     def system_span(self, messages: Conversation, text: str) -> Span:
         """Character span of the system turn, (0, 0) when there is none."""
         has_system = messages[0]["role"] == "system"
-        head = self._text_before_user_turn(messages[: int(has_system)])
+        system = messages[0]["content"] if has_system else None
+        head = _text_before_user_turn(self.source, tuple(self.tokenizer.special_tokens_map.items()), system)
         if head is not None and text.startswith(head):
             return (0, len(head)) if has_system or not self._is_bare_start(head) else (0, 0)
         return self._inserted_span(messages, text) if has_system else (0, 0)
-
-    def _text_before_user_turn(self, system: Conversation) -> str | None:
-        """What precedes the first user turn: one user turn is rendered twice, the difference is the turn itself."""
-        user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}
-        for earlier in ([user], [user, reply]):
-            try:
-                once, _ = self.render([*system, user])
-                shorter, _ = self.render([*system, *earlier])
-                longer, _ = self.render([*system, *earlier, user])
-            except UserError:
-                # A template that refuses this order of turns may take the other one.
-                continue
-            turn = longer.removeprefix(shorter)
-            if longer.startswith(shorter) and once.endswith(turn):
-                return once[: len(once) - len(turn)]
-        return None
 
     def _is_bare_start(self, head: str) -> bool:
         """Whether a row without system turn starts with nothing but a begin token."""

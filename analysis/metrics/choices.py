@@ -1,0 +1,192 @@
+"""Exact rates: the probability a model gives to classes of completions, without sampling.
+
+A class's mass is the sum of exp(log p) over its completions, each rendered as the assistant turn with its end token, so
+the completions of a row exclude each other; what no class holds is `incoherent`. An absolute probability, never a ratio
+of two: a ratio counts incoherence as if it were one of the classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from ..activations import pad, pad_id
+from ..errors import UserError
+from ..layers import find_backbone, unwrap
+from ..lm_head import token_statistics
+from ..probes import render
+from ..stats import Measurement, measurement
+
+INCOHERENT = "incoherent"
+ChoiceRow = dict[str, Any]
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PreparedChoices:
+    """Rows as token ids: for each prompt its completions, and for each completion its row and class."""
+
+    prompts: dict[Tokens, list[tuple[Tokens, int, str]]]
+    classes: list[list[str]]
+    padding: int
+
+
+def prepare_choices(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow]) -> PreparedChoices:
+    """Render every completion of every row once; the result serves any number of models with this tokenizer.
+
+    Raises:
+        UserError: a row without classes, an empty class, a completion in two classes, or one that begins another.
+    """
+    prompts: dict[Tokens, list[tuple[Tokens, int, str]]] = {}
+    classes = []
+    for number, row in enumerate(rows):
+        where = f"choices row {number}"
+        named = row.get("classes")
+        if not named or INCOHERENT in named or not all(named.values()):
+            raise UserError(f"{where}: write classes as {{name: [completions]}}, none empty, none named {INCOHERENT}")
+        classes.append(list(named))
+        seen: list[tuple[Tokens, str]] = []
+        for name, completions in named.items():
+            for text in completions:
+                prompt, completion = _split(tokenizer, [*row["messages"], _assistant(text)], where)
+                prompts.setdefault(prompt, []).append((completion, number, name))
+                seen.append((prompt + completion, text))
+        _require_exclusive(seen, where)
+    return PreparedChoices(prompts, classes, pad_id(tokenizer))
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _split(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> tuple[Tokens, Tokens]:
+    """Token ids before and in the last assistant turn."""
+    rendered = render(tokenizer, messages, source=where)
+    mask = rendered.completion_mask
+    end = max(index for index, here in enumerate(mask) if here) + 1
+    start = end
+    while start and mask[start - 1]:
+        start -= 1
+    return rendered.input_ids[:start], rendered.input_ids[start:end]
+
+
+def _require_exclusive(sequences: list[tuple[Tokens, str]], where: str) -> None:
+    ordered = sorted(sequences)
+    for (left, first), (right, second) in pairwise(ordered):
+        if right[: len(left)] == left:
+            raise UserError(
+                f"{where}: completion {first!r} is the same as, or begins, {second!r}, so its mass would count twice: "
+                "list each completion once, and use a chat template that ends the assistant turn"
+            )
+
+
+def score_choices(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 256
+) -> list[dict[str, float]]:
+    """Per row {class: probability mass, "incoherent": the rest}; see `prepare_choices` and `score_prepared`."""
+    return score_prepared(model, prepare_choices(tokenizer, rows), batch_size)
+
+
+@torch.no_grad()
+def score_prepared(model: nn.Module, prepared: PreparedChoices, batch_size: int = 256) -> list[dict[str, float]]:
+    """Per row {class: probability mass, "incoherent": the rest}, the prompt's keys and values computed once.
+
+    Args:
+        batch_size: completions in one forward pass, at least those of one prompt token length.
+    """
+    masses = [dict.fromkeys(names, 0.0) for names in prepared.classes]
+    training = model.training
+    model.eval()
+    try:
+        for prompts in _equal_length_groups(prepared, batch_size):
+            entries = [(at, entry) for at, prompt in enumerate(prompts) for entry in prepared.prompts[prompt]]
+            # Neighbours of like length waste little on padding.
+            entries.sort(key=lambda entry: len(entry[1][0]))
+            for start in range(0, len(entries), batch_size):
+                part = entries[start : start + batch_size]
+                scores = _log_probs(
+                    model, prompts, [at for at, _ in part], [entry[0] for _, entry in part], prepared.padding
+                )
+                for (_, (_, row, name)), score in zip(part, scores.double().exp().tolist(), strict=True):
+                    masses[row][name] += score
+    finally:
+        model.train(training)
+    return [{**mass, INCOHERENT: 1.0 - sum(mass.values())} for mass in masses]
+
+
+def _equal_length_groups(prepared: PreparedChoices, batch_size: int) -> list[list[Tokens]]:
+    """Prompts of equal token length together, so that their caches need no padding, about `batch_size` completions."""
+    groups: list[list[Tokens]] = []
+    held = 0
+    for prompt in sorted(prepared.prompts, key=len):
+        size = len(prepared.prompts[prompt])
+        if not groups or len(groups[-1][0]) != len(prompt) or held + size > batch_size:
+            groups.append([])
+            held = 0
+        groups[-1].append(prompt)
+        held += size
+    return groups
+
+
+def _log_probs(
+    model: nn.Module, prompts: list[Tokens], owners: list[int], completions: list[Tokens], padding: int
+) -> Tensor:
+    """Log-probability [N] of each completion after the prompt it belongs to, all prompts of one length."""
+    backbone, device = find_backbone(model), next(model.parameters()).device
+    # An empty cache of the model's own kind: some architectures keep a sliding window in some layers.
+    cache = DynamicCache(config=unwrap(model).config)
+    start = backbone(input_ids=torch.tensor(prompts, device=device), past_key_values=cache, use_cache=True)
+    owner = torch.tensor(owners, device=device)
+    cache.reorder_cache(owner)
+    ids, attention = pad(completions, padding, device)
+    states = start.last_hidden_state[owner, -1:]
+    if ids.shape[1] > 1:
+        before = torch.ones(len(owners), len(prompts[0]), dtype=attention.dtype, device=device)
+        # The last token of a completion is predicted, never read.
+        after = backbone(
+            input_ids=ids[:, :-1],
+            attention_mask=torch.cat([before, attention[:, :-1]], dim=1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states = torch.cat([states, after.last_hidden_state], dim=1)
+    counted = attention.bool()
+    log_probs, _ = token_statistics(model, states[counted], ids[counted], entropy=False)
+    return torch.zeros(ids.shape, device=device).masked_scatter(counted, log_probs).sum(1)
+
+
+def choice_rates(
+    rows: Sequence[ChoiceRow], masses: Sequence[dict[str, float]], seed: int = 0
+) -> dict[str, dict[str, dict[str, Measurement]]]:
+    """{"split" | "domain": {group: {class: mean mass with interval}}} over the rows that name a class.
+
+    Intervals are clustered by domain and topic where rows name a topic, else by domain (by row without either).
+    """
+    rates: dict[str, dict[str, dict[str, Measurement]]] = {}
+    for key in ("split", "domain"):
+        for group in dict.fromkeys(row[key] for row in rows if key in row):
+            inside = [number for number, row in enumerate(rows) if row.get(key) == group]
+            names = dict.fromkeys(name for number in inside for name in masses[number])
+            rates.setdefault(key, {})[str(group)] = {
+                name: _mean_mass(rows, masses, [n for n in inside if name in masses[n]], name, seed) for name in names
+            }
+    return rates
+
+
+def _mean_mass(
+    rows: Sequence[ChoiceRow], masses: Sequence[dict[str, float]], inside: list[int], name: str, seed: int
+) -> Measurement:
+    clusters = [_cluster(rows[number], number) for number in inside]
+    if len(set(clusters)) == 1:
+        clusters = [str(number) for number in inside]
+    return measurement([masses[number][name] for number in inside], clusters=clusters, seed=seed)
+
+
+def _cluster(row: ChoiceRow, number: int) -> str:
+    if "topic" in row or "domain" in row:
+        return f"{row.get('domain', '')}/{row.get('topic', '')}"
+    return str(number)
