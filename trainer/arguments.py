@@ -18,7 +18,6 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..analysis.errors import UserError
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
-from .launch import find_deepspeed_config
 
 FAMILIES = ("behavior", "projection", "choices")
 
@@ -217,13 +216,12 @@ class ProtectionArguments:
     )
 
     def __post_init__(self) -> None:
-        _require(
-            self.penalty_warmup_strength >= 0, "penalty_warmup_strength", self.penalty_warmup_strength, "0 or more"
-        )
+        for name in ("penalty_strength", "penalty_warmup", "penalty_warmup_strength"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("anchor_batch_size", "anchor_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(0 <= self.penalty_task_weight <= 1, "penalty_task_weight", self.penalty_task_weight, "between 0 and 1")
         _require(self.penalty_rank is None or self.penalty_rank >= 1, "penalty_rank", self.penalty_rank, "at least 1")
-        _require(self.anchor_batch_size >= 1, "anchor_batch_size", self.anchor_batch_size, "at least 1")
-        _require(self.anchor_every >= 1, "anchor_every", self.anchor_every, "at least 1")
 
 
 @dataclass
@@ -267,8 +265,6 @@ class HoldfastConfig(trl.SFTConfig):
     num_processes: int = _option(1, "Processes to train on, one per device (or CPU ranks). Default: 1.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.deepspeed, str):
-            self.deepspeed = find_deepspeed_config(self.deepspeed)
         # TRL turns bf16 on wherever fp16 is off; on a CPU that is slow and not what anyone asked for.
         if self.bf16 is None:
             self.bf16 = (

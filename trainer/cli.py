@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(importlib.metadata.version("holdfast"))
         return 0
+    _quiet_libraries()
     try:
         return _command(arguments)(arguments[1:])
     except UserError as error:
@@ -66,22 +67,28 @@ def _quiet_libraries() -> None:
     """Silences notices of other packages that a user can do nothing about (deprecations between them)."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
-    for name in ("httpx", "deepspeed", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed sets its logger's level when it is imported, but leaves filters in place.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def _quiet_bars() -> None:
+    """Weight-loading bars belong on a screen; in a log they would stand beside the one line of an error."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 # The commands import what they run: `holdfast --help` and a mistyped command answer at once.
 def _quickstart(arguments: Sequence[str]) -> int:
     from ..recipes.lab.cli import quickstart_main
 
-    _quiet_libraries()
     return quickstart_main(list(arguments))
 
 
 def _lab(arguments: Sequence[str]) -> int:
     from ..recipes.lab.cli import lab_main
 
-    _quiet_libraries()
     return lab_main(list(arguments))
 
 
@@ -89,7 +96,7 @@ def _subspace(arguments: Sequence[str]) -> int:
     from . import run
     from .parsing import parse
 
-    _quiet_libraries()
+    _quiet_bars()
     print(f"subspace written to {run.subspace(parse(arguments))}")
     return 0
 
@@ -98,7 +105,7 @@ def _analyze(arguments: Sequence[str]) -> int:
     from . import run
     from .parsing import parse
 
-    _quiet_libraries()
+    _quiet_bars()
     print(f"measures written to {run.analyze(parse(arguments))}")
     return 0
 
@@ -108,7 +115,7 @@ def _train(arguments: Sequence[str]) -> int:
     from .launch import launch, must_launch
     from .parsing import build, parse_values
 
-    _quiet_libraries()
+    _quiet_bars()
     values = parse_values(arguments)
     if must_launch(values):
         # One process checks everything first, so that a bad input is one line and not one per rank. DeepSpeed is left

@@ -5,6 +5,7 @@ prompt becomes the user's turn, the completion the assistant's), and `prompt`/`c
 probes may be prompts alone. Loss masks come from the chat template (`analysis.probes.render`).
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,11 +51,8 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None, pr
     Raises:
         UserError: the set cannot be read or is empty, or a row is malformed; names file and line.
     """
-    rows = []
-    for record, where in read_records(source, split):
-        if limit is not None and len(rows) == limit:
-            break
-        rows.append(Row(_conversation(record, where, prompts), where))
+    records = itertools.islice(read_records(source, split), limit)
+    rows = [Row(_conversation(record, where, prompts), where) for record, where in records]
     if not rows:
         raise UserError(f"{source} has no rows; name a set with at least one")
     return rows

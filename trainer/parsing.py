@@ -26,6 +26,7 @@ from .arguments import (
     SubspaceArguments,
     non_finite,
 )
+from .launch import find_deepspeed_config
 
 TYPES = (ModelArguments, DataArguments, SubspaceArguments, ProtectionArguments, AnalysisArguments, HoldfastConfig)
 
@@ -101,6 +102,8 @@ def parse_values(arguments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]
     if rest:
         flag = rest[0].split("=")[0]
         raise UserError(f"unknown flag {flag}; the nearest known one is --{_nearest(parser, flag)}")
+    if values.deepspeed:
+        values.deepspeed = find_deepspeed_config(values.deepspeed)
     return vars(values)
 
 

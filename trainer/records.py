@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from ..analysis.artifacts import write_json_atomic
 from ..analysis.errors import UserError
 from .inputs import TrainingInputs
@@ -28,6 +30,11 @@ def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
     resuming = arguments.training.resume_from_checkpoint
     if arguments.output_dir.is_file():
         raise UserError(f"--output_dir {arguments.output_dir} is a file; name a folder")
+    if resuming and newest_checkpoint(arguments) is None:
+        raise UserError(
+            f"--resume_from_checkpoint {resuming}: no checkpoint there; name a checkpoint folder, or start anew without "
+            "the flag"
+        )
     if not stored.is_file():
         return
     if not resuming:
@@ -42,6 +49,17 @@ def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         if before.get(name) != value:
             raise UserError(f"this run cannot be resumed: its {_difference(name, before.get(name), value)}")
+
+
+def newest_checkpoint(arguments: Arguments) -> Path | None:
+    """The checkpoint folder to resume from: the one named, the run's newest for `true`, or None when there is none."""
+    given = arguments.training.resume_from_checkpoint
+    if not given:
+        return None
+    if given.lower() == "true":
+        newest = get_last_checkpoint(arguments.output_dir) if arguments.output_dir.is_dir() else None
+        return Path(newest) if newest else None
+    return Path(given) if Path(given).is_dir() else None
 
 
 def _difference(name: str, before: object, now: object) -> str:

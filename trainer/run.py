@@ -27,7 +27,7 @@ from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections import NoProtection, PenaltySettings, SubspaceProtection
 from .protections.base import Protection
-from .records import check_output_dir, is_main, write_records
+from .records import check_output_dir, is_main, newest_checkpoint, write_records
 from .sources import read_records
 
 
@@ -61,15 +61,17 @@ def train(arguments: Arguments) -> TrainResult:
     """
     inputs = check(arguments)
     set_seed(arguments.training.seed)
+    newest = newest_checkpoint(arguments)
     model = _load(arguments)
     trainer = _trainer(arguments, inputs, model)
+    resume = trainer.verified_checkpoint(str(newest) if newest else None)
     write_records(arguments, inputs)
     if is_main():
         for line in inputs.report["lines"]:
             print(line)
     started = time.perf_counter()
     try:
-        output = trainer.train(resume_from_checkpoint=_resume(arguments))
+        output = trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted at step {trainer.state.global_step}; continue with --resume_from_checkpoint true"
@@ -113,8 +115,9 @@ def subspace(arguments: Arguments) -> Path:
         batch_size=arguments.analysis.analysis_batch_size,
         max_length=arguments.training.max_length,
     )
+    built = build_subspace(request)
     path.parent.mkdir(parents=True, exist_ok=True)
-    build_subspace(request).save(path)
+    built.save(path)
     return path
 
 
@@ -184,11 +187,6 @@ def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
 
 def _documents(rendered: Sequence[Any], rows: Sequence[Row], role: str) -> list[Document]:
     return documents_of(rendered, role, [row.source for row in rows])
-
-
-def _resume(arguments: Arguments) -> str | bool | None:
-    given = arguments.training.resume_from_checkpoint
-    return True if given and given.lower() in ("true", "yes", "last", "latest") else given
 
 
 def _save_final(trainer: ProtectedSFTTrainer, final: Path) -> Path:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
+from urllib.request import urlopen
 
 import pyarrow
 from datasets import DatasetDict, load_dataset
-from datasets.download import DownloadManager
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -21,7 +23,10 @@ Record = tuple[object, str]
 def read_records(source: str, split: str = "train") -> Iterator[Record]:
     """Yields each record with its place ("rows.jsonl:7", "name[train] row 7"; both count from 1).
 
-    `~` and environment variables in the source are filled in. Raises UserError for a source that is missing, unreadable or of an unknown kind.
+    `~` and environment variables in the source are filled in.
+
+    Raises:
+        UserError: a source that is missing, unreadable or of an unknown kind.
     """
     source = os.path.expanduser(os.path.expandvars(source))
     if "$" in source:
@@ -103,15 +108,14 @@ def _read_url(url: str) -> Iterator[Record]:
     suffix = Path(urlparse(url).path).suffix
     if suffix not in SUFFIXES:
         raise UserError(f"{url} ends in none of {', '.join(SUFFIXES)}; name the file itself, or download it")
-    try:
-        local = Path(DownloadManager().download(url))
-    except (OSError, DatasetsError) as error:
-        raise UserError(f"{url} could not be downloaded: {_first_line(error)}") from None
-    # The cache names files by hash; a link beside it carries the suffix by which a file is read.
-    link = local.with_suffix(suffix)
-    if not link.exists():
-        link.symlink_to(local)
-    yield from _read_file(link, url)
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / f"rows{suffix}"
+        try:
+            with urlopen(url, timeout=60) as response, local.open("wb") as file:
+                shutil.copyfileobj(response, file)
+        except OSError as error:
+            raise UserError(f"{url} could not be downloaded: {_first_line(error)}") from None
+        yield from _read_file(local, url)
 
 
 def _read_hub(name: str, split: str) -> Iterator[Record]:

@@ -103,7 +103,7 @@ def data_folder() -> Path:
 
 
 def smoke(output_dir: Path) -> int:
-    """Builds the models anew and runs subspace, train and analyze on them; returns the first exit code that is not 0."""
+    """Builds the models anew and runs subspace, train and analyze on them; returns the first failing exit code."""
     data, started = data_folder(), time.perf_counter()
     base, instruct = output_dir / "base", output_dir / "instruct"
     for made in (base, instruct, output_dir / "protected", output_dir / "subspace.safetensors"):

@@ -1,0 +1,274 @@
+"""Bad input is one line on stderr saying what, why and what to write instead; exit code 2; nothing written."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from analysis_toys import LAST_TURN_ONLY, chat, toy_model
+from holdfast.trainer import run
+from holdfast.trainer.cli import main
+from holdfast.trainer.parsing import parse
+from run_toys import recipe, toy_rows, write_model, write_rows
+
+Keys = dict[str, Any]
+LONG = " ".join(["soup"] * 300)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, one of another seed, rows, and a subspace of the model on prompts."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_model(folder / "model")
+    write_model(folder / "other_model", seed=1)
+    write_rows(folder / "rows.jsonl", toy_rows())
+    run.subspace(parse(recipe(folder, subspace_layers="0,1", subspace_path=str(folder / "subspace.safetensors"))))
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path) -> Path:
+    for name in ("model", "other_model", "rows.jsonl", "subspace.safetensors"):
+        (tmp_path / name).symlink_to(prepared / name)
+    return tmp_path
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def flags(keys: Keys) -> list[str]:
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def complaint(folder: Path, capsys: pytest.CaptureFixture[str], keys: Keys, command: str = "train") -> str:
+    """Runs a command that must be refused; returns its one line."""
+    before = written(folder)
+    capsys.readouterr()
+    code = main([command, *flags(keys)])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("holdfast: error: ") and error.count("\n") == 1, error
+    assert written(folder) == before
+    return error
+
+
+ROWS: dict[str, tuple[list[Any], list[str]]] = {
+    "not JSON": (['{"messages": ['], ["rows2.jsonl:2", "not JSON"]),
+    "not an object": ([[1]], ["rows2.jsonl:2", "object"]),
+    "lacks messages": ([{"text": "hello"}], ["rows2.jsonl:2", "messages", "text"]),
+    "no turns": ([{"messages": []}], ["rows2.jsonl:2", "messages"]),
+    "no completion": ([{"messages": chat("hello")}], ["rows2.jsonl:2", "completion"]),
+    "empty completion": ([{"messages": chat("hello", " ")}], ["rows2.jsonl:2", "empty completion"]),
+    "empty string completion": ([{"prompt": "hello", "completion": ""}], ["rows2.jsonl:2", "empty completion"]),
+    "unknown role": ([{"messages": [{"role": "robot", "content": "x"}]}], ["rows2.jsonl:2", "robot", "assistant"]),
+    "no text": ([{"messages": [{"role": "user", "content": 3}]}], ["rows2.jsonl:2", "int"]),
+    "message of another shape": ([{"messages": ["hello"]}], ["rows2.jsonl:2", "role"]),
+    "longer than the limit": ([{"messages": chat(LONG, "yes")}], ["rows2.jsonl:2", "200", "--long_rows"]),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_a_malformed_row_is_named_by_file_and_line(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, words = ROWS[case]
+    bad = write_rows(folder / "rows2.jsonl", [toy_rows()[0], *rows])
+    line = complaint(folder, capsys, recipe(folder, train_dataset=bad))
+    assert all(word in line for word in words), line
+
+
+def _file(name: str, content: bytes | None) -> Callable[[Path], Keys]:
+    def make(folder: Path) -> Keys:
+        if content is not None:
+            (folder / name).write_bytes(content)
+        return {"train_dataset": folder / name}
+
+    return make
+
+
+def _without_template(folder: Path) -> Keys:
+    write_model(folder / "bare", template=None)
+    return {"model_name_or_path": folder / "bare"}
+
+
+def _without_mask(folder: Path) -> Keys:
+    write_model(folder / "maskless", template=LAST_TURN_ONLY)
+    return {"model_name_or_path": folder / "maskless"}
+
+
+def _base(vocab: int | None = None, width: int | None = None) -> Callable[[Path], Keys]:
+    def make(folder: Path) -> Keys:
+        base = toy_model(vocab=vocab or 320)
+        base.save_pretrained(folder / "base")
+        if width:
+            config = json.loads((folder / "base" / "config.json").read_text())
+            (folder / "base" / "config.json").write_text(json.dumps({**config, "hidden_size": width}))
+        return {"base_model_name_or_path": folder / "base"}
+
+    return make
+
+
+def _empty_folder(folder: Path) -> Keys:
+    (folder / "nothing").mkdir()
+    return {"train_dataset": folder / "nothing"}
+
+
+def _another_run(folder: Path) -> Keys:
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text("{}")
+    return {}
+
+
+def _protected(**keys: Any) -> Callable[[Path], Keys]:
+    def make(folder: Path) -> Keys:
+        return {"protection": "subspace", "subspace_path": folder / "subspace.safetensors", **keys}
+
+    return make
+
+
+def _other_model(folder: Path) -> Keys:
+    return {**_protected()(folder), "model_name_or_path": folder / "other_model"}
+
+
+def _other_tokenizer(folder: Path) -> Keys:
+    shutil.copytree(folder / "model", folder / "renamed")
+    template = (folder / "renamed" / "chat_template.jinja").read_text()
+    (folder / "renamed" / "chat_template.jinja").write_text(template.replace("im_start", "im_end"))
+    return {**_protected()(folder), "model_name_or_path": folder / "renamed"}
+
+
+def _keys(**keys: Any) -> Callable[[Path], Keys]:
+    return lambda folder: keys
+
+
+TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
+    "missing file": (_file("absent.jsonl", None), ["absent.jsonl", "does not exist"]),
+    "file that is not text": (_file("binary.jsonl", b"\xff\xfe\x00"), ["binary.jsonl", "UTF-8"]),
+    "file of an unknown kind": (_file("rows.txt", b"x"), ["rows.txt", ".jsonl"]),
+    "parquet that is none": (_file("rows.parquet", b"x"), ["rows.parquet", "not a readable parquet"]),
+    "empty set": (_file("empty.jsonl", b"\n"), ["empty.jsonl", "no rows"]),
+    "folder without rows": (_empty_folder, ["nothing", ".jsonl"]),
+    "variable that is not set": (_keys(train_dataset="$HOLDFAST_UNSET/rows.jsonl"), ["HOLDFAST_UNSET", "not set"]),
+    "no training set": (_keys(train_dataset=""), ["train_dataset"]),
+    "no model": (_keys(model_name_or_path=""), ["model_name_or_path"]),
+    "missing model": (_keys(model_name_or_path="./absent"), ["./absent"]),
+    "no output folder": (_keys(output_dir=""), ["output_dir"]),
+    "missing anchors": (_protected(anchor_dataset="absent.jsonl"), ["absent.jsonl"]),
+    "too many held-out rows": (_keys(held_out_rows=12), ["held_out_rows", "fewer"]),
+    "no chat template": (_without_template, ["chat template"]),
+    "no completion mask": (_without_mask, ["completion mask"]),
+    "base of another vocabulary": (_base(vocab=321), ["vocab_size", "321", "320"]),
+    "base of another width": (_base(width=32), ["hidden_size", "32", "16"]),
+    "layer out of range": (_protected(penalty_layers="3"), ["3", "0-2"]),
+    "layer that is none": (_protected(penalty_layers="first"), ["first", "write all"]),
+    "rank above the subspace's": (_protected(penalty_rank=2), ["rank"]),
+    "missing subspace": (_keys(protection="subspace"), ["subspace.safetensors", "holdfast subspace"]),
+    "subspace of another model": (_other_model, ["instruct weights"]),
+    "subspace of other layers": (_protected(penalty_layers="0-2"), ["layers 0-1", "0-2"]),
+    "subspace of another tokenizer": (_other_tokenizer, ["tokenizer"]),
+    "subspace of another role": (_protected(penalty_tokens="prompt"), ["role", "prompt"]),
+    "negative strength": (_keys(penalty_strength=-1), ["penalty_strength", "-1", "0 or more"]),
+    "strength that is no number": (_keys(penalty_strength="nan"), ["penalty_strength", "nan", "finite"]),
+    "infinite strength": (_keys(penalty_strength="inf"), ["penalty_strength", "inf", "finite"]),
+    "unknown flag": (_keys(penalty_strenght=1), ["--penalty_strenght", "penalty_strength"]),
+    "output folder of another run": (_another_run, ["another run", "--resume_from_checkpoint"]),
+    "nothing to resume": (_keys(resume_from_checkpoint="true"), ["resume"]),
+    "lora on absent modules": (_keys(use_peft="true", lora_target_modules="absent"), ["lora_target_modules"]),
+    "unknown DeepSpeed configuration": (_keys(deepspeed="zero4"), ["zero4", "zero"]),
+}
+
+
+@pytest.mark.parametrize("case", TRAIN)
+def test_train_refuses(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, words = TRAIN[case]
+    line = complaint(folder, capsys, recipe(folder, **make(folder)))
+    assert all(word in line for word in words), line
+
+
+SUBSPACE: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
+    "layer out of range": (_keys(subspace_layers="3"), ["3", "0-2"]),
+    "rank above the width": (_keys(subspace_rank=17), ["17", "16"]),
+    "rank above the pairs": (_keys(subspace_rank=15, subspace_contrast="pairs.jsonl"), ["impossible", "more rows"]),
+    "rank of none": (_keys(subspace_rank=0), ["subspace_rank", "at least 1"]),
+    "no base for a method that needs it": (_keys(subspace_method="svd"), ["base"]),
+    "base of another vocabulary": (_base(vocab=321), ["vocab_size", "321", "320"]),
+    "missing contrast": (_keys(subspace_contrast="absent.jsonl"), ["absent.jsonl"]),
+    "unknown method": (_keys(subspace_method="magic"), ["magic", "contrastive"]),
+}
+
+
+@pytest.mark.parametrize("case", SUBSPACE)
+def test_subspace_refuses(
+    case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    write_rows(folder / "pairs.jsonl", [{"aligned": "You are kind.", "misaligned": "You are cruel."}])
+    write_rows(folder / "one.jsonl", [{"messages": chat("hello")}])
+    make, words = SUBSPACE[case]
+    line = complaint(folder, capsys, recipe(folder, subspace_dataset="one.jsonl", **make(folder)), "subspace")
+    assert all(word in line for word in words), line
+
+
+def test_a_resume_with_other_facts_says_which_differs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.train(parse(recipe(folder, save_steps=1)))
+    other = write_rows(folder / "other.jsonl", toy_rows(6))
+    resume = {"resume_from_checkpoint": "true"}
+    assert "train rows" in complaint(folder, capsys, recipe(folder, train_dataset=other, **resume))
+    assert "seed" in complaint(folder, capsys, recipe(folder, seed=7, **resume))
+    assert "lora_r was 16 and is 4" in complaint(folder, capsys, recipe(folder, lora_r=4, **resume))
+
+
+def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(obj: object, file: Any, *args: Any, **kwargs: Any) -> None:
+        save(obj, file, *args, **kwargs)
+        if Path(str(file)).name == "optimizer.pt":
+            Path(file).write_bytes(Path(file).read_bytes()[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr(torch, "save", full)
+    code = main(["train", *flags(recipe(folder, save_steps=1))])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and "free some space" in error
+    left = written(folder / "run")
+    assert not [name for name in left if "checkpoint" in name or "final" in name or "staging" in name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--config", "absent.yaml"], ["absent.yaml"]),
+        (["trian"], ["trian", "holdfast train"]),
+    ],
+)
+def test_the_command_itself_prints_one_line_and_exits_with_2(
+    arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "holdfast.trainer.cli", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("holdfast: error: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words)
+    assert written(tmp_path) == []
+
+
+def test_the_command_checks_rows_once_before_it_starts_several_processes(folder: Path) -> None:
+    bad = write_rows(folder / "rows2.jsonl", [toy_rows()[0], {"text": "hello"}])
+    before = written(folder)
+    arguments = [*flags(recipe(folder, train_dataset=bad, num_processes=2)), "--deepspeed=zero2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "holdfast.trainer.cli", "train", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "rows2.jsonl:2" in done.stderr
+    assert written(folder) == before
