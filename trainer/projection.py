@@ -65,11 +65,12 @@ class ResidualProjector:
 
 
 class Projections:
-    """Vᵀh of the last forward pass, by layer."""
+    """Vᵀh of the last forward pass, by layer; `zero` is to be added to a loss on them (see `run_blocks`)."""
 
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
         self.by_layer: dict[int, Tensor] = {}
+        self.zero: Tensor | None = None
 
     def take(self, layer: int, projection_BTk: Tensor) -> None:
         self.by_layer[layer] = projection_BTk

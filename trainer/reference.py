@@ -27,21 +27,23 @@ logger = logging.get_logger(__name__)
 KINDS = ("auto", "cached", "adapter_off", "frozen")
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
                 "max_length_k", "seq_idx")  # fmt: skip
+FUSED_INPUTS = ("labels", "fused_lm_head")
 # Tokens a forward pass of the cache reads at most; rows are sorted by length, so little of it is padding.
 CACHE_BATCH_TOKENS = 8192
 
-Forward = Callable[[Batch], Any]
+RunBlocks = Callable[[nn.Module, Batch], Any]
 
 
-def run_blocks(model: nn.Module, inputs: Batch) -> None:
-    """One forward pass for its block outputs alone; the wrapped model runs, so that DDP and ZeRO see every pass.
+def run_blocks(model: nn.Module, inputs: Batch) -> Any:
+    """One forward pass for its block outputs alone, giving the model's output; the wrapped model runs, so that DDP and ZeRO see every pass.
 
-    `logits_to_keep=1` leaves the LM head one position a row.
+    `logits_to_keep=1` leaves the LM head one position a row; `fused_lm_head` asks for TRL's head instead.
     """
-    kept = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
-    if _limits_logits(type(unwrap(model))):
+    names = MODEL_INPUTS + FUSED_INPUTS if "fused_lm_head" in inputs else MODEL_INPUTS
+    kept = {name: inputs[name] for name in names if name in inputs}
+    if "fused_lm_head" not in inputs and _limits_logits(type(unwrap(model))):
         kept["logits_to_keep"] = 1
-    model(**kept, use_cache=False)
+    return model(**kept, use_cache=False)
 
 
 @functools.cache
@@ -107,13 +109,13 @@ class CachedReference:
 class AdapterOffReference:
     """The same model with its adapters off: one more forward pass without gradient."""
 
-    def __init__(self, model: nn.Module, projector: ResidualProjector) -> None:
-        self.model, self.projector = model, projector
+    def __init__(self, model: nn.Module, projector: ResidualProjector, run: RunBlocks) -> None:
+        self.model, self.projector, self.run = model, projector, run
 
     def __call__(self, batch: Batch) -> Tensor:
         """[L, B, T, k]."""
         with starting_model(self.model), self.projector.watching() as seen:
-            run_blocks(self.model, batch)
+            self.run(self.model, batch)
         return seen.stacked()
 
 
@@ -121,7 +123,10 @@ class FrozenReference:
     """A second copy of the starting model, which never trains."""
 
     def __init__(self, model: nn.Module, projector: ResidualProjector, accelerator: Accelerator) -> None:
-        self.model, self.projector, self.accelerator = model.eval().requires_grad_(False), projector, accelerator
+        self.model, self.projector, self.accelerator = model, projector, accelerator
+        # One by one: DeepSpeed's engine does not return itself.
+        model.eval()
+        model.requires_grad_(False)
 
     def __call__(self, batch: Batch) -> Tensor:
         """[L, B, T, k]."""
@@ -137,8 +142,9 @@ class ReferenceCache:
     """Fills document stores with reference projections and keeps them on disk, named by what they depend on.
 
     Args:
-        model: the model as wrapped for training, at its starting weights (adapters are turned off).
+        model: the model in training, at its starting weights (adapters are turned off).
         projector: hooks on its blocks.
+        run: how its blocks are run.
         accelerator: documents are shared out over its processes.
         facts: what the values depend on beside the documents (subspace, starting model).
         folder: where they are kept; None keeps them in memory.
@@ -146,10 +152,10 @@ class ReferenceCache:
     """
 
     def __init__(
-        self, model: nn.Module, projector: ResidualProjector, accelerator: Accelerator, *,
+        self, model: nn.Module, projector: ResidualProjector, run: RunBlocks, accelerator: Accelerator, *,
         facts: dict[str, Any], folder: Path | None, trained: bool,
     ) -> None:  # fmt: skip
-        self.model, self.projector, self.accelerator = model, projector, accelerator
+        self.model, self.projector, self.run, self.accelerator = model, projector, run, accelerator
         self.facts, self.folder, self.trained = facts, folder, trained
 
     def fill(self, store: DocumentStore) -> None:
@@ -209,7 +215,7 @@ class ReferenceCache:
             inputs = {name: batch[name].to(self.accelerator.device) for name in MODEL_INPUTS if name in batch}
             # The Trainer casts the forward pass only later, when it prepares the model.
             with starting_model(self.model), self.accelerator.autocast(), self.projector.watching() as seen:
-                run_blocks(self.model, inputs)
+                self.run(self.model, inputs)
             found_BTLk = seen.stacked().permute(1, 2, 0, 3).cpu()
             if values is None:
                 values = found_BTLk.new_zeros(len(store.ids), *found_BTLk.shape[2:])

@@ -48,7 +48,8 @@ def prove_alive(
             if cut:
                 raise UserError(_dead(cut, "no graph reaches them (re-entrant checkpointing around the hook)"))
             with discarded_gradients(model) as largest:
-                trainer.backward_alone(values.mean() if number == 0 else values[0])
+                loss = values.mean() if number == 0 else values[0]
+                trainer.backward_alone(loss if seen.zero is None else loss + seen.zero)
             if not any(bool(size > 0) for size in largest):
                 cause = "no parameter trained at or below that layer" if number else "no parameter gets a gradient"
                 raise UserError(_dead(chosen, cause))

@@ -28,7 +28,6 @@ from ..reference import (
     choose_kind,
     digest_of,
     peft_model,
-    run_blocks,
 )
 from .base import Batch, Collator, Protection, Term
 from .proof import prove_alive
@@ -112,7 +111,7 @@ class SubspaceProtection(Protection):
         projector = self._projector
         assert projector is not None
         if kind == "adapter_off":
-            return AdapterOffReference(model, projector)
+            return AdapterOffReference(model, projector, trainer.run_blocks)
         if kind == "frozen":
             assert self._reference_model is not None
             frozen = trainer.place_reference(self._reference_model)
@@ -120,7 +119,7 @@ class SubspaceProtection(Protection):
             return FrozenReference(frozen, watched, trainer.accelerator)
         assert store is not None
         cache = ReferenceCache(
-            model, projector, trainer.accelerator, facts=self._cache_facts(), folder=self._cache_dir,
+            model, projector, trainer.run_blocks, trainer.accelerator, facts=self._cache_facts(), folder=self._cache_dir,
             trained=peft_model(model) is None and trainer.state.global_step > 0,
         )  # fmt: skip
         cache.fill(store)
@@ -133,7 +132,7 @@ class SubspaceProtection(Protection):
         for part in self.settings.weights:
             batch = self._proof_batch(trainer, part)
             prove_alive(
-                trainer, model, self.layers, lambda batch=batch: self._watch(model, batch),
+                trainer, model, self.layers, lambda batch=batch: self._watch(trainer, model, batch),
                 lambda projected, batch=batch: self._shifted(projected, batch[PENALTY_MASK]),
             )  # fmt: skip
 
@@ -149,10 +148,10 @@ class SubspaceProtection(Protection):
             raise UserError(f"the {part} rows have no token of role {self.subspace.provenance.role!r}: add some")
         return trainer.to_device(batch)
 
-    def _watch(self, model: nn.Module, batch: Batch) -> Projections:
+    def _watch(self, trainer: "ProtectedTrainerMixin", model: nn.Module, batch: Batch) -> Projections:
         assert self._projector is not None
         with self._projector.watching() as seen:
-            run_blocks(model, batch)
+            seen.zero = trainer.run_blocks(model, batch)
         return seen
 
     def _shifted(self, projected_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
@@ -198,9 +197,11 @@ class SubspaceProtection(Protection):
         reference_LBTk = self._references["anchors"](batch)
         # Gradients stay on this rank until the task's backward pass, which synchronises both.
         with trainer.accelerator.no_sync(model):
-            term = self._term("anchors", self._watch(model, batch).stacked(), reference_LBTk, batch[PENALTY_MASK])
+            seen = self._watch(trainer, model, batch)
+            term = self._term("anchors", seen.stacked(), reference_LBTk, batch[PENALTY_MASK])
             # Ranks' gradients are averaged, the penalty is a sum over ranks.
-            trainer.backward_alone(term * trainer.accelerator.num_processes)
+            loss = term * trainer.accelerator.num_processes
+            trainer.backward_alone(loss if seen.zero is None else loss + seen.zero)
         return term.detach()
 
     @contextmanager

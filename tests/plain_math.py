@@ -1,0 +1,79 @@
+"""The loss of PROTECTION.md written out row by row in float64, as the tests' own expectation: no padding, no batches."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from holdfast.analysis.subspace import Subspace
+from holdfast.trainer.documents import Document
+from torch import Tensor, nn
+
+Blocks = Sequence[nn.Module]
+
+
+def block_outputs(model: nn.Module, blocks: Blocks, ids: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Logits [T, V] and each block's output [T, d] of one row."""
+    seen: list[Tensor] = []
+    handles = [b.register_forward_hook(lambda _m, _a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+               for b in blocks]  # fmt: skip
+    logits = model(input_ids=torch.tensor([list(ids)])).logits
+    for handle in handles:
+        handle.remove()
+    return logits[0], [hidden[0] for hidden in seen]
+
+
+def plain_penalty(
+    model: nn.Module, start: nn.Module, find_blocks, documents: Sequence[Document], subspace: Subspace
+) -> Tensor:
+    """1/|L| Σ_l Σ_{x,t} m ‖V_lᵀ(h^θ - h^I)‖² / s_l / Σ m."""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for document in documents:
+        _, now = block_outputs(model, find_blocks(model), document.input_ids)
+        with torch.no_grad():
+            _, then = block_outputs(start, find_blocks(start), document.input_ids)
+        for layer, basis in subspace.bases.items():
+            for position, counts in enumerate(document.mask):
+                if counts:
+                    moved = basis.double().T @ (now[layer][position] - then[layer][position])
+                    total = total + (moved @ moved) / subspace.scales[layer] / len(subspace.bases)
+        tokens += sum(document.mask)
+    return total / tokens
+
+
+def plain_cross_entropy(model: nn.Module, documents: Sequence[Document]) -> Tensor:
+    """Mean over all completion tokens of all rows (the documents' masks mark completions)."""
+    losses = []
+    for document in documents:
+        logits = model(input_ids=torch.tensor([list(document.input_ids)])).logits[0]
+        for position, counts in enumerate(document.mask[1:]):
+            if counts:
+                losses.append(-logits[position].log_softmax(-1)[document.input_ids[position + 1]])
+    return torch.stack(losses).mean()
+
+
+def plain_training(
+    model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document], anchors: Sequence[Document],
+    weights: dict[str, float], strength: float, steps: int, learning_rate: float,
+) -> nn.Module:  # fmt: skip
+    """Full-batch SGD on cross-entropy + strength x penalty; gives the trained float64 copy."""
+    trained, start = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    parts = {"task": task, "anchors": anchors}
+    for _ in range(steps):
+        loss = plain_cross_entropy(trained, task)
+        for part, weight in weights.items():
+            loss = loss + strength * weight * plain_penalty(trained, start, find_blocks, parts[part], subspace)
+        trained.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.grad is not None:
+                    parameter -= learning_rate * parameter.grad
+    return trained
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """‖Δ_found - Δ_expected‖ / ‖Δ_expected‖ of the weights' change from the start."""
+    names = [name for name in expected if not torch.equal(expected[name].double(), start[name].double())]
+    wanted = torch.cat([(expected[n].double() - start[n].double()).flatten() for n in names])
+    got = torch.cat([(found[n].double() - start[n].double()).flatten() for n in names])
+    return float((got - wanted).norm() / wanted.norm())

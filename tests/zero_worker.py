@@ -1,0 +1,104 @@
+"""Many training cases in one launch of several CPU ranks: `torchrun --nproc_per_node 2 tests/zero_worker.py OUT`.
+
+Each case leaves OUT/<case>/{weights.safetensors,result.json}; the tests compare them with plain math.
+"""
+
+import copy
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from analysis_toys import toy_model
+from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from trainer_toys import anchor_documents, task_documents, toy_subspace, trainer_of
+from transformers import PreTrainedModel
+
+CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+STEPS, LEARNING_RATE, STRENGTH = 3, 0.02, 2.0
+
+
+def lora_model() -> PreTrainedModel:
+    """LoRA on the toy model, its B away from zero so that every part of it has a gradient from the start."""
+    torch.manual_seed(11)
+    return get_peft_model(
+        toy_model(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def settings(inputs: str, **changes: Any) -> PenaltySettings:
+    keys: dict[str, Any] = {"strength": STRENGTH, "inputs": inputs, "task_weight": 0.25, "anchor_batch_size": 2}
+    return PenaltySettings(**{**keys, **changes})
+
+
+def protection(inputs: str, **changes: Any) -> SubspaceProtection:
+    extra = {key: changes.pop(key) for key in ("reference_model", "cache_dir") if key in changes}
+    return SubspaceProtection(
+        toy_subspace(), settings(inputs, **changes), anchors=anchor_documents()[:4], task=task_documents(), **extra
+    )
+
+
+# name: (DeepSpeed configuration, LoRA, inputs, changes of the settings, changes of the training arguments)
+Case = tuple[str | None, bool, str, dict[str, Any], dict[str, Any]]
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+CASES: dict[str, Case] = {
+    "ddp_full": (None, False, "both", {}, {}),
+    "ddp_lora_accumulated": (None, True, "both", {"anchor_batch_size": 1}, {"accumulate": 2}),
+    "zero1_full": ("zero1", False, "both", {}, {}),
+    "zero1_lora_accumulated": ("zero1", True, "both", {"anchor_batch_size": 1}, {"accumulate": 2}),
+    "zero2_full_accumulated": ("zero2", False, "both", {"anchor_batch_size": 1}, {"accumulate": 2}),
+    "zero2_lora_reentrant": ("zero2", True, "both", {}, REENTRANT),
+    "zero3_full": ("zero3", False, "both", {}, {}),
+    "zero3_full_frozen": ("zero3", False, "both", {"reference": "frozen"}, {}),
+    "zero3_lora_reentrant": ("zero3", True, "both", {}, REENTRANT),
+    "zero3_lora_adapter_off": ("zero3", True, "both", {"reference": "adapter_off", "anchor_batch_size": 1},
+                               {"accumulate": 2}),
+}  # fmt: skip
+
+
+def run_case(folder: Path, case: Case, models: dict[bool, PreTrainedModel]) -> dict[str, Any]:
+    deepspeed, lora, inputs, changes, arguments = case
+    AcceleratorState._reset_state()
+    changes, arguments = dict(changes), dict(arguments)
+    steps = arguments.pop("accumulate", 1)
+    arguments.update(gradient_accumulation_steps=steps, per_device_train_batch_size=4 // steps, max_steps=STEPS)
+    if deepspeed:
+        arguments["deepspeed"] = str(CONFIGS / f"{deepspeed}.json")
+    model = copy.deepcopy(models[lora])
+    if changes.get("reference") == "frozen":
+        changes["reference_model"] = copy.deepcopy(model)
+    trainer = trainer_of(
+        folder, model.train(), protection=protection(inputs, **changes), learning_rate=LEARNING_RATE, **arguments
+    )
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    logs = [{k: v for k, v in entry.items() if k.startswith(("loss", "task_loss", "penalty"))}
+            for entry in trainer.state.log_history if "loss" in entry]  # fmt: skip
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "weights.safetensors")
+    return {"logs": logs}
+
+
+def main(out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    # Made first: while a ZeRO-3 configuration is alive, new models are born sharded.
+    models = {lora: lora_model() if lora else toy_model() for lora in (False, True)}
+    for name in names or list(CASES):
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            result = run_case(folder, CASES[name], models)
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError):
+            result = {"error": traceback.format_exc()}
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        (folder / f"result{rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
