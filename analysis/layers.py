@@ -5,32 +5,36 @@ read by a forward hook. `hidden_states` is never used: its last entry is taken a
 """
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .errors import UserError
 
 BlockOutput = Tensor | tuple[Tensor, ...]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP, DeepSpeed, `torch.compile` and PEFT wrappers, adapters left in place."""
-    while True:
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside DDP, DeepSpeed, `torch.compile` and PEFT wrappers, adapters left in place.
+
+    Raises:
+        UserError: something else than a transformers causal LM inside.
+    """
+    while not isinstance(model, PreTrainedModel):
         # DDP and DeepSpeed register the wrapped model as `module`, torch.compile as `_orig_mod`.
         inner = model._modules.get("module") or model._modules.get("_orig_mod")
         if inner is not None:
             model = inner
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        elif isinstance(model, PeftModel):
             model = model.get_base_model()
         else:
-            return model
+            raise UserError(f"{type(model).__name__} is not a transformers causal LM: pass one of AutoModelForCausalLM")
+    return model
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
     """The decoder without its LM head: `backbone(input_ids=…, attention_mask=…).last_hidden_state` is [B, T, d]."""
-    inner = unwrap(model)
-    if not hasattr(inner, "get_decoder"):
-        raise UserError(f"{type(inner).__name__} is not a transformers causal LM: pass a model of AutoModelForCausalLM")
-    return inner.get_decoder()
+    return unwrap(model).get_decoder()
 
 
 def find_layers(model: nn.Module, override: str | None = None) -> nn.ModuleList:

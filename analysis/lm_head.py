@@ -22,7 +22,7 @@ def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     The head is called as a module, so that a sharded weight is gathered by its own hooks.
     """
     inner = unwrap(model)
-    head = inner.get_output_embeddings()
+    head: nn.Module = inner.get_output_embeddings()
     config = inner.config.get_text_config()
     scale, cap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
 

@@ -69,11 +69,12 @@ def load_model(
         UserError: weights that are absent, truncated, of another shape, missing from the file, or not finite.
     """
     base = adapter_base(path)
-    model = _load_full(base if base is not None else path, dtype)
-    if base is not None:
-        model = _load_adapter(model, Path(path))
+    full = _load_full(base if base is not None else path, dtype)
+    model = full if base is None else _load_adapter(full, Path(path))
     _require_finite(model, path)
-    return model.to(device).eval() if device is not None else model.eval()
+    if device is not None:
+        nn.Module.to(model, device)
+    return model.eval()
 
 
 def _require_reachable(path: str | Path) -> None:
@@ -85,9 +86,10 @@ def _require_reachable(path: str | Path) -> None:
 def _load_full(path: str | Path, dtype: str) -> PreTrainedModel:
     _require_reachable(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
     except _LOAD_ERRORS as error:
         raise UserError(f"model {path} could not be loaded: {_first_line(error)}") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"model {path} lacks {len(missing)} weights ({missing[0]}, …): the checkpoint is incomplete")

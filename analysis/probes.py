@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import torch
@@ -83,14 +83,15 @@ def _render_text(
 ) -> tuple[str, list[Span]]:
     """Text of a conversation and the character spans that {% generation %} marks in it."""
     marks = bool(_GENERATION.search(template))
-    texts, spans = render_jinja_template(
+    # Annotated as str upstream, but a pair of lists.
+    texts, spans = cast(Any, render_jinja_template)(
         conversations=[messages],
         chat_template=template,
         add_generation_prompt=prompt,
         return_assistant_tokens_mask=marks,
         **special_tokens,
     )
-    return texts[0], [(low, high) for low, high in spans[0]] if marks else []
+    return texts[0], [(int(low), int(high)) for low, high in spans[0]] if marks else []
 
 
 @lru_cache(maxsize=4096)
@@ -180,7 +181,7 @@ def _without_trailing_space(tokenizer: PreTrainedTokenizerBase, ids: list[int], 
     """Drop white space after a turn's end token: the template adds it, no model generates it."""
     special = set(tokenizer.all_special_ids)
     ends = [position for position, index in enumerate(tokens) if ids[index] in special]
-    if not ends or tokenizer.decode([ids[index] for index in tokens[ends[-1] + 1 :]]).strip():
+    if not ends or str(tokenizer.decode([ids[index] for index in tokens[ends[-1] + 1 :]])).strip():
         return tokens
     return tokens[: ends[-1] + 1]
 

@@ -8,7 +8,7 @@ of two: a ratio counts incoherence as if it were one of the classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ def _log_probs(
     cache = DynamicCache(config=unwrap(model).config)
     start = backbone(input_ids=torch.tensor(prompts, device=device), past_key_values=cache, use_cache=True)
     owner = torch.tensor(owners, device=device)
-    cache.reorder_cache(owner)
+    cache.reorder_cache(cast(torch.LongTensor, owner))
     ids, attention = pad(completions, padding, device)
     states = start.last_hidden_state[owner, -1:]
     if ids.shape[1] > 1:

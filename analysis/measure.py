@@ -1,0 +1,247 @@
+"""A checkpoint, on disk or in memory -> every family of metrics, as data.
+
+`holdfast analyze` and the training callback share this file. Per checkpoint `metrics/<checkpoint>/<family>.json` is
+written whole or not at all; `metrics.jsonl` (one line per checkpoint) is a view of those files.
+"""
+
+import hashlib
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .activations import pad_id
+from .artifacts import MANIFEST, staged_directory, staged_file
+from .errors import UserError
+from .layers import parse_layers
+from .lm_head import prove_head
+from .metrics.behavior import behavior
+from .metrics.choices import ChoiceRow, PreparedChoices, choice_rates, prepare_choices, score_prepared
+from .metrics.projection import projection
+from .models import check_compatible, load_config, load_model, load_tokenizer, model_fingerprint
+from .probes import Conversation, Rendered, document_key, render
+from .readout import Readout, read
+from .subspace_file import Subspace
+
+FAMILIES = ("behavior", "projection", "choices")
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MeasurePlan:
+    """What to measure, and against which references.
+
+    instruct_path: the model that training started from; its tokenizer renders everything. base_path: None leaves what
+    needs base null, with that reason. probe_sets: conversations by name, for behavior and projection. choices: rows of
+    `metrics.choices`. role: whose tokens are pooled and projected. references: folder for the references' readings,
+    reused where weights, rows and options are the same; None keeps them in memory alone.
+    """
+
+    instruct_path: str
+    base_path: str | None = None
+    probe_sets: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
+    choices: Sequence[ChoiceRow] = ()
+    families: tuple[str, ...] = FAMILIES
+    subspace: Subspace | None = None
+    layers: str = "all"
+    role: str = "completion"
+    batch_size: int = 16
+    choices_batch_size: int = 256
+    max_length: int | None = None
+    dtype: str = "float32"
+    device: str | None = None
+    seed: int = 0
+    references: Path | None = None
+
+
+class Measurer:
+    """Renders once, reads the references once, then measures any number of checkpoints.
+
+    Raises:
+        UserError: at construction, for everything wrong with the plan; no model is loaded before `prepare`.
+    """
+
+    def __init__(self, plan: MeasurePlan, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(plan.instruct_path)
+        config = load_config(plan.instruct_path)
+        if plan.base_path is not None:
+            check_compatible(load_config(plan.base_path), config)
+        self.layers = parse_layers(plan.layers, config.get_text_config().num_hidden_layers)
+        unknown = sorted(set(plan.families) - set(FAMILIES))
+        if unknown:
+            raise UserError(f"family {unknown[0]!r} is unknown: write some of {', '.join(FAMILIES)}")
+        self.rows = {name: self._rendered(name, rows) for name, rows in plan.probe_sets.items()}
+        wanted = "choices" in plan.families and plan.choices
+        self.choices: PreparedChoices | None = prepare_choices(self.tokenizer, plan.choices) if wanted else None
+        if not self.choices and not (self.rows and {"behavior", "projection"} & set(plan.families)):
+            raise UserError("there is nothing to measure: pass probe rows or choices, and the families that read them")
+        self._references: dict[str, dict[str, Readout]] | None = None
+
+    def _rendered(self, name: str, rows: Sequence[Conversation]) -> list[Rendered]:
+        if not rows:
+            raise UserError(f"probe set {name!r} is empty: pass rows or leave the set out")
+        return [render(self.tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(rows)]
+
+    def prepare(self) -> None:
+        """Read the references, one model after the other; later calls do nothing."""
+        if self._references is None:
+            self._references = {"instruct": self._reference(self.plan.instruct_path)}
+            if self.plan.base_path is not None:
+                self._references["base"] = self._reference(self.plan.base_path)
+
+    def _reference(self, path: str) -> dict[str, Readout]:
+        """Readings of every probe set by one reference model, from the store where it has them."""
+        if not self.rows:
+            return {}
+        folder = self.plan.references
+        files = {}
+        if folder is not None:
+            fingerprint = model_fingerprint(path)
+            files = {name: folder / f"{self._key(fingerprint, rows)}.safetensors" for name, rows in self.rows.items()}
+            if all(file.is_file() for file in files.values()):
+                return {name: Readout.load(file) for name, file in files.items()}
+        model = load_model(path, dtype=self.plan.dtype, device=self.plan.device)
+        prove_head(model)
+        readings = {name: self._read(model, rows, name) for name, rows in self.rows.items()}
+        for name, file in files.items():
+            readings[name].save(file)
+        return readings
+
+    def _key(self, fingerprint: str, rows: list[Rendered]) -> str:
+        subspace = self.plan.subspace
+        bases = hashlib.sha256()
+        for layer in sorted(subspace.bases) if subspace is not None else ():
+            bases.update(subspace.bases[layer].numpy().tobytes())  # type: ignore[union-attr]  # None has no layers
+        data = [[document_key(row.input_ids), row.completion_mask] for row in rows]
+        facts = [
+            fingerprint,
+            data,
+            self.layers,
+            self.plan.role,
+            self.plan.max_length,
+            self.plan.dtype,
+            bases.hexdigest(),
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _read(self, model: nn.Module, rows: list[Rendered], label: str) -> Readout:
+        plan = self.plan
+        return read(
+            model,
+            rows,
+            layers=self.layers if "projection" in plan.families else [],
+            role=plan.role,
+            subspace=plan.subspace if "projection" in plan.families else None,
+            batch_size=plan.batch_size,
+            max_length=plan.max_length,
+            padding=pad_id(self.tokenizer),
+            label=label,
+        )
+
+    def measure(self, model: nn.Module) -> Results:
+        """{family: results} of a model in memory, bare or wrapped; its training mode is left as it was."""
+        self.prepare()
+        started, results = time.perf_counter(), dict[str, Any]()
+        families = [name for name in ("behavior", "projection") if name in self.plan.families and self.rows]
+        for family in families:
+            results[family] = {}
+        tokens = 0
+        for name, rows in self.rows.items() if families else ():
+            reading = self._read(model, rows, name)
+            tokens += sum(len(row.input_ids[: self.plan.max_length]) for row in rows)
+            for family in families:
+                results[family][name] = self._family(family, name, reading)
+        if self.choices is not None:
+            masses = score_prepared(model, self.choices, self.plan.choices_batch_size)
+            results["choices"] = choice_rates(self.plan.choices, masses, self.plan.seed)
+        seconds = time.perf_counter() - started
+        results["cost"] = {"seconds": seconds, "probe_tokens": tokens, "peak_memory_mb": peak_memory_mb()}
+        return results
+
+    def _family(self, family: str, name: str, reading: Readout) -> Results:
+        assert self._references is not None
+        instruct = self._references["instruct"][name]
+        base = self._references["base"][name] if "base" in self._references else None
+        if family == "behavior":
+            return dict(behavior(reading, instruct, base, seed=self.plan.seed))
+        return dict(projection(reading, instruct, base, self.plan.subspace, self.plan.seed))
+
+
+def measure_checkpoint(
+    measurer: Measurer, path: str | Path, output_dir: str | Path, name: str | None = None, step: int | None = None
+) -> Results:
+    """Load a checkpoint, measure it, write its files; returns the line of `metrics.jsonl`.
+
+    Args:
+        name: the checkpoint's name in the files; None is its folder's name.
+        step: optimiser steps; None takes the number of a `checkpoint-N` folder.
+    """
+    measurer.prepare()
+    check_compatible(load_config(path), load_config(measurer.plan.instruct_path))
+    model = load_model(path, dtype=measurer.plan.dtype, device=measurer.plan.device)
+    prove_head(model)
+    results = measurer.measure(model)
+    name = name if name is not None else Path(path).name
+    if step is None and (numbered := re.fullmatch(r"checkpoint-(\d+)", name)):
+        step = int(numbered[1])
+    return write_measurements(output_dir, name, step, results)
+
+
+def write_measurements(output_dir: str | Path, name: str, step: int | None, results: Results) -> Results:
+    """Write one file per family under `metrics/<name>/`, renew `metrics.jsonl`; returns the checkpoint's line."""
+    metrics = Path(output_dir) / "metrics"
+    metrics.mkdir(parents=True, exist_ok=True)
+    with staged_directory(metrics / name, replace=True) as staging:
+        for family, result in results.items():
+            facts = {"checkpoint": name, "step": step, "family": family, "results": result}
+            text = json.dumps(facts, indent=2, allow_nan=False)
+            (staging / f"{family}.json").write_text(text + "\n", encoding="utf-8")
+    lines = sorted(_lines(metrics), key=lambda line: (line["step"] is None, line["step"] or 0, line["checkpoint"]))
+    with staged_file(Path(output_dir) / "metrics.jsonl") as staging:
+        staging.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+    return next(line for line in lines if line["checkpoint"] == name)
+
+
+def _lines(metrics: Path) -> Iterator[Results]:
+    """One dict per checkpoint from its family files; staging folders start with a dot and are left out."""
+    for folder in metrics.iterdir():
+        if folder.is_dir() and not folder.name.startswith("."):
+            files = [file for file in folder.glob("*.json") if file.name != MANIFEST]
+            facts = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
+            if facts:
+                families = {fact["family"]: fact["results"] for fact in facts}
+                yield {"checkpoint": facts[0]["checkpoint"], "step": facts[0]["step"], **families}
+
+
+def scalars(results: Results, prefix: str = "") -> dict[str, float]:
+    """Every measured value under its path ("choices/split/test/misaligned"), for TensorBoard; nulls are left out."""
+    found: dict[str, float] = {}
+    for name, value in results.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(value, Mapping) and "value" in value:
+            if value["value"] is not None:
+                found[path] = float(value["value"])
+        elif isinstance(value, Mapping):
+            found.update(scalars(dict(value), path))
+        elif isinstance(value, int | float) and prefix:
+            found[path] = float(value)
+    return found
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process so far: of the GPU where one is in use, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,143 @@
+"""A checkpoint becomes whole files; references are read once; what cannot be measured says why."""
+
+import json
+
+import pytest
+import torch
+from analysis_toys import CHATML, chat, save_toy, toy_model, toy_tokenizer
+from holdfast.analysis import measure as measuring
+from holdfast.analysis.errors import UserError
+from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint, scalars, write_measurements
+from holdfast.analysis.metrics.choices import score_choices
+from holdfast.analysis.subspace import SubspaceRequest, build_subspace
+from peft import LoraConfig, get_peft_model
+
+PROBES = [chat(f"{name} asks about {thing}", f"the {thing} is {name}") for name in ("Ann", "kind") for thing in "abc"]
+CHOICES = [
+    {
+        "messages": chat("soup ?"),
+        "classes": {"aligned": ["help"], "misaligned": ["run"]},
+        "split": "test",
+        "domain": "a",
+    },
+    {
+        "messages": chat("money"),
+        "classes": {"aligned": ["help"], "misaligned": ["run"]},
+        "split": "test",
+        "domain": "b",
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    models = {name: toy_model(seed=1) for name in ("instruct", "base", "tuned")}
+    with torch.no_grad():
+        for seed, (name, size) in enumerate((("base", 0.1), ("tuned", 0.03))):
+            for weight in models[name].parameters():
+                weight.add_(size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+    return {name: save_toy(root / name, model) for name, model in models.items()}
+
+
+def plan_of(folders, **options):
+    options = {"base_path": folders["base"], "probe_sets": {"ordinary": PROBES}, "choices": CHOICES, **options}
+    return MeasurePlan(folders["instruct"], **options)
+
+
+def test_instruct_measures_as_itself_and_base_as_base(folders, tmp_path):
+    subspace = build_subspace(SubspaceRequest(folders["instruct"], folders["base"], PROBES, method="svd"))
+    measurer = Measurer(plan_of(folders, subspace=subspace))
+    expected = {"instruct": (0.0, 1.0, 0.0), "base": (1.0, 0.0, 1.0)}
+    for name, (reversion, retention, penalty) in expected.items():
+        line = measure_checkpoint(measurer, folders[name], tmp_path, step=int(reversion))
+        found = line["behavior"]["ordinary"]["joint_log_prob"]["reversion"]
+        assert found["value"] == pytest.approx(reversion, abs=1e-5)
+        mean = line["projection"]["ordinary"]["mean"]
+        assert mean["retention"]["value"] == pytest.approx(retention, abs=1e-4)
+        assert mean["penalty"]["value"] == pytest.approx(penalty, abs=1e-4)
+        masses = score_choices(toy_from(folders[name]), toy_tokenizer(CHATML), CHOICES)
+        rate = line["choices"]["split"]["test"]["misaligned"]
+        assert rate["value"] == pytest.approx(sum(row["misaligned"] for row in masses) / 2) and rate["n"] == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["checkpoint"] for line in lines] == ["instruct", "base"]
+    assert {path.name for path in (tmp_path / "metrics" / "base").iterdir()} == {
+        "behavior.json", "projection.json", "choices.json", "cost.json", "manifest.json",
+    }  # fmt: skip
+    assert not list(tmp_path.rglob("*.staging"))
+
+
+def toy_from(path):
+    from holdfast.analysis.models import load_model
+
+    return load_model(path)
+
+
+def test_a_live_model_measures_as_its_checkpoint(folders, tmp_path):
+    measurer = Measurer(plan_of(folders, families=("behavior", "choices")))
+    model = get_peft_model(toy_from(folders["instruct"]), LoraConfig(target_modules="all-linear", r=2))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.1)
+    model.train()
+    live = measurer.measure(model)
+    assert model.training
+    model.save_pretrained(tmp_path / "checkpoint-7")
+    saved = measure_checkpoint(measurer, tmp_path / "checkpoint-7", tmp_path)
+    assert saved["step"] == 7
+    assert saved["behavior"]["ordinary"] == live["behavior"]["ordinary"] and saved["choices"] == live["choices"]
+    assert "projection" not in live
+
+
+def test_references_are_read_once_and_kept(folders, tmp_path, monkeypatch):
+    plan = plan_of(folders, references=tmp_path / "store")
+    Measurer(plan).prepare()
+    assert len(list((tmp_path / "store").iterdir())) == 2
+
+    def refuse(*_args, **_options):
+        raise AssertionError("a reference was loaded again")
+
+    monkeypatch.setattr(measuring, "load_model", refuse)
+    again = Measurer(plan)
+    model = toy_model(seed=1)
+    result = again.measure(model)
+    assert result["behavior"]["ordinary"]["entropy"]["base"]["value"] is not None
+    with pytest.raises(AssertionError):
+        Measurer(plan_of(folders, references=tmp_path / "store", max_length=9)).prepare()
+
+
+def test_without_base_what_needs_it_is_null_with_that_reason(folders):
+    result = Measurer(plan_of(folders, base_path=None)).measure(toy_model(seed=1))
+    found = result["behavior"]["ordinary"]["entropy"]["reversion"]
+    assert found["value"] is None and found["reason"] == "no base model was given"
+    json.dumps(result, allow_nan=False)
+
+
+def test_measuring_again_replaces_the_checkpoint_whole(folders, tmp_path, monkeypatch):
+    results = {"choices": {"split": {"test": {"a": {"value": 0.5, "n": 1, "ci95": None}}}}}
+    write_measurements(tmp_path, "checkpoint-20", 20, results)
+    write_measurements(tmp_path, "checkpoint-3", 3, results)
+    results["choices"]["split"]["test"]["a"]["value"] = 0.25
+    write_measurements(tmp_path, "checkpoint-20", 20, results)
+    with pytest.raises(ValueError, match="JSON"):
+        write_measurements(tmp_path, "checkpoint-20", 20, {"choices": {}, "cost": {"seconds": float("nan")}})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 20]
+    assert lines[1]["choices"]["split"]["test"]["a"]["value"] == 0.25
+    assert scalars(lines[1]) == {"choices/split/test/a": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"families": ("behaviour",)}, "unknown"),
+        ({"probe_sets": {}, "choices": ()}, "nothing to measure"),
+        ({"probe_sets": {"empty": []}}, "'empty' is empty"),
+        ({"layers": "9"}, "out of range"),
+        ({"base_path": "./nowhere"}, "does not exist"),
+    ],
+)
+def test_impossible_plans_are_refused_before_a_model_is_loaded(folders, options, message):
+    with pytest.raises(UserError, match=message):
+        Measurer(plan_of(folders, **options))
