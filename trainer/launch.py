@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..analysis.errors import UserError
+from .zero import prepare_zero
 
 DEEPSPEED_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -50,6 +51,8 @@ def launch(arguments: Sequence[str], values: Mapping[str, Any]) -> int:
         arguments: the flags after `train`, as given.
         values: their parsed values.
     """
+    if values["deepspeed"]:
+        prepare_zero(values["deepspeed"], use_cpu=values["use_cpu"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -32,7 +32,7 @@ def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
         raise UserError(f"--output_dir {arguments.output_dir} is a file; name a folder")
     if resuming and newest_checkpoint(arguments) is None:
         raise UserError(
-            f"--resume_from_checkpoint {resuming}: no checkpoint there; name a checkpoint folder, or start anew without "
+            f"--resume_from_checkpoint {resuming}: no checkpoint there; name a checkpoint folder, or start without "
             "the flag"
         )
     if not stored.is_file():

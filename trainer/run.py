@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import deepspeed
 import trl
 from peft import LoraConfig
-from torch.distributed import barrier, is_initialized
+from torch.distributed import barrier, get_backend, is_initialized
 from transformers import PreTrainedModel, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..analysis.artifacts import commit_directory
 from ..analysis.errors import UserError
@@ -131,6 +133,9 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
 
 
 def _load(arguments: Arguments) -> PreTrainedModel:
+    if is_deepspeed_zero3_enabled():
+        # Weights are sharded while they load, so DeepSpeed must know its ranks; on CPU transformers leaves that out.
+        deepspeed.init_distributed(dist_backend=get_backend(), auto_mpi_discovery=False, verbose=False)
     model = arguments.model
     return load_model(str(model.model_name_or_path), dtype=model.dtype or "auto")
 
