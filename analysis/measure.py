@@ -27,7 +27,7 @@ from .lm_head import prove_head
 from .metrics.behavior import behavior
 from .metrics.choices import ChoiceRow, PreparedChoices, choice_rates, prepare_choices, score_prepared
 from .metrics.projection import projection
-from .models import check_compatible, load_config, load_model, load_tokenizer, model_fingerprint
+from .models import check_compatible, load_config, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from .probes import Conversation, Rendered, document_key, render
 from .readout import Readout, read
 from .subspace_file import Subspace
@@ -42,8 +42,9 @@ class MeasurePlan:
 
     instruct_path: the model that training started from; its tokenizer renders everything. base_path: None leaves what
     needs base null, with that reason. probe_sets: conversations by name, for behavior and projection. choices: rows of
-    `metrics.choices`. role: whose tokens are pooled and projected. references: folder for the references' readings,
-    reused where weights, rows and options are the same; None keeps them in memory alone.
+    `metrics.choices`. role: whose tokens are pooled and projected; None takes the subspace's, or completion.
+    references: folder for the references' readings, reused where weights, rows and options are the same; None keeps
+    them in memory alone.
     """
 
     instruct_path: str
@@ -53,7 +54,7 @@ class MeasurePlan:
     families: tuple[str, ...] = FAMILIES
     subspace: Subspace | None = None
     layers: str = "all"
-    role: str = "completion"
+    role: str | None = None
     batch_size: int = 16
     choices_batch_size: int = 256
     max_length: int | None = None
@@ -77,6 +78,14 @@ class Measurer:
         if plan.base_path is not None:
             check_compatible(load_config(plan.base_path), config)
         self.layers = parse_layers(plan.layers, config.get_text_config().num_hidden_layers)
+        self.role = plan.role or (plan.subspace.provenance.role if plan.subspace is not None else "completion")
+        if plan.subspace is not None:
+            plan.subspace.check(
+                instruct_fingerprint=model_fingerprint(plan.instruct_path),
+                tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+                role=self.role,
+                layers=sorted(plan.subspace.bases),
+            )
         unknown = sorted(set(plan.families) - set(FAMILIES))
         if unknown:
             raise UserError(f"family {unknown[0]!r} is unknown: write some of {', '.join(FAMILIES)}")
@@ -118,21 +127,12 @@ class Measurer:
         return readings
 
     def _key(self, fingerprint: str, rows: list[Rendered]) -> str:
-        subspace = self.plan.subspace
-        bases = hashlib.sha256()
-        for layer in sorted(subspace.bases) if subspace is not None else ():
-            bases.update(subspace.bases[layer].numpy().tobytes())  # type: ignore[union-attr]  # None has no layers
+        plan, bases = self.plan, hashlib.sha256()
+        for layer, basis in sorted(plan.subspace.bases.items()) if plan.subspace is not None else ():
+            bases.update(f"{layer} {tuple(basis.shape)}".encode() + basis.numpy().tobytes())
         data = [[document_key(row.input_ids), row.completion_mask] for row in rows]
-        facts = [
-            fingerprint,
-            data,
-            self.layers,
-            self.plan.role,
-            self.plan.max_length,
-            self.plan.dtype,
-            bases.hexdigest(),
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        options = [self.layers, self.role, plan.max_length, plan.dtype, sorted(plan.families)]
+        return hashlib.sha256(json.dumps([fingerprint, data, options, bases.hexdigest()]).encode()).hexdigest()
 
     def _read(self, model: nn.Module, rows: list[Rendered], label: str) -> Readout:
         plan = self.plan
@@ -140,7 +140,7 @@ class Measurer:
             model,
             rows,
             layers=self.layers if "projection" in plan.families else [],
-            role=plan.role,
+            role=self.role,
             subspace=plan.subspace if "projection" in plan.families else None,
             batch_size=plan.batch_size,
             max_length=plan.max_length,

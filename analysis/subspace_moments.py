@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import subspace_contrast as contrasts
 from .activations import Selection, length_batches, pad_id, select, selected_states
+from .layers import prove_layers
 from .models import load_model, load_tokenizer
 from .probes import Conversation, render
 from .subspace_methods import Moments, merge
@@ -98,6 +99,7 @@ def _instruct_pass(
     folder: Path,
 ) -> dict[str, LayerMoments]:
     model = load_model(request.instruct_path, dtype=request.dtype, device=request.device)
+    prove_layers(model)
     contrasted = {}
     for name, sides in pairs.items():
         differences = contrasts.paired_differences(model, sides, layers, request.batch_size, padding)

@@ -128,6 +128,16 @@ def test_measuring_again_replaces_the_checkpoint_whole(folders, tmp_path, monkey
     assert scalars(lines[1]) == {"choices/split/test/a": 0.25}
 
 
+def test_a_subspace_of_another_model_or_role_is_refused(folders):
+    subspace = build_subspace(SubspaceRequest(folders["tuned"], folders["base"], PROBES, method="svd"))
+    with pytest.raises(UserError, match="instruct weights"):
+        Measurer(plan_of(folders, subspace=subspace))
+    subspace = build_subspace(SubspaceRequest(folders["instruct"], folders["base"], PROBES, method="svd", role="all"))
+    assert Measurer(plan_of(folders, subspace=subspace)).role == "all"
+    with pytest.raises(UserError, match="role all but this run has completion"):
+        Measurer(plan_of(folders, subspace=subspace, role="completion"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
