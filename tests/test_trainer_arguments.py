@@ -8,7 +8,7 @@ import pytest
 import trl
 import yaml
 from holdfast.analysis.errors import UserError
-from holdfast.trainer.parsing import TYPES, dump, parse, parse_values
+from holdfast.trainer.parsing import GROUPS, dump, parse, parse_values
 
 
 def write(folder: Path, text: str) -> str:
@@ -145,7 +145,7 @@ def test_the_dumped_configuration_parses_to_the_same_arguments(tmp_path: Path) -
 
 def test_every_flag_of_ours_says_what_it_does_and_its_default() -> None:
     theirs = {field.name for kind in (trl.ModelConfig, trl.SFTConfig) for field in dataclasses.fields(kind)}
-    ours = [field for kind in TYPES for field in dataclasses.fields(kind) if field.name not in theirs]
+    ours = [field for kind in GROUPS.values() for field in dataclasses.fields(kind) if field.name not in theirs]
     assert len(ours) > 40
     assert [field.name for field in ours if "Default: " not in field.metadata.get("help", "")] == []
 

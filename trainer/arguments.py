@@ -103,7 +103,7 @@ class DataArguments:
     )
     probe_dataset: str | None = _option(
         None,
-        "Rows on which checkpoints are measured. Default: the held-out rows, else the anchors.",
+        "Rows on which checkpoints are measured. Default: the held-out rows, else training rows.",
     )
     choices_dataset: str | None = _option(
         None, "Prompts with enumerated answer classes, whose probability mass is measured exactly. Default: none."

@@ -102,11 +102,11 @@ def _subspace(arguments: Sequence[str]) -> int:
 
 
 def _analyze(arguments: Sequence[str]) -> int:
-    from . import run
+    from .measuring import analyze
     from .parsing import parse
 
     _quiet_bars()
-    print(f"measures written to {run.analyze(parse(arguments))}")
+    print(f"measures written to {analyze(parse(arguments))}")
     return 0
 
 

@@ -59,7 +59,7 @@ def load_inputs(arguments: Arguments) -> TrainingInputs:
     Raises UserError for whatever the run would stumble on later.
     """
     tokenizer, config = read_starting_model(arguments)
-    train, held_out = _training_rows(arguments)
+    train, held_out = training_rows(arguments)
     uses_anchors = arguments.protection.protection != "none" and arguments.protection.penalty_inputs != "task"
     anchors = anchor_rows(arguments) if uses_anchors else None
     probes = load_rows(arguments.data.probe_dataset, prompts=True) if arguments.data.probe_dataset else None
@@ -159,7 +159,8 @@ def load_choices(source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
+def training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
+    """Training rows and the held-out ones, if any. Raises UserError."""
     data = arguments.data
     if not data.train_dataset:
         raise UserError("no train_dataset; name the rows to train on, like --train_dataset rows.jsonl")
@@ -181,7 +182,9 @@ def _require_roles(subspace: Subspace | None, rendered: Mapping[str, RenderedRow
 
 
 def _prompts_of(choices: list[dict[str, Any]] | None) -> list[Row] | None:
-    return choices and [Row(row["messages"], f"choices {number}") for number, row in enumerate(choices, start=1)]
+    if choices is None:
+        return None
+    return [Row(row["messages"], f"choices {number}") for number, row in enumerate(choices, start=1)]
 
 
 def _report(sets: Mapping[str, Sequence[Row]], rendered: Mapping[str, RenderedRows]) -> dict[str, Any]:

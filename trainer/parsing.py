@@ -28,7 +28,14 @@ from .arguments import (
 )
 from .launch import find_deepspeed_config
 
-TYPES = (ModelArguments, DataArguments, SubspaceArguments, ProtectionArguments, AnalysisArguments, HoldfastConfig)
+GROUPS: dict[str, Any] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "subspace": SubspaceArguments,
+    "protection": ProtectionArguments,
+    "analysis": AnalysisArguments,
+    "training": HoldfastConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +93,9 @@ def parse(arguments: Sequence[str] | Mapping[str, Any]) -> Arguments:
 
 def parse_values(arguments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The first half of `parse`: every flat key with its value, types and choices checked, no dataclass built yet."""
-    parser = _Parser(TYPES, allow_abbrev=False, prog="holdfast")
+    parser = _Parser(list(GROUPS.values()), allow_abbrev=False, prog="holdfast")
     if isinstance(arguments, Mapping):
-        flags, config = [], arguments.get("config")
+        flags, config = list[str](), arguments.get("config")
     else:
         flags, config = _take_config(list(arguments))
     values = argparse.Namespace()
@@ -111,20 +118,20 @@ def build(values: Mapping[str, Any]) -> Arguments:
     """The second half of `parse`: the dataclasses, with their own checks."""
     if not values["output_dir"]:
         raise UserError("no output_dir; write where the run goes, like --output_dir runs/mine")
-    groups = []
-    for kind in TYPES:
+    groups: dict[str, Any] = {}
+    for group, kind in GROUPS.items():
         names = {field.name for field in dataclasses.fields(kind) if field.init}
         chosen = {name: value for name, value in values.items() if name in names}
         bad = non_finite(argparse.Namespace(**chosen))
         if bad:
             raise UserError(f"--{bad} is {chosen[bad]}; write a finite number")
         try:
-            groups.append(kind(**chosen))
+            groups[group] = kind(**chosen)
         except (ValueError, NotImplementedError, json.JSONDecodeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(" ".join(str(error).split())) from error
-    return Arguments(*groups, given=dict(values))
+    return Arguments(**groups, given=dict(values))
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

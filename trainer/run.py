@@ -1,6 +1,6 @@
-"""Training, building a subspace and measuring, each as one function of parsed arguments.
+"""Training and building a subspace, each as one function of parsed arguments.
 
-`holdfast train|subspace|analyze` and the lab call these. Everything is checked before anything is written.
+`holdfast train|subspace` and the lab call these. Everything is checked before anything is written.
 """
 
 import time
@@ -126,9 +126,11 @@ def subspace(arguments: Arguments) -> Path:
 def lora_config(model: ModelArguments) -> LoraConfig | None:
     """TRL's LoRA configuration plus the patterns it has no flags for; None for full fine-tuning."""
     config = trl.get_peft_config(model)
-    if config is not None:
-        config.alpha_pattern = model.lora_alpha_pattern or {}
-        config.rank_pattern = model.lora_rank_pattern or {}
+    if config is None:
+        return None
+    assert isinstance(config, LoraConfig)
+    for name in ("alpha_pattern", "rank_pattern"):
+        setattr(config, name, getattr(model, f"lora_{name}") or {})
     return config
 
 
@@ -137,7 +139,9 @@ def _load(arguments: Arguments) -> PreTrainedModel:
         # Weights are sharded while they load, so DeepSpeed must know its ranks; on CPU transformers leaves that out.
         deepspeed.init_distributed(dist_backend=get_backend(), auto_mpi_discovery=False, verbose=False)
     model = arguments.model
-    return load_model(str(model.model_name_or_path), dtype=model.dtype or "auto")
+    loaded = load_model(str(model.model_name_or_path), dtype=model.dtype or "auto")
+    assert isinstance(loaded, PreTrainedModel)  # read_starting_model refuses an adapter
+    return loaded
 
 
 def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedModel) -> ProtectedSFTTrainer:
@@ -184,7 +188,7 @@ def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
         anchors=_documents(inputs.anchors.rendered, inputs.anchors.rows, role) if inputs.anchors else (),
         task=_documents(inputs.train.rendered, inputs.train.rows, role) if task else (),
         reference_model=_load(arguments) if asked.reference == "frozen" else None,
-        cache_dir=arguments.output_dir / "reference",
+        cache_dir=arguments.output_dir / "references",
         layers_path=arguments.model.layers_path,
         name=asked.protection,
     )

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import urlopen
 
@@ -17,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..analysis.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-Record = tuple[object, str]
+Record = tuple[Any, str]
 
 
 def read_records(source: str, split: str = "train") -> Iterator[Record]:

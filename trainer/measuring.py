@@ -1,0 +1,101 @@
+"""What is measured of a run, from its arguments: the plan shared by `holdfast analyze` and the training callback."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..analysis.errors import UserError
+from ..analysis.measure import FAMILIES, MeasurePlan, Measurer, measure_checkpoint
+from ..analysis.models import model_fingerprint, tokenizer_fingerprint
+from ..analysis.probes import Conversation
+from ..analysis.subspace import Subspace
+from .data import Row, load_rows
+from .inputs import load_choices, read_starting_model, subspace_path, training_rows
+from .parsing import Arguments
+
+
+def measurer(arguments: Arguments) -> Measurer:
+    """A measurer of the run's probe sets, choices and subspace. Loads no weights; raises UserError for bad input."""
+    tokenizer, _ = read_starting_model(arguments)
+    subspace, choices = _subspace(arguments, tokenizer), arguments.data.choices_dataset
+    plan = MeasurePlan(
+        instruct_path=str(arguments.model.model_name_or_path),
+        base_path=arguments.model.base_model_name_or_path,
+        probe_sets=_probe_sets(arguments),
+        choices=load_choices(choices) if choices else (),
+        families=tuple(arguments.analysis.analysis_families or FAMILIES),
+        subspace=subspace,
+        layers=",".join(map(str, sorted(subspace.bases))) if subspace else "all",
+        role=subspace.provenance.role if subspace else "completion",
+        batch_size=arguments.analysis.analysis_batch_size,
+        max_length=arguments.training.max_length,
+        dtype=arguments.model.dtype or "auto",
+        device=str(arguments.training.device),
+        seed=arguments.training.seed,
+        references=arguments.output_dir / "references",
+    )
+    return Measurer(plan, tokenizer)
+
+
+def analyze(arguments: Arguments) -> Path:
+    """Measures base (where named), the starting model and every checkpoint of the run into <output_dir>/metrics.jsonl.
+
+    Raises UserError when there is nothing to measure, or a checkpoint cannot be read.
+    """
+    found = _checkpoints(arguments)
+    measure = measurer(arguments)
+    models: dict[str, tuple[str, int | None]] = {"instruct": (str(arguments.model.model_name_or_path), 0)}
+    if arguments.model.base_model_name_or_path:
+        models["base"] = (arguments.model.base_model_name_or_path, None)
+    models |= {path.name: (str(path), None) for path in found}
+    for name, (path, step) in models.items():
+        print(f"measuring {name}")
+        measure_checkpoint(measure, path, arguments.output_dir, name, step)
+    return arguments.output_dir / "metrics.jsonl"
+
+
+def _checkpoints(arguments: Arguments) -> list[Path]:
+    named = arguments.analysis.analysis_checkpoints
+    if named:
+        absent = [name for name in named if not Path(name).is_dir()]
+        if absent:
+            raise UserError(f"--analysis_checkpoints {absent[0]} is not a folder; name checkpoint folders")
+        return [Path(name) for name in named]
+    run = arguments.output_dir
+    found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    found += [run / "final"] if (run / "final").is_dir() else []
+    if not found:
+        raise UserError(
+            f"--output_dir {run} holds no checkpoint; train first, or name some with --analysis_checkpoints"
+        )
+    return found
+
+
+def _probe_sets(arguments: Arguments) -> Mapping[str, Sequence[Conversation]]:
+    sets: dict[str, list[Row]] = {}
+    if arguments.data.probe_dataset:
+        sets["probes"] = load_rows(arguments.data.probe_dataset, prompts=True)
+    if arguments.data.train_dataset:
+        train, held_out = training_rows(arguments)
+        if held_out:
+            sets["held_out"] = held_out
+        elif not sets:
+            sets["train"] = train
+    rows = arguments.analysis.analysis_rows
+    return {name: [row.messages for row in found[:rows]] for name, found in sets.items()}
+
+
+def _subspace(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Subspace | None:
+    """The subspace as it was built, whole: an unprotected run and a null are read along the same directions."""
+    path = subspace_path(arguments)
+    if not path.is_file():
+        return None
+    found = Subspace.load(path)
+    found.check(
+        instruct_fingerprint=model_fingerprint(str(arguments.model.model_name_or_path)),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        role=found.provenance.role,
+        layers=sorted(found.bases),
+    )
+    return found
