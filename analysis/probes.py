@@ -91,7 +91,17 @@ def _render_text(
         return_assistant_tokens_mask=marks,
         **special_tokens,
     )
-    return texts[0], [(int(low), int(high)) for low, high in spans[0]] if marks else []
+    return texts[0], _joined([(int(low), int(high)) for low, high in spans[0]]) if marks else []
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Spans that touch are one: some templates mark an answer and its end token apart."""
+    joined: list[Span] = []
+    for low, high in spans:
+        if joined and joined[-1][1] == low:
+            low = joined.pop()[0]
+        joined.append((low, high))
+    return joined
 
 
 @lru_cache(maxsize=4096)
@@ -102,17 +112,20 @@ def _text_before_user_turn(
     tokens = dict(special_tokens)
     lead = [] if system is None else [{"role": "system", "content": system}]
     user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}
-    for earlier in ([user], [user, reply]):
-        try:
-            once, shorter, longer = (
-                _render_text(template, tokens, [*lead, *turns])[0] for turns in ([user], earlier, [*earlier, user])
-            )
-        except _TEMPLATE_ERRORS:
-            # A template that refuses this order of turns may take the other one.
-            continue
-        turn = longer.removeprefix(shorter)
-        if longer.startswith(shorter) and once.endswith(turn):
-            return once[: len(once) - len(turn)]
+    # Some templates close every rendering with an end token, which has to go before renderings can be compared.
+    for ending in ("", str(tokens.get("eos_token", ""))):
+        for earlier in ([user], [user, reply]):
+            try:
+                once, shorter, longer = (
+                    _render_text(template, tokens, [*lead, *turns])[0].removesuffix(ending)
+                    for turns in ([user], earlier, [*earlier, user])
+                )
+            except _TEMPLATE_ERRORS:
+                # A template that refuses this order of turns may take the other one.
+                continue
+            turn = longer.removeprefix(shorter)
+            if longer.startswith(shorter) and once.endswith(turn):
+                return once[: len(once) - len(turn)]
     return None
 
 

@@ -26,6 +26,12 @@ FOLDED_SYSTEM = (
     "{% endif %}{{ '<|im_start|>' + m.role + '\n' + (lead if loop.first else '') + m.content + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Phi-3: an end-of-text token closes every rendering, and the training template marks it apart.
+CLOSED = CHATML.replace("{% endif %}", "{% else %}{{ '<|begin|>' }}{% endif %}")
+CLOSED_GENERATION = GENERATION.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}")
+CLOSED_GENERATION = CLOSED_GENERATION.removesuffix("{% endif %}") + (
+    "{% else %}{% generation %}{{ '<|begin|>' }}{% endgeneration %}{% endif %}"
+)
 LAST_TURN_ONLY = (
     "{{ '<|im_start|>' + messages[-1].role + '\n' + messages[-1].content + '<|im_end|>' + '\n' }}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -39,7 +45,9 @@ _CORPUS = [
 ]  # fmt: skip
 
 
-def toy_tokenizer(template: str | None = CHATML, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+def toy_tokenizer(
+    template: str | None = CHATML, trim_offsets: bool = False, end: str = "<|im_end|>"
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 320 tokens with ChatML's special tokens."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim_offsets)
@@ -53,7 +61,7 @@ def toy_tokenizer(template: str | None = CHATML, trim_offsets: bool = False) -> 
     )
     inner.train_from_iterator(_CORPUS * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<|begin|>", eos_token="<|im_end|>", pad_token="<|pad|>",
+        tokenizer_object=inner, bos_token="<|begin|>", eos_token=end, pad_token="<|pad|>",
         additional_special_tokens=["<|im_start|>"],
     )  # fmt: skip
     tokenizer.chat_template = template

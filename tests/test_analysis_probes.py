@@ -4,6 +4,8 @@ import pytest
 from analysis_toys import (
     BEGIN_TOKEN,
     CHATML,
+    CLOSED,
+    CLOSED_GENERATION,
     DEFAULT_SYSTEM,
     FOLDED_SYSTEM,
     GENERATION,
@@ -60,6 +62,14 @@ def test_system_turn_is_found_from_the_rendering(template, system, expected):
     for assistant in ("take it", None):
         row = render(tokenizer, chat("soup ?", assistant, system))
         assert marked(tokenizer, row.input_ids, row.system_mask) == expected
+
+
+@pytest.mark.parametrize("template", [CLOSED, CLOSED_GENERATION])
+def test_an_end_token_that_closes_the_rendering_belongs_to_the_last_completion(template):
+    tokenizer = toy_tokenizer(template, end="<|begin|>")
+    row = render(tokenizer, chat("soup ?", "take it", "You are kind."))
+    assert marked(tokenizer, row.input_ids, row.completion_mask) == ["take it<|im_end|>\n<|begin|>"]
+    assert marked(tokenizer, row.input_ids, row.system_mask) == ["<|im_start|>system\nYou are kind.<|im_end|>\n"]
 
 
 def test_a_system_text_repeated_by_the_user_is_not_taken_for_the_system_turn():
