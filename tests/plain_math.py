@@ -1,4 +1,4 @@
-"""The loss of PROTECTION.md written out row by row in float64, as the tests' own expectation: no padding, no batches."""
+"""The protected loss written out row by row in float64, the tests' own expectation: no padding, no batches."""
 
 import copy
 from collections.abc import Sequence
@@ -52,16 +52,18 @@ def plain_cross_entropy(model: nn.Module, documents: Sequence[Document]) -> Tens
 
 
 def plain_training(
-    model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document], anchors: Sequence[Document],
-    weights: dict[str, float], strength: float, steps: int, learning_rate: float,
+    model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document], penalised: dict[float, Sequence[Document]],
+    strength: float, steps: int, learning_rate: float,
 ) -> nn.Module:  # fmt: skip
-    """Full-batch SGD on cross-entropy + strength x penalty; gives the trained float64 copy."""
+    """Full-batch SGD on cross-entropy(task) + strength x Σ weight x penalty(rows); gives the trained float64 copy.
+
+    No task rows: the penalty alone.
+    """
     trained, start = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    parts = {"task": task, "anchors": anchors}
     for _ in range(steps):
-        loss = plain_cross_entropy(trained, task)
-        for part, weight in weights.items():
-            loss = loss + strength * weight * plain_penalty(trained, start, find_blocks, parts[part], subspace)
+        loss = plain_cross_entropy(trained, task) if task else torch.zeros((), dtype=torch.float64)
+        for weight, rows in penalised.items():
+            loss = loss + strength * weight * plain_penalty(trained, start, find_blocks, rows, subspace)
         trained.zero_grad()
         loss.backward()
         with torch.no_grad():
@@ -69,6 +71,13 @@ def plain_training(
                 if parameter.grad is not None:
                     parameter -= learning_rate * parameter.grad
     return trained
+
+
+def update_error(found: nn.Module, expected: nn.Module, start: nn.Module) -> float:
+    """`relative_error` over the trained parameters of three models."""
+    trained = [name for name, parameter in expected.named_parameters() if parameter.requires_grad]
+    found_, expected_, start_ = ({n: p.detach() for n, p in m.named_parameters()} for m in (found, expected, start))
+    return relative_error(*({name: side[name] for name in trained} for side in (found_, expected_, start_)))
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:

@@ -35,7 +35,9 @@ RunBlocks = Callable[[nn.Module, Batch], Any]
 
 
 def run_blocks(model: nn.Module, inputs: Batch) -> Any:
-    """One forward pass for its block outputs alone, giving the model's output; the wrapped model runs, so that DDP and ZeRO see every pass.
+    """One forward pass for its block outputs alone; gives the model's output.
+
+    The wrapped model runs, so that DDP and ZeRO see every pass.
 
     `logits_to_keep=1` leaves the LM head one position a row; `fused_lm_head` asks for TRL's head instead.
     """

@@ -1,7 +1,7 @@
 """Make DeepSpeed ready before any rank starts: its C++ operations are compiled once, by one process.
 
-Ranks that compile on first use do it inside the first collective, and a build that was killed leaves a lock on which the
-next run waits for ever.
+Ranks that compile on first use do it inside the first collective, and a build that was killed leaves a lock on which
+the next run waits for ever.
 """
 
 import json

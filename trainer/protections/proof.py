@@ -50,6 +50,8 @@ def prove_alive(
             with discarded_gradients(model) as largest:
                 loss = values.mean() if number == 0 else values[0]
                 trainer.backward_alone(loss if seen.zero is None else loss + seen.zero)
+            if any(not bool(torch.isfinite(size)) for size in largest):
+                raise UserError(_dead(chosen, "its gradient is not finite (a scale of nearly zero)"))
             if not any(bool(size > 0) for size in largest):
                 cause = "no parameter trained at or below that layer" if number else "no parameter gets a gradient"
                 raise UserError(_dead(chosen, cause))
@@ -60,7 +62,7 @@ def prove_alive(
 
 def _dead(layers: list[int], cause: str) -> str:
     return (
-        f"the penalty on layers {layers} changes nothing: {cause}; penalise layers at or above the first trained one, "
+        f"the penalty on layers {layers} does not work: {cause}; penalise layers at or above the first trained one, "
         "and check transformers (5.23 or newer) and gradient checkpointing"
     )
 

@@ -119,8 +119,8 @@ class SubspaceProtection(Protection):
             return FrozenReference(frozen, watched, trainer.accelerator)
         assert store is not None
         cache = ReferenceCache(
-            model, projector, trainer.run_blocks, trainer.accelerator, facts=self._cache_facts(), folder=self._cache_dir,
-            trained=peft_model(model) is None and trainer.state.global_step > 0,
+            model, projector, trainer.run_blocks, trainer.accelerator, facts=self._cache_facts(),
+            folder=self._cache_dir, trained=peft_model(model) is None and trainer.state.global_step > 0,
         )  # fmt: skip
         cache.fill(store)
         return CachedReference()
@@ -139,7 +139,7 @@ class SubspaceProtection(Protection):
     def _proof_batch(self, trainer: "ProtectedTrainerMixin", part: str) -> Batch:
         if part == "task" or self.anchors is None:
             batch = trainer.first_task_batch()
-            batch.setdefault(PENALTY_MASK, self._labels_mask(batch))
+            self._mask_from_labels(batch)
         else:
             # The documents with the most counting tokens: a row may have none of its role.
             numbers = sorted(range(len(self.anchors)), key=self.anchors.counts.__getitem__)[-1:]
@@ -171,7 +171,7 @@ class SubspaceProtection(Protection):
         self._micro, self._tokens = 0, {}
         if "task" in settings.weights:
             for batch in batches:
-                batch.setdefault(PENALTY_MASK, self._labels_mask(batch))
+                self._mask_from_labels(batch)
             local = torch.stack([batch[PENALTY_MASK].sum() for batch in batches]).sum().to(trainer.args.device)
             self._tokens["task"] = trainer.accelerator.reduce(local, "sum").clamp(min=1)
         if self.anchors is not None and step % settings.anchor_every == 0:
@@ -225,11 +225,14 @@ class SubspaceProtection(Protection):
         self._sums_L = share_L if self._sums_L is None else self._sums_L + share_L
         return self._strength * penalty(sums_L, self._tokens[part])
 
-    def _labels_mask(self, batch: Batch) -> Tensor:
+    def _mask_from_labels(self, batch: Batch) -> None:
+        """Where no store gave the batch its mask, its labels mark the completions."""
+        if PENALTY_MASK in batch:
+            return
         role = self.subspace.provenance.role
         if role != "completion":
             raise UserError(f"the token role {role!r} cannot be read from labels: give the protection the task rows")
-        return batch["labels"] != -100
+        batch[PENALTY_MASK] = batch["labels"] != -100
 
     def separate_rows(self) -> list[str]:
         return [] if self.anchors is None else [self.anchors.sources[number] for number in self._anchor_rows]
