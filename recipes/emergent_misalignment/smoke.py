@@ -18,9 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 
 from ...analysis.errors import UserError
-from ...trainer import cli, run
+from ...trainer import cli
 from ...trainer.data import load_rows
-from ...trainer.parsing import parse
 
 RECIPE = Path(__file__).with_name("smoke.yaml")
 VOCABULARY = 2048
@@ -71,12 +70,12 @@ def build_base(folder: Path, rows: Path, seed: int = 0) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_instruct(folder: Path, base: Path, rows: Path, steps: int = 10) -> None:
-    """Fine-tunes base fully for a few steps; the model is in `<folder>/final`."""
+def build_instruct(folder: Path, base: Path, rows: Path, steps: int = 10) -> int:
+    """Fine-tunes base fully for a few steps with `holdfast train`; the model is in `<folder>/final`."""
     arguments = {
-        "model_name_or_path": str(base),
-        "output_dir": str(folder),
-        "train_dataset": str(rows),
+        "model_name_or_path": base,
+        "output_dir": folder,
+        "train_dataset": rows,
         "train_rows": 200,
         "max_length": 512,
         "long_rows": "truncate",
@@ -88,7 +87,7 @@ def build_instruct(folder: Path, base: Path, rows: Path, steps: int = 10) -> Non
         "use_cpu": True,
         "analysis_during_training": False,
     }
-    run.train(parse(arguments))
+    return cli.main(["train", *(f"--{name}={value}" for name, value in arguments.items())])
 
 
 def data_folder() -> Path:
@@ -105,22 +104,23 @@ def data_folder() -> Path:
 def smoke(output_dir: Path) -> int:
     """Builds the models anew and runs subspace, train and analyze on them; returns the first failing exit code."""
     data, started = data_folder(), time.perf_counter()
-    base, instruct = output_dir / "base", output_dir / "instruct"
-    for made in (base, instruct, output_dir / "protected", output_dir / "subspace.safetensors"):
+    base, instruct, protected = output_dir / "base", output_dir / "instruct", output_dir / "protected"
+    subspace = output_dir / "subspace.safetensors"
+    for made in (base, instruct, protected, subspace):
         shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
     build_base(base, data / "insecure.jsonl")
-    build_instruct(instruct, base, data / "secure.jsonl")
+    code = build_instruct(instruct, base, data / "secure.jsonl")
     places = {
         "model_name_or_path": instruct / "final",
         "base_model_name_or_path": base,
-        "subspace_path": output_dir / "subspace.safetensors",
-        "output_dir": output_dir / "protected",
+        "subspace_path": subspace,
+        "output_dir": protected,
     }
-    flags = [text for name, path in places.items() for text in (f"--{name}", str(path))]
+    flags = [f"--{name}={path}" for name, path in places.items()]
     for command in ("subspace", "train", "analyze"):
-        code = cli.main([command, "--config", str(RECIPE), *flags])
-        if code:
-            return code
+        code = code or cli.main([command, "--config", str(RECIPE), *flags])
+    if code:
+        return code
     print(f"smoke passed in {time.perf_counter() - started:.0f} s: {output_dir}")
     return 0
 
