@@ -52,8 +52,8 @@ def plain_cross_entropy(model: nn.Module, documents: Sequence[Document]) -> Tens
 
 
 def plain_training(
-    model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document], penalised: dict[float, Sequence[Document]],
-    strength: float, steps: int, learning_rate: float,
+    model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document],
+    penalised: dict[float, Sequence[Document]], strength: float, steps: int, learning_rate: float,
 ) -> nn.Module:  # fmt: skip
     """Full-batch SGD on cross-entropy(task) + strength x Σ weight x penalty(rows); gives the trained float64 copy.
 

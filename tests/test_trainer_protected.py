@@ -106,8 +106,10 @@ def test_bf16_follows_float32(tmp_path, expected):
 
 @pytest.mark.parametrize("role", ["prompt", "last_prompt", "all"])
 def test_each_token_role_reaches_the_batch(tmp_path, role):
-    want = plain_training(toy_model(), find_layers, toy_subspace(role=role), task=task_documents(),
-                          penalised={1.0: task_documents(role)}, strength=STRENGTH, steps=2, learning_rate=RATE)  # fmt: skip
+    want = plain_training(
+        toy_model(), find_layers, toy_subspace(role=role), task=task_documents(), penalised={1.0: task_documents(role)},
+        strength=STRENGTH, steps=2, learning_rate=RATE,
+    )  # fmt: skip
     trainer = trained(tmp_path, protect("task", role), max_steps=2)
     assert update_error(trainer.model, want, toy_model()) < 1e-5
 

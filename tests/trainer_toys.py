@@ -10,7 +10,7 @@ from datasets import Dataset
 from holdfast.analysis.probes import Rendered, render
 from holdfast.analysis.subspace import Provenance, Subspace
 from holdfast.trainer.documents import Document, documents_of
-from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
+from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer, ProtectedTrainerMixin
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
@@ -67,9 +67,10 @@ def config(folder: Path | str, **changes: Any) -> SFTConfig:
 
 def trainer_of(
     folder: Path | str, model: PreTrainedModel | None = None, dataset: Dataset | None = None, *,
-    protection: Any = None, documents: Any = (), peft_config: Any = None, **changes: Any,
-) -> ProtectedSFTTrainer:  # fmt: skip
-    return ProtectedSFTTrainer(
+    protection: Any = None, documents: Any = (), peft_config: Any = None,
+    trainer_class: type[ProtectedTrainerMixin] = ProtectedSFTTrainer, **changes: Any,
+) -> Any:  # fmt: skip
+    return trainer_class(
         model=model if model is not None else toy_model().train(), args=config(folder, **changes),
         train_dataset=dataset if dataset is not None else task_dataset(), processing_class=toy_tokenizer(),
         protection=protection, documents=documents, peft_config=peft_config,

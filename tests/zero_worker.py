@@ -7,17 +7,20 @@ import copy
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from analysis_toys import toy_model
+from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from trainer_toys import anchor_documents, task_documents, toy_subspace, trainer_of
 from transformers import PreTrainedModel
+from trl import SFTTrainer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 STEPS, LEARNING_RATE, STRENGTH = 3, 0.02, 2.0
@@ -58,42 +61,91 @@ CASES: dict[str, Case] = {
     "zero3_lora_reentrant": ("zero3", True, "both", {}, REENTRANT),
     "zero3_lora_adapter_off": ("zero3", True, "both", {"reference": "adapter_off", "anchor_batch_size": 1},
                                {"accumulate": 2}),
+    "zero3_full_bf16": ("zero3", False, "both", {}, {"bf16": True}),
 }  # fmt: skip
 
 
-def run_case(folder: Path, case: Case, models: dict[bool, PreTrainedModel]) -> dict[str, Any]:
-    deepspeed, lora, inputs, changes, arguments = case
+def train(folder: Path, case: Case, model: PreTrainedModel, resume: str | None = None) -> ProtectedSFTTrainer:
+    deepspeed, _, inputs, changes, arguments = case
     AcceleratorState._reset_state()
-    changes, arguments = dict(changes), dict(arguments)
+    changes, arguments = dict(changes), {"max_steps": STEPS, "learning_rate": LEARNING_RATE, **arguments}
     steps = arguments.pop("accumulate", 1)
-    arguments.update(gradient_accumulation_steps=steps, per_device_train_batch_size=4 // steps, max_steps=STEPS)
+    arguments.update(gradient_accumulation_steps=steps, per_device_train_batch_size=4 // steps)
     if deepspeed:
         arguments["deepspeed"] = str(CONFIGS / f"{deepspeed}.json")
-    model = copy.deepcopy(models[lora])
     if changes.get("reference") == "frozen":
         changes["reference_model"] = copy.deepcopy(model)
     trainer = trainer_of(
-        folder, model.train(), protection=protection(inputs, **changes), learning_rate=LEARNING_RATE, **arguments
-    )
-    trainer.train()
-    trainer.save_model(str(folder / "saved"))
-    logs = [{k: v for k, v in entry.items() if k.startswith(("loss", "task_loss", "penalty"))}
-            for entry in trainer.state.log_history if "loss" in entry]  # fmt: skip
+        folder, copy.deepcopy(model).train(), protection=protection(inputs, **changes), documents=task_documents(),
+        **arguments,
+    )  # fmt: skip
+    trainer.train(resume)
+    return trainer
+
+
+def weights(trainer: ProtectedSFTTrainer) -> dict[str, torch.Tensor]:
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {name.removeprefix("module."): value.contiguous().clone() for name, value in (state or {}).items()}
+
+
+def run_case(folder: Path, case: Case, model: PreTrainedModel) -> dict[str, Any]:
+    trainer = train(folder, case, model)
+    trainer.save_model(str(folder / "saved"))
+    found = weights(trainer)
     if trainer.accelerator.is_main_process:
-        save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "weights.safetensors")
-    return {"logs": logs}
+        save_file(found, folder / "weights.safetensors")
+    return {"logs": [entry for entry in trainer.state.log_history if "loss" in entry]}
+
+
+def resumed(folder: Path, deepspeed: str, model: PreTrainedModel) -> dict[str, Any]:
+    """Four steps at once, and two resumed from the second's checkpoint."""
+    changes = {"cache_dir": folder / "cache"}
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    case: Case = (deepspeed, False, "both", changes, saving)
+    whole = weights(train(folder / "run", case, model))
+    again = weights(train(folder / "run", case, model, str(folder / "run/checkpoint-2")))
+    return {"same": whole.keys() == again.keys() and all(torch.equal(whole[n], again[n]) for n in whole)}
+
+
+class _NanOnOneRank(SFTTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.accelerator.process_index == 1 else loss
+
+
+class _Stops(ProtectedTrainerMixin, _NanOnOneRank):
+    pass
+
+
+def not_finite(folder: Path, deepspeed: str | None, model: PreTrainedModel) -> dict[str, Any]:
+    """A loss that is NaN on one rank alone: both must stop, with one message."""
+    try:
+        train(folder, (deepspeed, False, "both", {}, {"trainer_class": _Stops}), model)
+    except NonFiniteLoss as error:
+        return {"stopped": str(error)}
+    return {"stopped": None}
+
+
+SPECIAL: dict[str, Callable[[Path, PreTrainedModel], dict[str, Any]]] = {
+    "zero2_resumed": lambda folder, model: resumed(folder, "zero2", model),
+    "zero3_resumed": lambda folder, model: resumed(folder, "zero3", model),
+    "ddp_not_finite": lambda folder, model: not_finite(folder, None, model),
+    "zero3_not_finite": lambda folder, model: not_finite(folder, "zero3", model),
+}
 
 
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     # Made first: while a ZeRO-3 configuration is alive, new models are born sharded.
     models = {lora: lora_model() if lora else toy_model() for lora in (False, True)}
-    for name in names or list(CASES):
+    for name in names or [*CASES, *SPECIAL]:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            result = run_case(folder, CASES[name], models)
+            if name in CASES:
+                result = run_case(folder, CASES[name], models[CASES[name][1]])
+            else:
+                result = SPECIAL[name](folder, models[False])
         except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError):
             result = {"error": traceback.format_exc()}
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

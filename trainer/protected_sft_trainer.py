@@ -91,8 +91,15 @@ class ProtectedTrainerMixin(CheckpointMixin):
         ZeRO-3 keeps the last step's gradient of a parameter that gets none in a step's first backward pass, and adds to
         it. So under ZeRO-3 the parameters after the blocks are given a gradient of zero.
         """
-        output = run_blocks(model, batch)
-        return output.logits.float().sum() * 0 if is_deepspeed_zero3_enabled() else None
+        if not is_deepspeed_zero3_enabled():
+            run_blocks(model, batch)
+            return None
+        if not isinstance(self, SFTTrainer):
+            return run_blocks(model, batch).logits.float().sum() * 0
+        # ZeRO-3 also fetches weights in the order of the passes before: every pass must go through TRL's fused LM head,
+        # which gathers the head itself. Without labels it scores nothing, and its loss is zero.
+        labels = torch.full_like(batch["input_ids"], -100)
+        return run_blocks(model, {**batch, "labels": labels, "fused_lm_head": True}).loss
 
     def backward_alone(self, loss: Tensor) -> None:
         """Backpropagate without synchronising or stepping: more gradient for this optimiser step follows."""
@@ -216,14 +223,6 @@ class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with `protection` and `documents`; at strength 0 it is TRL's, bit for bit."""
 
     args: SFTConfig
-
-    def run_blocks(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        if not is_deepspeed_zero3_enabled():
-            return super().run_blocks(model, batch)
-        # ZeRO-3 fetches weights in the order of the passes before: every pass must go through TRL's fused LM head,
-        # which gathers the head itself. Without labels it scores nothing, and its loss is zero.
-        labels = torch.full_like(batch["input_ids"], -100)
-        return run_blocks(model, {**batch, "labels": labels, "fused_lm_head": True}).loss
 
     def refuse_unsupported(self, *, task: bool) -> None:
         super().refuse_unsupported(task=task)
