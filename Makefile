@@ -23,8 +23,8 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "holdfast needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@echo "Setting up $(VENV) with the locked packages (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --requirement requirements.lock
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pip install -qq --requirement requirements.lock
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 quickstart: $(READY) ## Lab, subspace, unprotected and protected fine-tune, table (ARGS=--full for the controls)
@@ -37,7 +37,7 @@ check: $(READY) ## Lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@rm -rf .typecheck build
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .typecheck .
+	@$(BIN)/python -m pip install -qq --no-deps --no-build-isolation --target .typecheck .
 	@rm -rf build
 	@MYPYPATH=.typecheck $(BIN)/python -m mypy -p holdfast
 

@@ -102,6 +102,13 @@ def _without_mask(folder: Path) -> Keys:
     return {"model_name_or_path": folder / "maskless"}
 
 
+def _truncated_weights(folder: Path) -> Keys:
+    shutil.copytree(folder / "model", folder / "cut")
+    file = folder / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return {"model_name_or_path": folder / "cut"}
+
+
 def _base(vocab: int | None = None, width: int | None = None) -> Callable[[Path], Keys]:
     def make(folder: Path) -> Keys:
         base = toy_model(vocab=vocab or 320)
@@ -143,6 +150,10 @@ def _other_tokenizer(folder: Path) -> Keys:
     return {**_protected()(folder), "model_name_or_path": folder / "renamed"}
 
 
+def _existing_subspace(folder: Path) -> Keys:
+    return {"subspace_path": folder / "subspace.safetensors"}
+
+
 def _keys(**keys: Any) -> Callable[[Path], Keys]:
     return lambda folder: keys
 
@@ -158,6 +169,7 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "no training set": (_keys(train_dataset=""), ["train_dataset"]),
     "no model": (_keys(model_name_or_path=""), ["model_name_or_path"]),
     "missing model": (_keys(model_name_or_path="./absent"), ["./absent"]),
+    "truncated weights": (_truncated_weights, ["model", "could not be loaded"]),
     "no output folder": (_keys(output_dir=""), ["output_dir"]),
     "missing anchors": (_protected(anchor_dataset="absent.jsonl"), ["absent.jsonl"]),
     "too many held-out rows": (_keys(held_out_rows=12), ["held_out_rows", "fewer"]),
@@ -199,6 +211,7 @@ SUBSPACE: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "no base for a method that needs it": (_keys(subspace_method="svd"), ["base"]),
     "base of another vocabulary": (_base(vocab=321), ["vocab_size", "321", "320"]),
     "missing contrast": (_keys(subspace_contrast="absent.jsonl"), ["absent.jsonl"]),
+    "subspace that exists already": (_existing_subspace, ["subspace.safetensors", "exists already"]),
     "unknown method": (_keys(subspace_method="magic"), ["magic", "contrastive"]),
 }
 

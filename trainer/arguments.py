@@ -262,6 +262,9 @@ class HoldfastConfig(trl.SFTConfig):
     report_to: str = _option(
         "tensorboard", "Where to log. Default: tensorboard.", *sorted(INTEGRATION_TO_CALLBACK), "none"
     )
+    ddp_find_unused_parameters: bool | None = _option(
+        False, "Several processes without DeepSpeed: look for parameters without gradient each step. Default: false."
+    )
     num_processes: int = _option(1, "Processes to train on, one per device (or CPU ranks). Default: 1.")
 
     def __post_init__(self) -> None:

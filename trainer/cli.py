@@ -27,7 +27,7 @@ USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 for a user's error, 130 when interrupted."""
+    """Runs one command and returns its exit code: 0, 1 for a loss not finite, 2 for bad input, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, "\n\nholdfast <command> --help lists the command's flags.")
@@ -59,7 +59,7 @@ def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
 def _complain(line: str, code: int) -> int:
     """Prints the one line, on one rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"holdfast: error: {line}" if code == 2 else f"holdfast: {line}", file=sys.stderr)
+        print(f"holdfast: {line}" if code == 130 else f"holdfast: error: {line}", file=sys.stderr)
     return code
 
 
@@ -114,15 +114,19 @@ def _train(arguments: Sequence[str]) -> int:
     from . import run
     from .launch import launch, must_launch
     from .parsing import build, parse_values
+    from .protected_sft_trainer import NonFiniteLoss
 
     _quiet_bars()
     values = parse_values(arguments)
     if must_launch(values):
         # One process checks everything first, so that a bad input is one line and not one per rank. DeepSpeed is left
         # out of that: its set-up belongs to the ranks.
-        run.check(build({**values, "deepspeed": None}), deepspeed=values["deepspeed"])
+        run.check(build({**values, "deepspeed": None}))
         return launch(arguments, values)
-    result = run.train(build(values))
+    try:
+        result = run.train(build(values))
+    except NonFiniteLoss as error:
+        return _complain(str(error), 1)
     if os.environ.get("RANK", "0") == "0":
         print(f"model written to {result.final}")
         numbers = {name: value for name, value in vars(result).items() if isinstance(value, float)}

@@ -6,7 +6,6 @@ Under torchrun, srun or accelerate (which set LOCAL_RANK) nothing is started: ea
 import difflib
 import logging
 import os
-import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -63,7 +62,7 @@ def launch(arguments: Sequence[str], values: Mapping[str, Any]) -> int:
         max_restarts=0,
     )
     # The ranks print their own errors; the agent's report of them would bury the one line that helps.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     os.environ.update(_environment(values))
     try:
         elastic_launch(config, sys.executable)("-m", "holdfast.trainer.cli", "train", *arguments)
@@ -71,9 +70,7 @@ def launch(arguments: Sequence[str], values: Mapping[str, Any]) -> int:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise
+        return 128 + error.sigval
     return 0
 
 

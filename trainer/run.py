@@ -45,14 +45,10 @@ class TrainResult:
     global_step: int
 
 
-def check(arguments: Arguments, *, deepspeed: str | None = None) -> TrainingInputs:
+def check(arguments: Arguments) -> TrainingInputs:
     """All checks of a training run that need no weights in memory; writes nothing. Raises UserError."""
     inputs = load_inputs(arguments)
     check_output_dir(arguments, inputs.facts)
-    if deepspeed is not None and arguments.protection.reference == "frozen" and arguments.model.use_peft:
-        raise UserError(
-            "--reference frozen keeps a second model in memory for no gain over adapter_off; use that with LoRA"
-        )
     return inputs
 
 
