@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from analysis_toys import LAST_TURN_ONLY, chat, toy_model
+from holdfast.analysis.artifacts import verify_manifest
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
 from holdfast.trainer.parsing import parse
@@ -285,3 +286,26 @@ def test_the_command_checks_rows_once_before_it_starts_several_processes(folder:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "rows2.jsonl:2" in done.stderr
     assert written(folder) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 400 KiB, which a checkpoint of the toy model does not fit on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_disk_that_is_really_full_is_one_line_too(
+    folder: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["train", *flags(recipe(folder, output_dir=small_disk / "run", save_steps=1, max_steps=8))])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and error.startswith("holdfast: error: ") and "space" in error
+    whole = [path for path in (small_disk / "run").glob("checkpoint-*") if not path.name.endswith("staging")]
+    for checkpoint in whole:
+        verify_manifest(checkpoint)
+    assert not (small_disk / "run" / "final").exists() and not list((small_disk / "run").rglob("*staging*"))

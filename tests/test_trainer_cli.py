@@ -19,6 +19,7 @@ from holdfast.trainer.parsing import parse
 from peft import PeftModel
 from run_toys import recipe, toy_rows, write_model, write_rows
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
@@ -73,6 +74,7 @@ def test_a_full_run_leaves_checkpoints_for_plain_transformers_and_says_how_it_wa
 ) -> None:
     write_rows(folder / "twice.jsonl", [*toy_rows(6), *toy_rows(6)])
     keys = protected(folder, train_dataset=folder / "twice.jsonl", learning_rate=3e-3)
+    keys |= {"analysis_during_training": True, "report_to": "tensorboard"}
     assert main(["train", *flags(keys)]) == 0
     out = folder / "run"
     assert "6 of 12 rows repeat another" in capsys.readouterr().out
@@ -81,6 +83,12 @@ def test_a_full_run_leaves_checkpoints_for_plain_transformers_and_says_how_it_wa
         model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
         assert torch.isfinite(model(**tokenizer("soup", return_tensors="pt")).logits).all()
     assert equal(out / "checkpoint-4", out / "final") and not equal(out / "checkpoint-2", out / "final")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[1]["behavior"]["train"]["token_log_prob"]["checkpoint"]["n"] == 12
+    events = EventAccumulator(str(next(out.rglob("events.out.tfevents.*")).parent)).Reload().Tags()["scalars"]
+    assert {"train/penalty", "train/penalty_max", "train/task_loss"} <= set(events)
+    assert any(name.startswith("behavior/train/") for name in events)
     assert yaml.safe_load((out / "resolved_config.yaml").read_text())["learning_rate"] == 3e-3
     versions = json.loads((out / "versions.json").read_text())
     assert versions["packages"]["torch"] == torch.__version__

@@ -4,7 +4,6 @@ Errors a user can cause are one line on stderr and exit code 2, with nothing wri
 """
 
 import difflib
-import errno
 import importlib.metadata
 import logging
 import os
@@ -13,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from ..analysis.errors import UserError
+from .disk import disk_is_full
 
 COMMANDS = {
     "quickstart": "build the lab, fine-tune without and with protection, and print one table",
@@ -40,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _command(arguments)(arguments[1:])
     except UserError as error:
         return _complain(str(error), 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _complain(f"the disk is full ({error.filename or error}); free some space and run again", 2)
     except KeyboardInterrupt as error:
         return _complain(str(error) or "interrupted", 130)
+    except Exception as error:  # of any library that was writing; everything else keeps its traceback
+        if not disk_is_full(error):
+            raise
+        return _complain(f"the disk is full ({error}); free some space and run again", 2)
 
 
 def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:

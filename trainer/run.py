@@ -3,6 +3,7 @@
 `holdfast train|subspace` and the lab call these. Everything is checked before anything is written.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +14,22 @@ import datasets
 import deepspeed
 import trl
 from peft import LoraConfig
-from torch.distributed import barrier, get_backend, is_initialized
+from torch.distributed import get_backend
 from transformers import PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import SaveStrategy
 
 from ..analysis.artifacts import commit_directory
 from ..analysis.errors import UserError
+from ..analysis.measure import Measurer
 from ..analysis.models import load_model
 from ..analysis.subspace import SubspaceRequest, build_subspace
 from .arguments import ModelArguments
+from .callbacks import MeasureCheckpoints
 from .data import Row, load_rows, to_dataset
 from .documents import Document, documents_of
 from .inputs import TrainingInputs, anchor_rows, load_inputs, read_starting_model, subspace_path
+from .measuring import measurer
 from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections import NoProtection, PenaltySettings, SubspaceProtection
@@ -45,11 +50,15 @@ class TrainResult:
     global_step: int
 
 
-def check(arguments: Arguments) -> TrainingInputs:
-    """All checks of a training run that need no weights in memory; writes nothing. Raises UserError."""
+def check(arguments: Arguments) -> tuple[TrainingInputs, Measurer | None]:
+    """All checks of a training run that need no weights in memory; writes nothing. Raises UserError.
+
+    Returns the run's inputs and what measures its checkpoints, None where none are saved or measured.
+    """
     inputs = load_inputs(arguments)
     check_output_dir(arguments, inputs.facts)
-    return inputs
+    measured = arguments.analysis.analysis_during_training and arguments.training.save_strategy != SaveStrategy.NO
+    return inputs, measurer(arguments) if measured else None
 
 
 def train(arguments: Arguments) -> TrainResult:
@@ -57,11 +66,13 @@ def train(arguments: Arguments) -> TrainResult:
 
     Raises UserError for bad input (nothing written), KeyboardInterrupt with the way to go on when interrupted.
     """
-    inputs = check(arguments)
+    inputs, measure = check(arguments)
     set_seed(arguments.training.seed)
     newest = newest_checkpoint(arguments)
     model = _load(arguments)
     trainer = _trainer(arguments, inputs, model)
+    if measure is not None:
+        trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
     write_records(arguments, inputs)
     if is_main():
@@ -197,11 +208,13 @@ def _documents(rendered: Sequence[Any], rows: Sequence[Row], role: str) -> list[
 def _save_final(trainer: ProtectedSFTTrainer, final: Path) -> Path:
     """Saves on every rank (ZeRO-3 gathers), into a staging folder that the main process renames when it is whole."""
     staging = final.with_name(f".{final.name}.staging")
-    trainer.save_model(str(staging))
-    if is_initialized():
-        barrier()
-    if is_main():
-        commit_directory(staging, final, final.with_name(f".{final.name}.replaced"))
-    if is_initialized():
-        barrier()
+    try:
+        trainer.save_model(str(staging))
+        trainer.accelerator.wait_for_everyone()
+        if is_main():
+            commit_directory(staging, final, final.with_name(f".{final.name}.replaced"))
+        trainer.accelerator.wait_for_everyone()
+    finally:
+        if is_main():
+            shutil.rmtree(staging, ignore_errors=True)
     return final
