@@ -3,34 +3,45 @@
 The caller compacts to the positions that count; the head then runs on chunks of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from .artifacts import load_aligned, staged_file
 from .errors import UserError
 from .layers import find_backbone, unwrap
 
 # Logits held at once: 2**22 float32 are 16 MiB, which stays in cache on a CPU and keeps a GPU busy.
 _CHUNK_LOGITS = 2**22
 
+Logits = Callable[[Tensor], Tensor]
 
-def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+
+def logits_of(model: nn.Module) -> Logits:
     """The map from final states [N, d] to float32 logits [N, V], with the architecture's scale and soft cap.
 
     The head is called as a module, so that a sharded weight is gathered by its own hooks.
     """
     inner = unwrap(model)
     head: nn.Module = inner.get_output_embeddings()
-    config = inner.config.get_text_config()
-    scale, cap = _logit_scale(config), getattr(config, "final_logit_softcapping", None)
+    scale, cap = _logit_shape(inner.config.get_text_config())
+    return lambda states: _shaped(head(states), scale, cap)
 
-    def logits(states: Tensor) -> Tensor:
-        values = head(states).float() * scale
-        return values if cap is None else cap * torch.tanh(values / cap)
 
-    return logits
+def _logit_shape(config: PretrainedConfig) -> tuple[float, float]:
+    """The factor on a head's output, and its soft cap (0: none)."""
+    return _logit_scale(config), float(getattr(config, "final_logit_softcapping", None) or 0.0)
+
+
+def _shaped(values: Tensor, scale: float, cap: float) -> Tensor:
+    values = values.float() * scale
+    return cap * torch.tanh(values / cap) if cap else values
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
@@ -83,3 +94,77 @@ def token_statistics(
             weights = (scores - normaliser[:, None]).exp_()
             entropies.append(normaliser - (weights * scores).sum(-1))
     return torch.cat(log_probs), torch.cat(entropies) if entropies else states.new_empty(0, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """An LM head kept without its model, called like `logits_of`: weight [V, d] and bias [V] (or none) in its dtype."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    cap: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "StoredHead":
+        """A copy of a model's head on the CPU; an adapter on the head is merged into the model first."""
+        head = unwrap(model).get_output_embeddings()
+        if not isinstance(head, nn.Linear) and isinstance(model, PeftModel):
+            head = unwrap(model.merge_and_unload()).get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(
+                f"{type(head).__name__} is not a linear LM head, so divergence cannot keep it: leave it out"
+            )
+        bias = None if head.bias is None else head.bias.detach().cpu().clone()
+        return cls(head.weight.detach().cpu().clone(), bias, *_logit_shape(unwrap(model).config.get_text_config()))
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return _shaped(nn.functional.linear(states, self.weight, self.bias), self.scale, self.cap)
+
+    def to(self, device: torch.device) -> "StoredHead":
+        bias = None if self.bias is None else self.bias.to(device)
+        return StoredHead(self.weight.to(device), bias, self.scale, self.cap)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        shape = torch.tensor([self.scale, self.cap], dtype=torch.float64)
+        tensors = {"weight": self.weight, "shape": shape, **({} if self.bias is None else {"bias": self.bias})}
+        with staged_file(path) as staging:
+            save_file(tensors, staging)
+
+    @classmethod
+    def load(cls, path: Path) -> "StoredHead":
+        """Read a file written by `save`."""
+        tensors = load_aligned(path)
+        return cls(tensors["weight"], tensors.get("bias"), *tensors["shape"].tolist())
+
+
+@torch.no_grad()
+def divergences(
+    logits: Logits, states: Tensor, others: Mapping[str, tuple[Logits, Tensor]], device: torch.device
+) -> dict[str, Tensor]:
+    """KL(own || other) [N] in nats for each of the others, float32 on the CPU; N positions in chunks.
+
+    Args:
+        logits: the own head, called alike often on every rank.
+        states: own final states [N, d]; those of the others are [N, d] too.
+    """
+    found: dict[str, list[Tensor]] = {name: [torch.zeros(0)] for name in others}
+    # The first position alone, which tells how wide the vocabulary is.
+    start, step = 0, 1
+    while start < len(states):
+        part = slice(start, start + step)
+        own = logits(states[part].to(device)).log_softmax(-1)
+        for name, (head, theirs) in others.items():
+            other = head(theirs[part].to(device)).log_softmax(-1)
+            found[name].append((own.exp() * (own - other)).sum(-1).cpu())
+        start += len(own)
+        step = max(1, _CHUNK_LOGITS // own.shape[-1])
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def top_tokens(logits: Logits, states: Tensor, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest next tokens after each of N states [N, d]: ids [N, count] and probabilities, on the CPU."""
+    chances, ids = logits(states.to(device)).softmax(-1).topk(count)
+    return ids.cpu(), chances.cpu()

@@ -4,14 +4,12 @@
 written whole or not at all; `metrics.jsonl` (one line per checkpoint) is a view of those files.
 """
 
-import hashlib
 import json
 import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +23,16 @@ from .errors import UserError
 from .layers import parse_layers
 from .lm_head import prove_head
 from .metrics.behavior import behavior
-from .metrics.choices import ChoiceRow, PreparedChoices, choice_rates, prepare_choices, score_prepared
+from .metrics.choices import PreparedChoices, choice_rates, prepare_choices, score_prepared
+from .metrics.divergence import Between, Side, between, divergence
 from .metrics.projection import projection
 from .models import check_compatible, load_config, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
-from .probes import Conversation, Rendered, document_key, render
-from .readout import Readout, read
-from .subspace_file import Subspace
+from .plan import FAMILIES, PROBE_FAMILIES, MeasurePlan
+from .probes import Conversation, Rendered, render
+from .readout import Readout
+from .references import ProbeReader, Reference
 
-FAMILIES = ("behavior", "projection", "choices")
 Results = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class MeasurePlan:
-    """What to measure, and against which references.
-
-    instruct_path: the model that training started from; its tokenizer renders everything. base_path: None leaves what
-    needs base null, with that reason. probe_sets: conversations by name, for behavior and projection. choices: rows of
-    `metrics.choices`. role: whose tokens are pooled and projected; None takes the subspace's, or completion.
-    references: folder for the references' readings, reused where weights, rows and options are the same; None keeps
-    them in memory alone.
-    """
-
-    instruct_path: str
-    base_path: str | None = None
-    probe_sets: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
-    choices: Sequence[ChoiceRow] = ()
-    families: tuple[str, ...] = FAMILIES
-    subspace: Subspace | None = None
-    layers: str = "all"
-    role: str | None = None
-    batch_size: int = 16
-    choices_batch_size: int = 256
-    max_length: int | None = None
-    dtype: str = "float32"
-    device: str | None = None
-    seed: int = 0
-    references: Path | None = None
 
 
 class Measurer:
@@ -92,9 +63,11 @@ class Measurer:
         self.rows = {name: self._rendered(name, rows) for name, rows in plan.probe_sets.items()}
         wanted = "choices" in plan.families and plan.choices
         self.choices: PreparedChoices | None = prepare_choices(self.tokenizer, plan.choices) if wanted else None
-        if not self.choices and not (self.rows and {"behavior", "projection"} & set(plan.families)):
+        if not self.choices and not (self.rows and set(PROBE_FAMILIES) & set(plan.families)):
             raise UserError("there is nothing to measure: pass probe rows or choices, and the families that read them")
-        self._references: dict[str, dict[str, Readout]] | None = None
+        self.reader = ProbeReader(plan, self.rows, self.layers, self.role, pad_id(self.tokenizer))
+        self._references: dict[str, Reference] | None = None
+        self._between: dict[str, Between] = {}
 
     def _rendered(self, name: str, rows: Sequence[Conversation]) -> list[Rendered]:
         if not rows:
@@ -102,65 +75,40 @@ class Measurer:
         return [render(self.tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(rows)]
 
     def prepare(self) -> None:
-        """Read the references, one model after the other; later calls do nothing."""
-        if self._references is None:
-            self._references = {"instruct": self._reference(self.plan.instruct_path)}
-            if self.plan.base_path is not None:
-                self._references["base"] = self._reference(self.plan.base_path)
+        """Read the references, one model after the other; later calls do nothing. Of several ranks all must call it."""
+        if self._references is not None:
+            return
+        self._references = self.reader.references()
+        device = torch.device(self.plan.device or "cpu")
+        for name, kept in self.reader.kept.items():
+            self._between[name] = between(kept, self._sides(name, device), self.tokenizer, device)
 
-    def _reference(self, path: str) -> dict[str, Readout]:
-        """Readings of every probe set by one reference model, from the store where it has them."""
-        if not self.rows:
-            return {}
-        folder = self.plan.references
-        files = {}
-        if folder is not None:
-            fingerprint = model_fingerprint(path)
-            files = {name: folder / f"{self._key(fingerprint, rows)}.safetensors" for name, rows in self.rows.items()}
-            if all(file.is_file() for file in files.values()):
-                return {name: Readout.load(file) for name, file in files.items()}
-        model = load_model(path, dtype=self.plan.dtype, device=self.plan.device)
-        prove_head(model)
-        readings = {name: self._read(model, rows, name) for name, rows in self.rows.items()}
-        for name, file in files.items():
-            readings[name].save(file)
-        return readings
-
-    def _key(self, fingerprint: str, rows: list[Rendered]) -> str:
-        plan, bases = self.plan, hashlib.sha256()
-        for layer, basis in sorted(plan.subspace.bases.items()) if plan.subspace is not None else ():
-            bases.update(f"{layer} {tuple(basis.shape)}".encode() + basis.numpy().tobytes())
-        data = [[document_key(row.input_ids), row.completion_mask] for row in rows]
-        options = [self.layers, self.role, plan.max_length, plan.dtype, sorted(plan.families)]
-        return hashlib.sha256(json.dumps([fingerprint, data, options, bases.hexdigest()]).encode()).hexdigest()
-
-    def _read(self, model: nn.Module, rows: list[Rendered], label: str) -> Readout:
-        plan = self.plan
-        return read(
-            model,
-            rows,
-            layers=self.layers if "projection" in plan.families else [],
-            role=self.role,
-            subspace=plan.subspace if "projection" in plan.families else None,
-            batch_size=plan.batch_size,
-            max_length=plan.max_length,
-            padding=pad_id(self.tokenizer),
-            label=label,
-        )
+    def _sides(self, name: str, device: torch.device) -> dict[str, Side]:
+        """Heads and final states of the references on a probe set."""
+        assert self._references is not None
+        return {
+            which: (reference.head.to(device), reference.readings[name].final)
+            for which, reference in self._references.items()
+            if reference.head is not None
+        }
 
     def measure(self, model: nn.Module) -> Results:
-        """{family: results} of a model in memory, bare or wrapped; its training mode is left as it was."""
+        """{family: results} of a model in memory, bare or wrapped; its training mode is left as it was.
+
+        Of several ranks all must call it: each runs all rows, since ZeRO-3 gathers weights in every pass, and each gets
+        the results.
+        """
         self.prepare()
         started, results = time.perf_counter(), dict[str, Any]()
-        families = [name for name in ("behavior", "projection") if name in self.plan.families and self.rows]
+        families = [name for name in PROBE_FAMILIES if name in self.plan.families and self.rows]
         for family in families:
             results[family] = {}
         tokens = 0
         for name, rows in self.rows.items() if families else ():
-            reading = self._read(model, rows, name)
+            reading = self.reader.read(model, name)
             tokens += sum(len(row.input_ids[: self.plan.max_length]) for row in rows)
             for family in families:
-                results[family][name] = self._family(family, name, reading)
+                results[family][name] = self._family(family, name, reading, model)
         if self.choices is not None:
             masses = score_prepared(model, self.choices, self.plan.choices_batch_size)
             results["choices"] = choice_rates(self.plan.choices, masses, self.plan.seed)
@@ -168,13 +116,17 @@ class Measurer:
         results["cost"] = {"seconds": seconds, "probe_tokens": tokens, "peak_memory_mb": peak_memory_mb()}
         return results
 
-    def _family(self, family: str, name: str, reading: Readout) -> Results:
+    def _family(self, family: str, name: str, reading: Readout, model: nn.Module) -> Results:
         assert self._references is not None
-        instruct = self._references["instruct"][name]
-        base = self._references["base"][name] if "base" in self._references else None
+        seed, instruct = self.plan.seed, self._references["instruct"].readings[name]
+        base = self._references["base"].readings[name] if "base" in self._references else None
         if family == "behavior":
-            return dict(behavior(reading, instruct, base, seed=self.plan.seed))
-        return dict(projection(reading, instruct, base, self.plan.subspace, self.plan.seed))
+            return dict(behavior(reading, instruct, base, seed=seed))
+        if family == "projection":
+            return dict(projection(reading, instruct, base, self.plan.subspace, seed))
+        sides = self._sides(name, next(model.parameters()).device)
+        known, kept = self._between[name], self.reader.kept[name]
+        return divergence(model, reading.final, sides, known, kept, self.rows[name], self.tokenizer, seed)
 
 
 def measure_checkpoint(
@@ -198,7 +150,10 @@ def measure_checkpoint(
 
 
 def write_measurements(output_dir: str | Path, name: str, step: int | None, results: Results) -> Results:
-    """Write one file per family under `metrics/<name>/`, renew `metrics.jsonl`; returns the checkpoint's line."""
+    """Write one file per family under `metrics/<name>/`, renew `metrics.jsonl`; returns the checkpoint's line.
+
+    Of several ranks the main one alone calls it.
+    """
     metrics = Path(output_dir) / "metrics"
     metrics.mkdir(parents=True, exist_ok=True)
     with staged_directory(metrics / name, replace=True) as staging:

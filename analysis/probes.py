@@ -33,7 +33,8 @@ class Rendered:
     """One conversation as a model reads it; all three tuples have one entry per token.
 
     completion_mask marks every assistant turn up to and including its end token. system_mask marks the system turn
-    with its template tokens, one injected by the template included; all False when there is none.
+    with its template tokens, one injected by the template included, and a begin token (BOS) at position 0 with or
+    without it: what belongs to no role.
     """
 
     input_ids: tuple[int, ...]
@@ -75,6 +76,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, source
             completion[index] = True
     low, high = template.system_span(messages, text)
     system = [low <= end - 1 < high or low <= start < min(high, end) for start, end in offsets]
+    # A begin token is an attention sink: its states are up to a thousand times larger than any other's and the same in
+    # every row, so one of them would outweigh a row's own tokens.
+    system[0] = system[0] or ids[0] == tokenizer.bos_token_id
     return Rendered(tuple(ids), tuple(completion), tuple(system))
 
 
@@ -200,7 +204,7 @@ def _without_trailing_space(tokenizer: PreTrainedTokenizerBase, ids: list[int], 
 
 
 def role_mask(rendered: Rendered, role: str) -> list[bool]:
-    """The tokens [T] of a role. The system turn and what follows the last completion belong to none.
+    """The tokens [T] of a role. A begin token, the system turn and what follows the last completion belong to none.
 
     prompt: tokens before the last completion outside completions (all of them in a prompt-only row);
     completion: assistant turns; last_prompt: the token before each completion; all: prompt and completion.

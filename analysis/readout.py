@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import length_batches, pad, select
-from .artifacts import staged_file
+from .artifacts import load_aligned, staged_file
 from .hooks import observe
 from .layers import find_backbone
 from .lm_head import token_statistics
@@ -25,11 +25,12 @@ from .subspace_file import Subspace
 
 @dataclass(frozen=True)
 class Readout:
-    """What one model shows on R rows; everything float32 on the CPU, tokens in the order of rows.
+    """What one model shows on R rows; on the CPU, float32 where nothing else is said, tokens in the order of rows.
 
     token_rows, log_prob, entropy: [N], the row, log-probability and next-token entropy (nats) of completion tokens.
     counts: [R], tokens of the pooled role. pooled: {l: [R, d]}, mean activation over them (0 where there are none).
     projection_rows: [M], the row of each token of the role. projections: {l: [M, k]}, its coordinates V^T h.
+    final: [K, d] in the model's dtype, final states at the positions that were to be kept, in the order of rows.
     """
 
     token_rows: Tensor
@@ -39,6 +40,7 @@ class Readout:
     pooled: dict[int, Tensor]
     projection_rows: Tensor
     projections: dict[int, Tensor] = field(default_factory=dict)
+    final: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
@@ -53,7 +55,7 @@ class Readout:
         """Read a file written by `save`."""
         layered: dict[str, dict[int, Tensor]] = {name: {} for name in _LAYERED}
         flat: dict[str, Any] = {}
-        for key, value in load_file(path).items():
+        for key, value in load_aligned(path).items():
             name, _, layer = key.partition(".")
             if layer:
                 layered[name][int(layer)] = value
@@ -62,7 +64,7 @@ class Readout:
         return cls(**flat, pooled=layered["pooled"], projections=layered["projections"])
 
 
-_FLAT = ("token_rows", "log_prob", "entropy", "counts", "projection_rows")
+_FLAT = ("token_rows", "log_prob", "entropy", "counts", "projection_rows", "final")
 _LAYERED = ("pooled", "projections")
 
 
@@ -74,6 +76,7 @@ def read(
     layers: Sequence[int],
     role: str,
     subspace: Subspace | None = None,
+    keep: Sequence[Sequence[int]] | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
     padding: int = 0,
@@ -84,9 +87,10 @@ def read(
     Args:
         layers: whose outputs are pooled over the tokens of `role`, per row.
         subspace: whose bases the same tokens are projected on, at its own layers.
+        keep: per row, the positions whose final states are kept.
         max_length: rows are cut to it, in tokens.
     """
-    reader = _Reader(model, rows, layers, role, subspace, max_length, padding)
+    reader = _Reader(model, rows, layers, role, subspace, keep, max_length, padding)
     training = model.training
     model.eval()
     try:
@@ -108,6 +112,7 @@ class _Reader:
         layers: Sequence[int],
         role: str,
         subspace: Subspace | None,
+        keep: Sequence[Sequence[int]] | None,
         max_length: int | None,
         padding: int,
     ) -> None:
@@ -118,6 +123,7 @@ class _Reader:
             [i for i in range(1, len(selection.input_ids)) if row.completion_mask[i]]
             for row, selection in zip(rows, self.selections, strict=True)
         ]
+        self.keep: Sequence[Sequence[int]] = [()] * len(rows) if keep is None else keep
         self.layers = list(layers)
         self.bases = (
             {} if subspace is None else {layer: basis.to(self.device) for layer, basis in subspace.bases.items()}
@@ -126,6 +132,7 @@ class _Reader:
         self.statistics: list[tuple[Tensor, Tensor]] = []
         self.pooled: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
         self.projected: dict[int, list[Tensor]] = {layer: [] for layer in self.bases}
+        self.final: list[Tensor] = []
 
     def read_batch(self, batch: list[int]) -> None:
         ids, attention = pad([self.selections[row].input_ids for row in batch], self.padding, self.device)
@@ -150,6 +157,7 @@ class _Reader:
             states, targets = final[at, [position - 1 for position in positions]], ids[at, positions]
             log_prob, entropy = token_statistics(self.model, states, targets)
             self.statistics.append((log_prob.cpu(), entropy.cpu()))
+        self.final.append(final[_flat([self.keep[row] for row in batch])].cpu())
         self.order.extend(batch)
 
     def result(self) -> Readout:
@@ -157,6 +165,7 @@ class _Reader:
         rows_back = torch.tensor(self.order).argsort()
         target_rows = torch.tensor([row for row in self.order for _ in self.targets[row]], dtype=torch.int64)
         role_rows = torch.tensor([row for row in self.order for _ in self.selections[row].positions], dtype=torch.int64)
+        kept_rows = torch.tensor([row for row in self.order for _ in self.keep[row]], dtype=torch.int64)
         targets_back, roles_back = target_rows.argsort(stable=True), role_rows.argsort(stable=True)
         empty = torch.zeros(0)
         log_prob = torch.cat([pair[0] for pair in self.statistics]) if self.statistics else empty
@@ -169,6 +178,7 @@ class _Reader:
             pooled={layer: torch.cat(parts)[rows_back] for layer, parts in self.pooled.items()},
             projection_rows=role_rows[roles_back],
             projections={layer: torch.cat(parts)[roles_back] for layer, parts in self.projected.items()},
+            final=torch.cat(self.final)[kept_rows.argsort(stable=True)],
         )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from analysis_toys import CHATML, chat, save_toy, toy_model, toy_tokenizer
 from holdfast.analysis import measure as measuring
+from holdfast.analysis import references
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint, scalars, write_measurements
 from holdfast.analysis.metrics.choices import score_choices
@@ -53,6 +54,9 @@ def test_instruct_measures_as_itself_and_base_as_base(folders, tmp_path):
         line = measure_checkpoint(measurer, folders[name], tmp_path, step=int(reversion))
         found = line["behavior"]["ordinary"]["joint_log_prob"]["reversion"]
         assert found["value"] == pytest.approx(reversion, abs=1e-5)
+        for quantity in ("kl_instruct", "kl_base"):
+            found = line["divergence"]["ordinary"][quantity]["reversion"]
+            assert found["value"] == pytest.approx(reversion, abs=1e-5)
         mean = line["projection"]["ordinary"]["mean"]
         assert mean["retention"]["value"] == pytest.approx(retention, abs=1e-4)
         assert mean["penalty"]["value"] == pytest.approx(penalty, abs=1e-4)
@@ -62,7 +66,7 @@ def test_instruct_measures_as_itself_and_base_as_base(folders, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["checkpoint"] for line in lines] == ["instruct", "base"]
     assert {path.name for path in (tmp_path / "metrics" / "base").iterdir()} == {
-        "behavior.json", "projection.json", "choices.json", "cost.json", "manifest.json",
+        "behavior.json", "projection.json", "choices.json", "divergence.json", "cost.json", "manifest.json",
     }  # fmt: skip
     assert not list(tmp_path.rglob("*.staging"))
 
@@ -92,17 +96,19 @@ def test_a_live_model_measures_as_its_checkpoint(folders, tmp_path):
 
 def test_references_are_read_once_and_kept(folders, tmp_path, monkeypatch):
     plan = plan_of(folders, references=tmp_path / "store")
-    Measurer(plan).prepare()
-    assert len(list((tmp_path / "store").iterdir())) == 2
+    fresh = Measurer(plan).measure(toy_model(seed=1))
+    assert len(list((tmp_path / "store").iterdir())) == 4  # a reading and a head of each
 
     def refuse(*_args, **_options):
         raise AssertionError("a reference was loaded again")
 
-    monkeypatch.setattr(measuring, "load_model", refuse)
+    for module in (measuring, references):
+        monkeypatch.setattr(module, "load_model", refuse)
     again = Measurer(plan)
     model = toy_model(seed=1)
     result = again.measure(model)
     assert result["behavior"]["ordinary"]["entropy"]["base"]["value"] is not None
+    assert all(result[family] == fresh[family] for family in ("behavior", "divergence", "projection"))
     with pytest.raises(AssertionError):
         Measurer(plan_of(folders, references=tmp_path / "store", max_length=9)).prepare()
 

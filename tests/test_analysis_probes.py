@@ -51,7 +51,7 @@ def test_every_assistant_turn_counts_up_to_its_end_token(template, trim_offsets)
         (GENERATION, "You are kind.", ["<|im_start|>system\nYou are kind.<|im_end|>\n"]),
         (DEFAULT_SYSTEM, None, ["<|im_start|>system\nYou are Toy.<|im_end|>\n"]),
         (DEFAULT_SYSTEM, "You are kind.", ["<|im_start|>system\nYou are kind.<|im_end|>\n"]),
-        (BEGIN_TOKEN, None, []),
+        (BEGIN_TOKEN, None, ["<|begin|>"]),
         (BEGIN_TOKEN, "You are kind.", ["<|begin|><|im_start|>system\nYou are kind.<|im_end|>\n"]),
         (FOLDED_SYSTEM, None, []),
         (FOLDED_SYSTEM, "You are kind.", ["You are kind.\n\n"]),
@@ -62,6 +62,18 @@ def test_system_turn_is_found_from_the_rendering(template, system, expected):
     for assistant in ("take it", None):
         row = render(tokenizer, chat("soup ?", assistant, system))
         assert marked(tokenizer, row.input_ids, row.system_mask) == expected
+
+
+@pytest.mark.parametrize(("template", "system"), [(BEGIN_TOKEN, None), (BEGIN_TOKEN, "You are kind."), (CHATML, None)])
+def test_a_begin_token_belongs_to_no_role(template, system):
+    tokenizer = toy_tokenizer(template)
+    prompt = "<|im_start|>user\nsoup ?<|im_end|>\n<|im_start|>assistant\n"
+    for assistant, rest in (("take it", "take it<|im_end|>"), (None, "")):
+        row = render(tokenizer, chat("soup ?", assistant, system))
+        assert tokenizer.decode(row.input_ids).startswith("<|begin|>") == (template == BEGIN_TOKEN)
+        # Without a begin token the first token is the prompt's own.
+        assert marked(tokenizer, row.input_ids, role_mask(row, "prompt")) == [prompt]
+        assert marked(tokenizer, row.input_ids, role_mask(row, "all")) == [prompt + rest]
 
 
 @pytest.mark.parametrize("template", [CLOSED, CLOSED_GENERATION])
