@@ -10,12 +10,14 @@ from datetime import timedelta
 
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
 from transformers.integrations import deepspeed as integration
 
 from .errors import UserError
 
 # The collectives of training give up after minutes, but reading two large references may take longer.
 _PATIENCE = timedelta(days=1)
+_DONE = "done"
 _CRASHED = "the main process failed: its traceback says why"
 
 
@@ -29,8 +31,14 @@ def _several() -> bool:
 
 
 @contextmanager
-def main_first() -> Iterator[None]:
-    """The main rank runs the body, then all others do; all ranks must come here. Nobody waits for a rank that failed.
+def main_first(name: str) -> Iterator[None]:
+    """The main rank runs the body, then all others do. Nobody waits for a rank that failed.
+
+    It goes through the key-value store of the process group and not through a collective, so that a body which the main
+    rank alone comes to runs too.
+
+    Args:
+        name: of what the body makes, the same on all ranks and another for each body of a run.
 
     Raises:
         UserError: on all ranks, when the main one raises it.
@@ -39,25 +47,24 @@ def main_first() -> Iterator[None]:
     if not _several():
         yield
         return
-    group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    failure: list[str | None] = [_CRASHED]
-    try:
-        if is_main():
-            try:
-                yield
-                failure[0] = None
-            except UserError as error:
-                failure[0] = str(error)
-                raise
-            finally:
-                distributed.broadcast_object_list(failure, src=0, group=group)
-        else:
-            distributed.broadcast_object_list(failure, src=0, group=group)
-            if failure[0] is not None:
-                raise RuntimeError(_CRASHED) if failure[0] == _CRASHED else UserError(failure[0])
+    # Public only as an argument of init_process_group, which is the launcher's to call.
+    store, key = distributed_c10d._get_default_store(), f"holdfast/{name}"
+    if is_main():
+        outcome = _CRASHED
+        try:
             yield
-    finally:
-        distributed.destroy_process_group(group)
+            outcome = _DONE
+        except UserError as error:
+            outcome = str(error)
+            raise
+        finally:
+            store.set(key, outcome)
+        return
+    store.wait([key], _PATIENCE)
+    outcome = store.get(key).decode()
+    if outcome != _DONE:
+        raise RuntimeError(_CRASHED) if outcome == _CRASHED else UserError(outcome)
+    yield
 
 
 @contextmanager

@@ -62,7 +62,9 @@ class ProbeReader:
         if self.plan.base_path is not None:
             paths["base"] = self.plan.base_path
         # Without a folder there is nothing to take from the main rank, and no reason to wait for it.
-        with main_first() if self.plan.references is not None else nullcontext():
+        folder = self.plan.references
+        facts = [str(folder), paths, [self._key("", name) for name in self.rows]]
+        with main_first(f"references {json.dumps(facts)}") if folder is not None else nullcontext():
             return {name: self._reference(path) for name, path in paths.items()}
 
     def _reference(self, path: str) -> Reference:

@@ -76,6 +76,8 @@ def main(models: Path, out: Path, config: str) -> None:
         measurer_of(models, out / "broken", "broken").prepare()
     except UserError as error:
         found["refused"] = str(error)
+    if torch.distributed.get_rank() == 0:
+        measurer_of(models, out / "alone").prepare()
     found["zero3"] = run(out / "zero3", starts[1], measurer_of(models, out / "store3"), deepspeed=config)
     found["unmeasured"] = run(out / "unmeasured", starts[2], None, deepspeed=config)
     rank = torch.distributed.get_rank()

@@ -156,12 +156,9 @@ def _likeliest(
         return []
     ids, chances = top_tokens(logits, states[kept.shown], TOP, device)
     return [
-        [
-            {"token": tokenizer.decode([token]), "probability": chance}
-            for token, chance in zip(*each, strict=True)
-        ]
+        [{"token": tokenizer.decode([token]), "probability": chance} for token, chance in zip(*each, strict=True)]
         for each in zip(ids.tolist(), chances.tolist(), strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _shown(
