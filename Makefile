@@ -45,7 +45,7 @@ benchmark: $(READY) ## Speed and memory ratios against plain TRL
 	@$(BIN)/python -m pytest tests/benchmarks -q -s $(ARGS)
 
 smoke: $(READY) ## The whole path on the real rows (HOLDFAST_EM_DATA names their folder)
-	@$(BIN)/python -m holdfast.recipes.emergent_misalignment.smoke --output_dir runs/smoke $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m holdfast.recipes.emergent_misalignment.smoke --output_dir runs/smoke $(ARGS)
 
 evidence: $(READY) ## The lab's guarantees over ten seeds (long)
 	@$(BIN)/python -m holdfast.recipes.lab.evidence $(ARGS)

@@ -16,6 +16,10 @@ LOCKED = {
 }
 
 
+def package_of(path: Path) -> str:
+    return ".".join(["holdfast", *path.parent.relative_to(ROOT).parts])
+
+
 def test_the_lock_names_one_exact_version_of_every_package() -> None:
     assert all(re.fullmatch(r"==[\w.]+", str(requirement.specifier)) for requirement in LOCKED.values())
     assert str(LOCKED["torch"]) == "torch==2.13.0"  # no build tag: CPU and CUDA builds both satisfy it
@@ -36,12 +40,9 @@ def test_the_licence_is_apache_2() -> None:
 
 def test_every_package_folder_and_its_data_are_installed() -> None:
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {
-        "holdfast." + ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("[adrt]*/**/__init__.py")
-    }
-    assert {folder for folder in folders if not folder.startswith("holdfast.tests")} == set(tool["packages"])
-    for suffix in ("*.yaml", "*.jsonl", "*.json"):
-        for path in ROOT.glob(f"[adrt]*/**/{suffix}"):
-            package = "holdfast." + ".".join(path.parent.relative_to(ROOT).parts)
-            if not package.startswith("holdfast.tests"):
-                assert suffix in tool["package-data"].get(package, []), path
+    tops = [ROOT / name for name in ("analysis", "trainer", "recipes", "ds_configs")]
+    found = [path for top in tops for path in sorted(top.rglob("*"))]
+    assert {package_of(path) for path in found if path.name == "__init__.py"} == set(tool["packages"])
+    for path in found:
+        if path.suffix in (".yaml", ".jsonl", ".json"):
+            assert f"*{path.suffix}" in tool["package-data"].get(package_of(path), []), path

@@ -16,10 +16,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..analysis.errors import UserError
+from ..analysis.plan import FAMILIES
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
-
-FAMILIES = ("behavior", "projection", "choices")
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
@@ -232,7 +231,7 @@ class AnalysisArguments:
 
     analysis_families: list[str] | None = _option(
         None,
-        f"Families to measure, of {', '.join(FAMILIES)}. Default: those the given sets and subspace allow.",
+        "Families to measure. Default: behavior, projection, choices.",
         *FAMILIES,
     )
     analysis_rows: int = _option(200, "At most this many rows of each set. Default: 200.")

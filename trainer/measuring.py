@@ -6,13 +6,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.errors import UserError
-from ..analysis.measure import FAMILIES, MeasurePlan, Measurer, measure_checkpoint
+from ..analysis.measure import Measurer, measure_checkpoint
 from ..analysis.models import model_fingerprint, tokenizer_fingerprint
+from ..analysis.plan import MeasurePlan
 from ..analysis.probes import Conversation
 from ..analysis.subspace import Subspace
 from .data import Row, load_rows
 from .inputs import load_choices, read_starting_model, subspace_path, training_rows
 from .parsing import Arguments
+
+# divergence costs passes of the references' heads for every checkpoint, so it is measured when asked for.
+DEFAULT_FAMILIES = ("behavior", "projection", "choices")
 
 
 def measurer(arguments: Arguments) -> Measurer:
@@ -24,10 +28,9 @@ def measurer(arguments: Arguments) -> Measurer:
         base_path=arguments.model.base_model_name_or_path,
         probe_sets=_probe_sets(arguments),
         choices=load_choices(choices) if choices else (),
-        families=tuple(arguments.analysis.analysis_families or FAMILIES),
+        families=tuple(arguments.analysis.analysis_families or DEFAULT_FAMILIES),
         subspace=subspace,
         layers=",".join(map(str, sorted(subspace.bases))) if subspace else "all",
-        role=subspace.provenance.role if subspace else "completion",
         batch_size=arguments.analysis.analysis_batch_size,
         max_length=arguments.training.max_length,
         dtype=arguments.model.dtype or "auto",
