@@ -288,6 +288,15 @@ def test_the_command_checks_rows_once_before_it_starts_several_processes(folder:
     assert written(folder) == before
 
 
+def test_anchors_without_a_token_of_the_subspaces_role_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = recipe(folder, subspace_positions="completion", subspace_dataset=str(folder / "rows.jsonl"))
+    path = run.subspace(parse({**answered, "subspace_path": str(folder / "completions.safetensors")}))
+    line = complaint(folder, capsys, recipe(folder, protection="subspace", subspace_path=path))  # prompts that ship
+    assert "anchors" in line and "role completion" in line
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 400 KiB, which a checkpoint of the toy model does not fit on."""

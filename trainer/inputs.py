@@ -21,7 +21,7 @@ from ..analysis.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from ..analysis.probes import document_key
+from ..analysis.probes import document_key, role_mask
 from ..analysis.subspace import Subspace, random_like
 from .data import (
     RenderedRows,
@@ -70,7 +70,7 @@ def load_inputs(arguments: Arguments) -> TrainingInputs:
         for name, rows in {"train": train, "held_out": held_out, "anchors": anchors, "probes": probes}.items()
         if rows
     }
-    _require_roles(subspace, rendered)
+    _require_roles(arguments, subspace, rendered)
     sets = {"train": train, "held_out": held_out, "anchors": anchors, "probes": probes, "choices": _prompts_of(choices)}
     return TrainingInputs(
         tokenizer=tokenizer,
@@ -172,13 +172,17 @@ def training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
     return rows, None
 
 
-def _require_roles(subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
-    if subspace is None or "anchors" not in rendered or subspace.provenance.role != "completion":
+def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
+    """Raises UserError when a set the penalty acts on has no token of the subspace's role."""
+    if subspace is None:
         return
-    if not any(any(row.completion_mask) for row in rendered["anchors"].rendered):
-        raise UserError(
-            "the subspace acts on completions, but no anchor has one; use anchors with answers, or another role"
-        )
+    role, inputs = subspace.provenance.role, arguments.protection.penalty_inputs
+    for name in {"task": ["train"], "anchors": ["anchors"], "both": ["train", "anchors"]}[inputs]:
+        if not any(any(role_mask(row, role)) for row in rendered[name].rendered):
+            raise UserError(
+                f"no row of the {name} set has a token of role {role}, on which the subspace was built; use others, "
+                "or build the subspace with another --subspace_positions"
+            )
 
 
 def _prompts_of(choices: list[dict[str, Any]] | None) -> list[Row] | None:
