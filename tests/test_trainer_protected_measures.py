@@ -4,7 +4,7 @@ import json
 
 import torch
 from analysis_toys import chat, save_toy, toy_model, toy_tokenizer
-from holdfast.analysis.measure import Measurer, MeasurePlan, measure_checkpoint
+from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint
 from holdfast.trainer.callbacks import MeasureCheckpoints
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
 from peft import LoraConfig

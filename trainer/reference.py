@@ -28,8 +28,6 @@ KINDS = ("auto", "cached", "adapter_off", "frozen")
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
                 "max_length_k", "seq_idx")  # fmt: skip
 FUSED_INPUTS = ("labels", "fused_lm_head")
-# Tokens a forward pass of the cache reads at most; rows are sorted by length, so little of it is padding.
-CACHE_BATCH_TOKENS = 8192
 
 RunBlocks = Callable[[nn.Module, Batch], Any]
 
@@ -151,14 +149,15 @@ class ReferenceCache:
         facts: what the values depend on beside the documents (subspace, starting model).
         folder: where they are kept; None keeps them in memory.
         trained: the weights have moved already and cannot be turned back, so only the disk can help.
+        batch_size: rows a training step reads at once; no pass of the cache holds more tokens than so many long rows.
     """
 
     def __init__(
         self, model: nn.Module, projector: ResidualProjector, run: RunBlocks, accelerator: Accelerator, *,
-        facts: dict[str, Any], folder: Path | None, trained: bool,
+        facts: dict[str, Any], folder: Path | None, trained: bool, batch_size: int,
     ) -> None:  # fmt: skip
         self.model, self.projector, self.run, self.accelerator = model, projector, run, accelerator
-        self.facts, self.folder, self.trained = facts, folder, trained
+        self.facts, self.folder, self.trained, self.batch_size = facts, folder, trained, batch_size
 
     def fill(self, store: DocumentStore) -> None:
         """Set `store.values` [N, L, k] from disk, or compute and keep them.
@@ -174,7 +173,7 @@ class ReferenceCache:
                 f"cached references are not in {self.folder} and the model has already trained: resume in the folder "
                 "where the run began, or write reference frozen"
             )
-        values = self._compute(store, _batches(store))
+        values = self._compute(store, _batches(store, self.batch_size))
         if path is not None:
             if self.accelerator.is_main_process:
                 with staged_directory(path, replace=True) as staging:
@@ -195,7 +194,7 @@ class ReferenceCache:
         verify_manifest(path)
         values = load_file(path / "reference.safetensors")["values"]
         if not self.trained:
-            numbers = _batches(store)[:1]
+            numbers = _batches(store, self.batch_size)[:1]
             again = self._compute(store, numbers)
             rows = torch.cat([torch.arange(store.starts[n], store.starts[n] + store.lengths[n]) for n in numbers[0]])
             size = values[rows].square().mean().sqrt()
@@ -235,11 +234,12 @@ class ReferenceCache:
         return values
 
 
-def _batches(store: DocumentStore) -> list[list[int]]:
-    """Documents by length, cut so that a padded batch holds at most CACHE_BATCH_TOKENS."""
+def _batches(store: DocumentStore, batch_size: int) -> list[list[int]]:
+    """Documents by length, so that little is padding, in batches of at most as many tokens as a training step's."""
+    limit = batch_size * max(store.lengths)
     batches: list[list[int]] = [[]]
     for number in sorted(range(len(store)), key=lambda number: store.lengths[number]):
-        if batches[-1] and (len(batches[-1]) + 1) * store.lengths[number] > CACHE_BATCH_TOKENS:
+        if batches[-1] and (len(batches[-1]) + 1) * store.lengths[number] > limit:
             batches.append([])
         batches[-1].append(number)
     return batches

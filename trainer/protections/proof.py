@@ -47,7 +47,7 @@ def prove_alive(
             cut = [layer for layer in layers if not seen.by_layer[layer].requires_grad]
             if cut:
                 raise UserError(_dead(cut, "no graph reaches them (re-entrant checkpointing around the hook)"))
-            with discarded_gradients(model) as largest:
+            with discarded_gradients(model, keep_zeros=trainer.is_deepspeed_enabled) as largest:
                 loss = values.mean() if number == 0 else values[0]
                 trainer.backward_alone(loss if seen.zero is None else loss + seen.zero)
             if any(not bool(torch.isfinite(size)) for size in largest):
@@ -56,8 +56,6 @@ def prove_alive(
                 cause = "no parameter trained at or below that layer" if number else "no parameter gets a gradient"
                 raise UserError(_dead(chosen, cause))
     model.train(was_training)
-    if not trainer.is_deepspeed_enabled:
-        model.zero_grad(set_to_none=True)
 
 
 def _dead(layers: list[int], cause: str) -> str:
@@ -68,11 +66,12 @@ def _dead(layers: list[int], cause: str) -> str:
 
 
 @contextmanager
-def discarded_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
+def discarded_gradients(model: nn.Module, *, keep_zeros: bool) -> Iterator[list[Tensor]]:
     """Note the largest entry of each parameter gradient and pass zeros on, so that nothing is accumulated.
 
     A hook on the parameter sees the gradient before DDP or ZeRO do, whole, at every stage; DeepSpeed then holds zeros
     where it would hold the trial's gradient, to which the first step adds exactly. No counter of the engine moves.
+    Elsewhere (`keep_zeros` False) the zeros go at once: the proof must not raise the run's peak memory.
     """
     largest: list[Tensor] = []
 
@@ -80,7 +79,13 @@ def discarded_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
         largest.append(gradient.detach().abs().max())
         return torch.zeros_like(gradient)
 
-    handles = [parameter.register_hook(note) for parameter in model.parameters() if parameter.requires_grad]
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [parameter.register_hook(note) for parameter in trained]
+    if not keep_zeros:
+        handles += [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
     try:
         yield largest
     finally:

@@ -103,10 +103,11 @@ class SubspaceProtection(Protection):
                 frozen=self._reference_model is not None,
             )  # fmt: skip
             logger.info(f"holdfast: reference of the {part} rows is {kind}")
-            self._references[part] = self._reference(kind, trainer, model, store)
+            rows = trainer.args.per_device_train_batch_size if part == "task" else self.settings.anchor_batch_size
+            self._references[part] = self._reference(kind, trainer, model, store, rows)
 
     def _reference(
-        self, kind: str, trainer: "ProtectedTrainerMixin", model: nn.Module, store: DocumentStore | None
+        self, kind: str, trainer: "ProtectedTrainerMixin", model: nn.Module, store: DocumentStore | None, rows: int
     ) -> Reference:
         projector = self._projector
         assert projector is not None
@@ -120,7 +121,8 @@ class SubspaceProtection(Protection):
         assert store is not None
         cache = ReferenceCache(
             model, projector, trainer.run_blocks, trainer.accelerator, facts=self._cache_facts(),
-            folder=self._cache_dir, trained=peft_model(model) is None and trainer.state.global_step > 0,
+            folder=self._cache_dir, batch_size=rows,
+            trained=peft_model(model) is None and trainer.state.global_step > 0,
         )  # fmt: skip
         cache.fill(store)
         return CachedReference()
