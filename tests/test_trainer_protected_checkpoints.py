@@ -13,6 +13,7 @@ from holdfast.analysis.artifacts import verify_manifest
 from holdfast.analysis.errors import UserError
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from trainer_toys import anchor_documents, task_documents, toy_subspace, trainer_of
 from transformers import AutoModelForCausalLM
 
@@ -114,13 +115,21 @@ def test_resuming_another_protection_says_what_differs(tmp_path):
         make(tmp_path, protection=protect(strength=3.0)).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("at", ["_save_optimizer_and_scheduler", "_save_rng_state"])
+FULL = {
+    "_save": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "_save_optimizer_and_scheduler": RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0"),
+    "_save_rng_state": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("at", FULL)
 def test_a_full_disk_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch, at):
     trainer = make(tmp_path)
 
-    def full(output_dir: str) -> None:
+    def full(output_dir: str, *args: Any, **kwargs: Any) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
         (Path(output_dir) / "half").write_bytes(b"1")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise FULL[at]
 
     monkeypatch.setattr(trainer, at, full)
     with pytest.raises(UserError, match="checkpoint-3 could not be written"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -51,11 +52,10 @@ class CheckpointMixin(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self._finish_staging(run, staging / name)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
-            # torch.save turns a full disk into a RuntimeError of its own.
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "PytorchStreamWriter" in str(error):
+            if _disk_is_full(error):
                 raise UserError(f"{run / name} could not be written ({error}): free some space and resume") from error
             raise
         finally:
@@ -119,3 +119,10 @@ class CheckpointMixin(Trainer):
         if not path.is_file():
             raise UserError(f"{folder} holds no {STATE}: it was not written by holdfast, so it cannot be resumed")
         self.load_checkpoint_state(json.loads(path.read_text()))
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """torch.save and safetensors turn a full disk into errors of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "PytorchStreamWriter" in str(error) or "No space left" in str(error)
