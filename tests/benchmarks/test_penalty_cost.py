@@ -165,9 +165,8 @@ def run(rounds: int, steps: int) -> dict[str, dict[str, float]]:
     seconds = time_arms(rounds, steps)
     memory = {arm: peak_memory(arm) for arm in ARMS}
     table = {}
-    print(
-        f"\nQwen2, {BLOCKS} blocks of width {WIDTH}, batch {BATCH} x {LENGTH} tokens ({MEMORY_LENGTH} for memory), {rounds} x {steps} steps"
-    )
+    print(f"\nQwen2, {BLOCKS} blocks of width {WIDTH}, batch {BATCH} x {LENGTH} tokens ({MEMORY_LENGTH} for memory)")
+    print(f"{rounds} rounds of {steps} steps")
     print(f"{'arm':<17}{'s/step':>8}{'ratio':>8}{'95% interval':>18}{'peak MiB':>10}{'ratio':>8}")
     for arm in ARMS:
         mean, low, high = interval(np.array(seconds[arm]) / np.array(seconds[plain_of(arm)]))
@@ -180,16 +179,13 @@ def run(rounds: int, steps: int) -> dict[str, dict[str, float]]:
 
 
 def test_the_penalty_costs_at_most_two_hundredths_and_anchors_their_share() -> None:
-    """Fails where the whole interval lies above the bar: noise alone cannot fail it, a real cost must.
-
-    Anchors in full fine-tuning are printed and not held to the bar: a second pass adds its gradient to every weight
-    once more, which so few tokens do not amortise.
-    """
+    """Fails where the whole interval lies above the bar: noise alone cannot fail it, a real cost must."""
     table = run(rounds=10, steps=3)
     assert table["strength 0"]["low"] <= 1.02 and table["strength 0"]["memory_ratio"] <= 1.02
     for arm in ("task", "task, LoRA"):
         assert table[arm]["low"] <= 1.02 and table[arm]["memory_ratio"] <= 1.02
-    assert table["anchors, LoRA"]["low"] <= 1.02 + token_share()
+    for arm in ("anchors", "anchors, LoRA"):
+        assert table[arm]["low"] <= 1.02 + token_share()
 
 
 if __name__ == "__main__":
