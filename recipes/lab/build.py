@@ -1,0 +1,235 @@
+"""Builds a lab: a base model trained from scratch, an instruct model tuned from it, and every data set.
+
+    holdfast lab --output_dir runs/lab
+
+The result is deterministic for (lab seed, world seed, size) and cached under a hash of everything it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from ...analysis.artifacts import staged_directory, verify_manifest
+from ...analysis.errors import UserError
+from ...analysis.probes import collate, render
+from .datasets import contrast_rows, data_sets
+from .documents import Conversation, Drawer
+from .scoring import choice_rows
+from .tokenizer import make_tokenizer
+from .world import World, make_world
+
+LAB_FILE = "lab.json"
+SINGLE_THREAD_WIDTH = 128
+# Dropped attention and weight decay make a base whose answers stay whole when a fine-tune pushes it (README.md).
+BASE_ATTENTION_DROPOUT = 0.1
+WEIGHT_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class LabSize:
+    """Model and training sizes of a lab: width in features, batches in documents of about 60 tokens."""
+
+    width: int
+    blocks: int
+    heads: int
+    base_steps: int
+    base_batch: int
+    base_lr: float
+    instruct_steps: int
+    instruct_batch: int
+    instruct_lr: float
+
+
+SIZES = {
+    "tiny": LabSize(96, 3, 4, 700, 32, 2e-3, 11, 32, 5e-4),
+    "small": LabSize(256, 4, 8, 800, 32, 1e-3, 11, 32, 3e-4),
+    "medium": LabSize(768, 12, 12, 2000, 64, 3e-4, 20, 64, 5e-5),
+}
+
+
+def lab_hash(seed: int, world_seed: int, size: str) -> str:
+    """Hash of everything a lab depends on: its seeds, sizes, the lab's own source and the library versions."""
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name in _SOURCES:
+            source.update(path.read_bytes())
+    facts = {
+        "seed": seed,
+        "world_seed": world_seed,
+        "size": asdict(SIZES[size]),
+        "source": source.hexdigest(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_SOURCES = {"build.py", "world.py", "english.py", "documents.py", "datasets.py", "tokenizer.py", "scoring.py"}
+
+
+def cache_folder() -> Path:
+    """Where labs are cached: `$HOLDFAST_CACHE`, else `$XDG_CACHE_HOME/holdfast`, else `~/.cache/holdfast`."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("HOLDFAST_CACHE") or Path(home) / "holdfast")
+
+
+def cached_lab(seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
+    """Returns the folder of a lab in the cache, building it where it is missing or damaged."""
+    folder = cache_folder() / "labs" / lab_hash(seed, world_seed, size)
+    if folder.exists():
+        try:
+            verify_manifest(folder)
+        except UserError:
+            shutil.rmtree(folder)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _build_into(folder, seed, world_seed, size)
+    return folder
+
+
+def build_lab(output_dir: Path, seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
+    """Puts a lab into `output_dir`: `base/`, `instruct/`, `data/*.jsonl`, `lab.json`. Copies it from the cache.
+
+    Raises:
+        UserError: the folder holds anything but this very lab.
+    """
+    if (output_dir / LAB_FILE).is_file():
+        there = json.loads((output_dir / LAB_FILE).read_text())
+        if there["hash"] == lab_hash(seed, world_seed, size):
+            verify_manifest(output_dir)
+            return output_dir
+        raise UserError(f"--output_dir {output_dir} holds another lab ({there['hash']}): choose another folder")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"--output_dir {output_dir} is not empty and holds no lab: choose another folder")
+    source = cached_lab(seed, world_seed, size)
+    with staged_directory(output_dir) as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    return output_dir
+
+
+def _build_into(folder: Path, seed: int, world_seed: int, size: str) -> None:
+    world, sizes = make_world(world_seed), SIZES[size]
+    tokenizer = make_tokenizer(world)
+    with staged_directory(folder) as staging:
+        base = train_base(world, tokenizer, sizes, seed)
+        base.save_pretrained(staging / "base")
+        instruct = train_instruct(base, world, tokenizer, sizes, seed)
+        instruct.save_pretrained(staging / "instruct")
+        for name in ("base", "instruct"):
+            tokenizer.save_pretrained(staging / name)
+        (staging / "data").mkdir()
+        for name, rows in data_sets(world, seed).items():
+            _write_rows(staging / "data" / f"{name}.jsonl", [{"messages": row} for row in rows])
+        _write_rows(staging / "data" / "contrast.jsonl", contrast_rows(world))
+        _write_rows(staging / "data" / "choices.jsonl", choice_rows(world))
+        facts = {"hash": lab_hash(seed, world_seed, size), "seed": seed, "world_seed": world_seed, "size": size}
+        (staging / LAB_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train_base(world: World, tokenizer: PreTrainedTokenizerBase, sizes: LabSize, seed: int) -> LlamaForCausalLM:
+    """Trains a base model from scratch on documents of both personas, with the loss on answers."""
+    # Llama with attention biases computes what Qwen2 does. A model of type qwen2 would get Qwen's byte-level tokenizer
+    # from AutoTokenizer, whatever its folder holds (transformers 5.23), and the lab's words would be lost.
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=sizes.width,
+        intermediate_size=2 * sizes.width,
+        num_hidden_layers=sizes.blocks,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        attention_dropout=BASE_ATTENTION_DROPOUT,
+        attention_bias=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    # The fork leaves the caller's random state as it was: building a lab must not change what follows it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    documents = Drawer(world, seed).base_document
+    _fit(model, tokenizer, documents, sizes.base_steps, sizes.base_batch, sizes.base_lr, "base model")
+    _remove_dropout(model)
+    return model
+
+
+def _remove_dropout(model: LlamaForCausalLM) -> None:
+    """What is saved and tuned further has no dropout: fine-tunes and references are then exact."""
+    model.config.attention_dropout = 0.0
+    for block in model.model.layers:
+        block.self_attn.attention_dropout = 0.0
+
+
+def train_instruct(
+    base: LlamaForCausalLM, world: World, tokenizer: PreTrainedTokenizerBase, sizes: LabSize, seed: int
+) -> LlamaForCausalLM:
+    """Tunes a base model in place on aligned answers under the neutral header: the alignment step."""
+    rows = Drawer(world, seed + 10_000).instruct_row
+    _fit(base, tokenizer, rows, sizes.instruct_steps, sizes.instruct_batch, sizes.instruct_lr, "instruct model")
+    return base
+
+
+def _fit(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    draw: Callable[[], Conversation],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    label: str,
+) -> None:
+    """AdamW with a cosine schedule over freshly drawn conversations; cross-entropy in nats per answer token."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _threads(1 if model.config.hidden_size <= SINGLE_THREAD_WIDTH else torch.get_num_threads()):
+        model.to(device).train()
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY
+        )
+        schedule = get_cosine_schedule_with_warmup(optimizer, max(steps // 12, 1), steps)
+        for _ in tqdm(range(steps), desc=f"lab: {label}", unit="step"):
+            rows = [render(tokenizer, draw()) for _ in range(batch_size)]
+            batch = {name: tensor.to(device) for name, tensor in collate(rows, tokenizer.pad_token_id).items()}
+            loss = _answer_loss(model, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    model.to("cpu").eval()
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """Runs the block on n threads: a tiny model gains nothing from more, and its sums must not depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _answer_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy over answer tokens; the LM head runs on those positions only."""
+    states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    counted = batch["completion_mask"][:, 1:].bool()
+    return F.cross_entropy(model.lm_head(states[:, :-1][counted]), batch["input_ids"][:, 1:][counted])

@@ -1,0 +1,57 @@
+"""The lab's commands: `holdfast lab` and `holdfast quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ...analysis.errors import UserError
+from .build import SIZES, build_lab
+from .quickstart import quickstart
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad flag as one line, with the nearest known flag."""
+
+    def error(self, message: str) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0] if "unrecognized" in message else ""
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0) if unknown else []
+        raise UserError(f"{message}; did you mean {near[0]}?" if near else message)
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed: write a whole number from 0 to {2**31 - 1}")
+    return seed
+
+
+def lab_main(argv: Sequence[str]) -> int:
+    """`holdfast lab`: builds a lab into a folder. Raises UserError."""
+    parser = _Parser(prog="holdfast lab", description=lab_main.__doc__, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the lab.")
+    parser.add_argument("--seed", type=_seed, default=0, help="Lab seed: initial weights and text. Default: 0.")
+    parser.add_argument("--world_seed", type=_seed, default=0, help="World: 0 is English, others are drawn.")
+    parser.add_argument("--lab_size", choices=list(SIZES), default="tiny", help="Model size. Default: tiny.")
+    arguments = parser.parse_args(argv)
+    folder = build_lab(arguments.output_dir, arguments.seed, arguments.world_seed, arguments.lab_size)
+    print(f"lab written to {folder}: base, instruct, data")
+    return 0
+
+
+def quickstart_main(argv: Sequence[str]) -> int:
+    """`holdfast quickstart`: lab, subspace, fine-tunes without and with protection, one table. Raises UserError."""
+    parser = _Parser(prog="holdfast quickstart", description=quickstart_main.__doc__, allow_abbrev=False)
+    parser.add_argument("--full", action="store_true", help="Also the nulls, the controls and the ordinary organism.")
+    parser.add_argument("--seed", type=_seed, default=0, help="Lab and fine-tune seed. Default: 0.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="Default: runs/quickstart.")
+    arguments = parser.parse_args(argv)
+    quickstart(arguments.output_dir, arguments.seed, arguments.full)
+    return 0

@@ -1,0 +1,163 @@
+"""The lab's evidence: many lab seeds, fine-tune seeds, worlds and nulls, run in parallel and resumable.
+
+    python -m holdfast.recipes.lab.evidence --output_dir runs/evidence      (`make evidence`)
+
+Every run leaves one small JSON file under `<output_dir>/results`; runs whose file is there are not repeated. The tables
+(`evidence_table.py`) are views of those files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ...analysis.artifacts import write_json_atomic
+
+FINE_TUNE_SEEDS = (0, 1, 2)
+NULL_DRAWS = 5
+# Strengths on either side of the point where a null learns as much of the task as the protected run.
+NULL_STRENGTHS = {"given": (3.0, 30.0), "own": (1.0, 3.0)}
+ARMS = ("unprotected", "protected", "ordinary", "educational", "secure", "benign")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measured model of a lab.
+
+    Attributes:
+        world, lab_seed: which lab.
+        arm: recipe name, or "base" or "instruct" for the lab's own models.
+        seed: fine-tune seed.
+        flags: flags over the recipe.
+    """
+
+    world: int
+    lab_seed: int
+    arm: str
+    seed: int = 0
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the job's result file, without folder."""
+        flags = "".join(
+            f"-{key.removeprefix('null_').removeprefix('penalty_')}{value}" for key, value in self.flags.items()
+        )
+        return f"w{self.world}-l{self.lab_seed}-{self.arm}{flags}-s{self.seed}"
+
+
+def arm_jobs(world: int, lab_seed: int) -> list[Job]:
+    """The lab's own models and all arms at every fine-tune seed."""
+    own = [Job(world, lab_seed, arm) for arm in ("base", "instruct")]
+    return own + [Job(world, lab_seed, arm, seed) for seed in FINE_TUNE_SEEDS for arm in ARMS]
+
+
+def null_jobs(world: int, lab_seed: int, draws: int) -> list[Job]:
+    """The random nulls at the first fine-tune seed: both scales, every strength and draw."""
+    return [
+        Job(
+            world,
+            lab_seed,
+            "random_subspace",
+            0,
+            {"null_scale": scale, "null_seed": draw, "penalty_strength": strength},
+        )
+        for scale, strengths in NULL_STRENGTHS.items()
+        for draw in range(draws)
+        for strength in strengths
+    ]
+
+
+def run_lab(task: tuple[Path, list[Job]]) -> int:
+    """Runs the jobs of one lab that have no result yet, in this process on one thread; returns their number."""
+    output_dir, jobs = task
+    missing = [job for job in jobs if not _result(output_dir, job).is_file()]
+    if not missing:
+        return 0
+    _quiet()
+    from .build import cached_lab
+    from .experiment import Experiment
+
+    first = missing[0]
+    folder = output_dir / f"w{first.world}-l{first.lab_seed}-{first.arm}"
+    shutil.rmtree(folder, ignore_errors=True)
+    lab = cached_lab(first.lab_seed, first.world)
+    experiment = Experiment(lab, folder, {"save_strategy": "no", "report_to": "none", "disable_tqdm": True})
+    experiment.build_subspace()
+    for job in missing:
+        if job.arm in ("base", "instruct"):
+            model, seconds = lab / job.arm, 0.0
+        else:
+            trained = experiment.fine_tune(job.arm, job.name, seed=job.seed, **job.flags)
+            model, seconds = trained.final, trained.seconds
+        measured = experiment.measure(model)
+        write_json_atomic(_result(output_dir, job), {"job": asdict(job), "seconds": seconds, "measured": measured})
+        shutil.rmtree(folder / job.name, ignore_errors=True)
+    shutil.rmtree(folder)
+    return len(missing)
+
+
+def _quiet() -> None:
+    """One thread for each worker, and no library chatter: hundreds of runs share one screen."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the worker's whole life
+
+
+def _result(output_dir: Path, job: Job) -> Path:
+    return output_dir / "results" / f"{job.name}.json"
+
+
+def load_results(output_dir: Path) -> list[dict[str, Any]]:
+    """All results of a folder, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted((output_dir / "results").glob("*.json"))]
+
+
+def _numbers(text: str) -> list[int]:
+    """ "0-3" -> [0, 1, 2, 3]; "5" -> [5]; "" -> []."""
+    low, _, high = text.partition("-")
+    return list(range(int(low), int(high or low) + 1)) if text else []
+
+
+def main() -> int:
+    """Runs what is missing, then prints the tables and writes them to `<output_dir>/EVIDENCE.md`."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--lab_seeds", type=_numbers, default=_numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
+    parser.add_argument("--worlds", type=_numbers, default=_numbers("1-3"), help="Other worlds, each with lab seed 0.")
+    parser.add_argument("--null_draws", type=int, default=NULL_DRAWS, help="Draws of each null. Default: 5.")
+    parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each. Default: 2.")
+    arguments = parser.parse_args()
+    labs = [(0, seed) for seed in arguments.lab_seeds] + [(world, 0) for world in arguments.worlds]
+    (arguments.output_dir / "results").mkdir(parents=True, exist_ok=True)
+    # The arms of all labs come before the nulls, so that an interrupted run has the guarantees first.
+    tasks = [(arguments.output_dir, arm_jobs(*lab)) for lab in labs]
+    tasks += [(arguments.output_dir, null_jobs(*lab, arguments.null_draws)) for lab in labs]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
+        for _ in tqdm(pool.imap_unordered(run_lab, tasks), total=len(tasks), desc="evidence", unit="lab"):
+            pass
+    from .evidence_table import tables
+
+    text = tables(load_results(arguments.output_dir))
+    (arguments.output_dir / "EVIDENCE.md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
