@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import zero_worker
-from analysis_toys import toy_model
+from analysis_toys import save_toy, toy_model
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.layers import find_layers
+from holdfast.analysis.measure import measure_checkpoint, scalars
 from holdfast.trainer import zero
 from plain_math import plain_training, relative_error
 from safetensors.torch import load_file
@@ -31,6 +32,7 @@ def launched(tmp_path_factory) -> Path:
     """The folder of results of one launch."""
     zero.prepare_zero(str(CONFIGS / "zero2.json"), use_cpu=True)
     out = tmp_path_factory.mktemp("ranks")
+    save_toy(out / "instruct", toy_model())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
                "--rdzv-endpoint", "localhost:0", zero_worker.__file__, str(out)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -107,6 +109,21 @@ def test_all_ranks_stop_together_when_one_loss_is_not_finite(launched, name):
     assert "step 1" in messages[0]
     # The failing rank's own four task rows and two anchors.
     assert messages[0].count(" rows.jsonl:") == 4 and messages[0].count("anchors.jsonl:") == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["ddp_measured", "zero3_measured"])
+def test_checkpoints_are_measured_while_training_as_they_are_on_disk(launched, name, tmp_path):
+    for rank in (0, 1):
+        result(launched, name, rank)
+    lines = [json.loads(line) for line in (launched / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["checkpoint"] for line in lines] == ["checkpoint-2", "checkpoint-4"]
+    measurer = zero_worker.measurer_of(launched / "instruct", None)
+    for line in lines:
+        again = measure_checkpoint(measurer, launched / name / line["checkpoint"], tmp_path)
+        live, saved = ({k: v for k, v in scalars(m).items() if not k.startswith("cost/")} for m in (line, again))
+        assert {k.split("/")[0] for k in saved} == {"behavior", "projection", "divergence", "choices"}
+        assert live == pytest.approx(saved, rel=1e-5, abs=1e-6)
 
 
 def test_a_missing_compiler_is_named_before_any_rank_starts(monkeypatch):

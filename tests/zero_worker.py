@@ -1,9 +1,10 @@
 """Many training cases in one launch of several CPU ranks: `torchrun --nproc_per_node 2 tests/zero_worker.py OUT`.
 
-Each case leaves OUT/<case>/{weights.safetensors,result.json}; the tests compare them with plain math.
+OUT/instruct holds the toy model. Each case leaves OUT/<case>/{weights.safetensors,result.json}; the tests compare them with plain math.
 """
 
 import copy
+import dataclasses
 import json
 import sys
 import traceback
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from analysis_toys import toy_model
+from analysis_toys import chat, toy_model, toy_tokenizer
+from holdfast.analysis.measure import MeasurePlan, Measurer
+from holdfast.analysis.models import model_fingerprint, tokenizer_fingerprint
+from holdfast.trainer.callbacks import MeasureCheckpoints
 from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from trainer_toys import anchor_documents, task_documents, toy_subspace, trainer_of
+from trainer_toys import ROWS, anchor_documents, task_documents, toy_subspace, trainer_of
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
@@ -65,7 +69,9 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def train(folder: Path, case: Case, model: PreTrainedModel, resume: str | None = None) -> ProtectedSFTTrainer:
+def train(
+    folder: Path, case: Case, model: PreTrainedModel, resume: str | None = None, measurer: Measurer | None = None
+) -> ProtectedSFTTrainer:
     deepspeed, _, inputs, changes, arguments = case
     AcceleratorState._reset_state()
     changes, arguments = dict(changes), {"max_steps": STEPS, "learning_rate": LEARNING_RATE, **arguments}
@@ -79,6 +85,8 @@ def train(folder: Path, case: Case, model: PreTrainedModel, resume: str | None =
         folder, copy.deepcopy(model).train(), protection=protection(inputs, **changes), documents=task_documents(),
         **arguments,
     )  # fmt: skip
+    if measurer is not None:
+        trainer.add_callback(MeasureCheckpoints(trainer, measurer, folder))
     trainer.train(resume)
     return trainer
 
@@ -107,6 +115,29 @@ def resumed(folder: Path, deepspeed: str, model: PreTrainedModel) -> dict[str, A
     return {"same": whole.keys() == again.keys() and all(torch.equal(whole[n], again[n]) for n in whole)}
 
 
+def measurer_of(instruct: Path, references: Path | None) -> Measurer:
+    classes = {"good": ["help", "be honest"], "bad": ["run"]}
+    choices = [{"messages": chat(f"soup {word}"), "classes": classes, "split": "test"} for word in "ab"]
+    subspace = toy_subspace()
+    provenance = dataclasses.replace(
+        subspace.provenance, instruct_fingerprint=model_fingerprint(instruct),
+        tokenizer_fingerprint=tokenizer_fingerprint(toy_tokenizer()),
+    )  # fmt: skip
+    plan = MeasurePlan(
+        str(instruct), None, {"rows": ROWS}, choices, subspace=dataclasses.replace(subspace, provenance=provenance),
+        batch_size=3, references=references,
+    )  # fmt: skip
+    return Measurer(plan, toy_tokenizer())
+
+
+def measured(folder: Path, deepspeed: str | None, model: PreTrainedModel) -> dict[str, Any]:
+    """A run whose two checkpoints are measured while it trains."""
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    case: Case = (deepspeed, False, "both", {}, saving)
+    train(folder, case, model, measurer=measurer_of(folder.parent / "instruct", folder / "references"))
+    return {}
+
+
 class _NanOnOneRank(SFTTrainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -131,6 +162,8 @@ SPECIAL: dict[str, Callable[[Path, PreTrainedModel], dict[str, Any]]] = {
     "zero3_resumed": lambda folder, model: resumed(folder, "zero3", model),
     "ddp_not_finite": lambda folder, model: not_finite(folder, None, model),
     "zero3_not_finite": lambda folder, model: not_finite(folder, "zero3", model),
+    "ddp_measured": lambda folder, model: measured(folder, None, model),
+    "zero3_measured": lambda folder, model: measured(folder, "zero3", model),
 }
 
 
