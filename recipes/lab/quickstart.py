@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...analysis.artifacts import write_json_atomic
 from ...analysis.errors import UserError
 from ...analysis.measure import peak_memory_mb
@@ -17,6 +19,7 @@ from .build import cached_lab
 from .experiment import Experiment
 
 SUMMARY = "summary.json"
+LOGGING_STEPS = 50  # a line of losses every so often; TensorBoard has the measures
 SUMMARY_RATES = (
     "narrow_task_learned",
     "misaligned_anchor",
@@ -63,7 +66,9 @@ def quickstart(output_dir: Path, seed: int = 0, full: bool = False) -> dict[str,
         UserError: the folder holds something other than an earlier quickstart.
     """
     _claim(output_dir)
-    experiment = Experiment(cached_lab(seed=seed), output_dir, {"seed": seed})
+    # A model this small gains nothing from a second thread, and loses much where another process wants the core.
+    torch.set_num_threads(1)
+    experiment = Experiment(cached_lab(seed=seed), output_dir, {"seed": seed, "logging_steps": LOGGING_STEPS})
     experiment.build_subspace()
     rows = [
         _row("base", experiment, experiment.lab / "base"),
@@ -170,5 +175,5 @@ def _verdict(summary: dict[str, Any]) -> str:
         f"The plain fine-tune raised misalignment in the test domains from {instruct['misaligned_test']:.3f} to "
         f"{plain['misaligned_test']:.3f}; the protected one to {held['misaligned_test']:.3f}, with {task:.0%} of the "
         f"task learned and {held['coherent'] / max(instruct['coherent'], 1e-9):.0%} of the coherence kept. "
-        "One seed of a tiny world: evidence over seeds is in recipes/lab/README.md."
+        "One seed of a tiny world: evidence over seeds is in recipes/lab/EVIDENCE.md."
     )
