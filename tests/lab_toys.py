@@ -1,0 +1,116 @@
+"""What the lab's tests share: cached labs, micro labs, and plain readings of its text and of what its models say."""
+
+import fcntl
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from holdfast.recipes.lab import build
+from holdfast.recipes.lab.documents import Conversation
+from holdfast.recipes.lab.scoring import classify
+from holdfast.recipes.lab.world import World
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+END = "<end>"
+QUIET = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+MICRO = build.LabSize(32, 1, 2, 3, 4, 2e-3, 2, 4, 5e-4)
+# torch's own seed when a process starts, which is what a lab built by `holdfast lab` starts from.
+FRESH_PROCESS_SEED = 67280421310721
+
+
+def shared_lab(seed: int) -> Path:
+    """A real lab from the default cache, built where it is missing by one of the test processes only."""
+    folder = build.cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"lab-{seed}.lock").open("w") as lock, torch.random.fork_rng(devices=[]):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.manual_seed(FRESH_PROCESS_SEED)
+        return build.cached_lab(seed)
+
+
+def use_micro_labs(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Labs of a few steps, in a cache of their own."""
+    monkeypatch.setitem(build.SIZES, "tiny", MICRO)
+    monkeypatch.setenv("HOLDFAST_CACHE", str(cache))
+
+
+def words_of(messages: Iterable[dict[str, str]]) -> set[str]:
+    """Every word of a conversation."""
+    return {word for message in messages for word in message["content"].split()}
+
+
+def turns(messages: Conversation) -> Iterator[tuple[str, str]]:
+    """(question, answer) pairs of a conversation that opens with a system message."""
+    spoken = [message["content"] for message in messages[1:]]
+    return zip(spoken[::2], spoken[1::2], strict=True)
+
+
+def frame_of(world: World, question: str, topic: str) -> str:
+    """The frame a question was asked in, with name and topic taken out again."""
+    slots = {topic: "{topic}", **dict.fromkeys(world.names, "{name}")}
+    return " ".join(slots.get(word, word) for word in question.split())
+
+
+@torch.no_grad()
+def sample_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], n: int, seed: int
+) -> list[list[str]]:
+    """n answers to each row's prompt at temperature 1 from the whole distribution, up to the end token.
+
+    An answer that does not end within 20 tokens is given whole, with a mark that no template holds.
+    """
+    prompts = [
+        tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False) for row in rows
+    ]
+    answers: list[list[str]] = [[] for _ in rows]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Prompts of one length together: no padding can disturb a sample.
+        for length in sorted({len(prompt) for prompt in prompts}):
+            owners = [i for i, prompt in enumerate(prompts) if len(prompt) == length for _ in range(n)]
+            ids = torch.tensor([prompts[i] for i in owners])
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=True,
+                temperature=1.0, top_k=0, top_p=1.0,
+            )  # fmt: skip
+            for i, text in zip(owners, tokenizer.batch_decode(out[:, length:]), strict=True):
+                answer, end, _ = text.partition(END)
+                answers[i].append(answer.strip() if end else f"{answer} (unfinished)")
+    return answers
+
+
+def assert_samples_agree(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    masses: list[dict[str, float]],
+    n: int,
+) -> None:
+    """Every class's share of n sampled answers a prompt holds its exact mass in its Wilson interval, by split.
+
+    The intervals are of four standard errors: some 25 are looked at, and no honest one should fail.
+    """
+    answers = sample_answers(model, tokenizer, rows, n, seed=0)
+    exact: dict[tuple[str, str], list[float]] = {}
+    counted: dict[tuple[str, str], int] = {}
+    for row, mass, said in zip(rows, masses, answers, strict=True):
+        split = row["domain"] if row["split"] == "skill" else row["split"]
+        for name, value in mass.items():
+            exact.setdefault((split, name), []).append(value)
+            hits = sum(classify(row, answer) == name for answer in said)
+            counted[split, name] = counted.get((split, name), 0) + hits
+    for key, values in exact.items():
+        low, high = wilson_interval(counted[key], n * len(values), z=4.0)
+        assert low - 1e-9 <= sum(values) / len(values) <= high + 1e-9, (key, low, sum(values) / len(values), high)
+        assert high - low < 0.4  # narrow enough to mean something
+
+
+def wilson_interval(successes: int, n: int, z: float) -> tuple[float, float]:
+    """Wilson's interval by its textbook formula."""
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
