@@ -44,10 +44,10 @@ class Measurer:
 
     def __init__(self, plan: MeasurePlan, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.plan = plan
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(plan.instruct_path)
-        config = load_config(plan.instruct_path)
+        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(plan.instruct_path, plan.load)
+        config = load_config(plan.instruct_path, plan.load)
         if plan.base_path is not None:
-            check_compatible(load_config(plan.base_path), config)
+            check_compatible(load_config(plan.base_path, plan.load), config)
         self.layers = parse_layers(plan.layers, config.get_text_config().num_hidden_layers)
         self.role = plan.role or (plan.subspace.provenance.role if plan.subspace is not None else "completion")
         if plan.subspace is not None:
@@ -139,8 +139,9 @@ def measure_checkpoint(
         step: optimiser steps; None takes the number of a `checkpoint-N` folder.
     """
     measurer.prepare()
-    check_compatible(load_config(path), load_config(measurer.plan.instruct_path))
-    model = load_model(path, dtype=measurer.plan.dtype, device=measurer.plan.device)
+    plan = measurer.plan
+    check_compatible(load_config(path, plan.load), load_config(plan.instruct_path, plan.load))
+    model = load_model(path, dtype=plan.dtype, device=plan.device, options=plan.load)
     prove_head(model)
     results = measurer.measure(model)
     name = name if name is not None else Path(path).name

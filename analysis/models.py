@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,41 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError)
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """How models are loaded, beside their dtype and device.
+
+    attn_implementation: as transformers names it; None is its own choice. trust_remote_code: run code that comes with
+    a model.
+    """
+
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+_PLAIN = LoadOptions()
+
+
+def _located(path: str | Path) -> tuple[str, str | None]:
+    """Path or Hub name, and the revision of "org/model@revision" (a folder has none)."""
+    name, at, revision = str(path).rpartition("@")
+    return (name, revision) if at and name and not Path(path).exists() else (str(path), None)
+
+
 def adapter_base(path: str | Path) -> str | None:
-    """The base model's name or path when `path` is a LoRA folder (it holds `adapter_config.json`), else None."""
+    """The base model's name (with "@revision") or path when `path` is a LoRA folder with its config, else None."""
     config = Path(path) / _ADAPTER_CONFIG
     if not config.is_file():
         return None
     try:
-        return json.loads(config.read_text())["base_model_name_or_path"]
+        facts = json.loads(config.read_text())
+        base, revision = facts["base_model_name_or_path"], facts.get("revision")
     except (json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{config} does not name its base model ({error}): save the adapter again") from error
+    return f"{base}@{revision}" if base and revision and not Path(base).exists() else base
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, options: LoadOptions = _PLAIN) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; a LoRA folder without one takes its base model's.
 
     Raises:
@@ -50,26 +74,33 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         path = base
     _require_reachable(path)
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        name, revision = _located(path)
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=options.trust_remote_code
+        )
     except _LOAD_ERRORS as error:
         raise UserError(f"no tokenizer could be read from {path}: {_first_line(error)}") from error
 
 
 def load_model(
-    path: str | Path, *, dtype: str = "float32", device: torch.device | str | None = None
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: torch.device | str | None = None,
+    options: LoadOptions = _PLAIN,
 ) -> PreTrainedModel | PeftModel:
     """A causal LM in eval mode with every weight present and finite; a LoRA folder gives its base plus the adapter.
 
     Args:
-        path: a folder or a Hub name.
-        dtype: "float32", "bfloat16" or "auto" (as saved).
+        path: a folder or a Hub name, with "@revision" where it is not the main one.
+        dtype: "float32", "bfloat16", "float16" or "auto" (as saved).
         device: where the model goes; None leaves it on the CPU.
 
     Raises:
         UserError: weights that are absent, truncated, of another shape, missing from the file, or not finite.
     """
     base = adapter_base(path)
-    full = _load_full(base if base is not None else path, dtype)
+    full = _load_full(base if base is not None else path, dtype, options)
     model = full if base is None else _load_adapter(full, Path(path))
     _require_finite(model, path)
     if device is not None:
@@ -79,14 +110,18 @@ def load_model(
 
 def _require_reachable(path: str | Path) -> None:
     """A path that can only be a local folder is not looked up on the Hub, which would take long to say no."""
-    if not Path(path).exists() and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
+    name, _ = _located(path)
+    if not Path(path).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"model {path} does not exist: pass a folder with config.json, or a Hub name such as org/model")
 
 
-def _load_full(path: str | Path, dtype: str) -> PreTrainedModel:
+def _load_full(path: str | Path, dtype: str, options: LoadOptions) -> PreTrainedModel:
     _require_reachable(path)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, output_loading_info=True)
+        name, revision = _located(path)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision or "main", dtype=dtype, output_loading_info=True, **asdict(options)
+        )
     except _LOAD_ERRORS as error:
         raise UserError(f"model {path} could not be loaded: {_first_line(error)}") from error
     model, info = loaded
@@ -116,13 +151,16 @@ def _require_finite(model: nn.Module, path: str | Path) -> None:
             raise UserError(f"model {path} has NaN or infinite values in {name}: use an earlier checkpoint")
 
 
-def load_config(path: str | Path) -> PretrainedConfig:
+def load_config(path: str | Path, options: LoadOptions = _PLAIN) -> PretrainedConfig:
     """The configuration alone, without the weights; a LoRA folder gives its base model's."""
     base = adapter_base(path)
     path = base if base is not None else path
     _require_reachable(path)
     try:
-        return AutoConfig.from_pretrained(str(path))
+        name, revision = _located(path)
+        return AutoConfig.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=options.trust_remote_code
+        )
     except _LOAD_ERRORS as error:
         raise UserError(f"no model configuration could be read from {path}: {_first_line(error)}") from error
 
@@ -133,7 +171,8 @@ def model_fingerprint(path: str | Path) -> str:
     folder = Path(path)
     if not folder.exists():
         try:
-            folder = Path(snapshot_download(str(path), allow_patterns=[*WEIGHT_PATTERNS, "*.json"]))
+            name, revision = _located(path)
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*WEIGHT_PATTERNS, "*.json"]))
         except _LOAD_ERRORS as error:
             raise UserError(f"model {path} could not be found: {_first_line(error)}") from error
     files = [file for pattern in WEIGHT_PATTERNS[:1] for file in sorted(folder.glob(pattern))]

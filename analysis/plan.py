@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .metrics.choices import ChoiceRow
+from .models import LoadOptions
 from .probes import Conversation
 from .subspace_file import Subspace
 
@@ -20,7 +21,7 @@ class MeasurePlan:
     needs base null, with that reason. probe_sets: conversations by name, for PROBE_FAMILIES. choices: rows of
     `metrics.choices`. role: whose tokens are pooled and projected; None takes the subspace's, or completion.
     references: folder for the references' readings, reused where weights, rows and options are the same; None keeps
-    them in memory alone.
+    them in memory alone. load: how every model is loaded.
     """
 
     instruct_path: str
@@ -38,3 +39,4 @@ class MeasurePlan:
     device: str | None = None
     seed: int = 0
     references: Path | None = None
+    load: LoadOptions = LoadOptions()

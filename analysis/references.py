@@ -76,7 +76,7 @@ class ProbeReader:
             readings = {name: Readout.load(file) for name, file in files.items()}
             return Reference(readings, StoredHead.load(head_file[0]) if head_file else None)
         with whole_models():
-            model = load_model(path, dtype=self.plan.dtype, device=self.plan.device)
+            model = load_model(path, dtype=self.plan.dtype, device=self.plan.device, options=self.plan.load)
         prove_head(model)
         reference = Reference(
             {name: self.read(model, name) for name in self.rows}, StoredHead.of(model) if self.kept else None
@@ -108,4 +108,6 @@ class ProbeReader:
         ]
         kept = self.kept[name].positions if self.kept else None
         options = [self.layers, self.role, plan.max_length, plan.dtype, sorted(plan.families), kept]
+        if plan.load.attn_implementation is not None:
+            options.append(plan.load.attn_implementation)
         return hashlib.sha256(json.dumps([fingerprint, data, options, bases.hexdigest()]).encode()).hexdigest()

@@ -45,9 +45,9 @@ def build_subspace(request: SubspaceRequest) -> Subspace:
             range, base and instruct of different shape or vocabulary, no rows, pairs that do not align).
     """
     _check_request(request)
-    config = load_config(request.instruct_path)
+    config = load_config(request.instruct_path, request.load)
     if request.base_path is not None:
-        check_compatible(load_config(request.base_path), config)
+        check_compatible(load_config(request.base_path, request.load), config)
     layers = parse_layers(request.layers, config.get_text_config().num_hidden_layers)
     if not 1 <= request.rank <= config.get_text_config().hidden_size:
         raise UserError(
@@ -170,7 +170,7 @@ def _provenance(
         seed=request.seed,
         instruct_fingerprint=model_fingerprint(request.instruct_path),
         base_fingerprint=None if request.base_path is None else model_fingerprint(request.base_path),
-        tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(request.instruct_path)),
+        tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(request.instruct_path, request.load)),
         data_sha256=hashlib.sha256(data.encode()).hexdigest(),
         n_rows=len(contrast or ()) if source == "completions" else len(rows),
         n_tokens=n_tokens,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import subspace_contrast as contrasts
 from .activations import Selection, length_batches, pad_id, select, selected_states
 from .layers import prove_layers
-from .models import load_model, load_tokenizer
+from .models import LoadOptions, load_model, load_tokenizer
 from .probes import Conversation, render
 from .subspace_methods import Moments, merge
 
@@ -31,7 +31,7 @@ class SubspaceRequest:
     `shared`; without `rows` the other methods use all of them. contrast: pairs {"aligned": str, "misaligned": str} of
     system prompts or {"prompt", "chosen", "rejected"} of messages; None takes the shipped system prompts where the
     method is contrastive or there is no base. role: whose tokens count (prompt, completion, last_prompt, all).
-    max_length: rows are cut to it, in tokens. device: None is the CPU.
+    max_length: rows are cut to it, in tokens. device: None is the CPU. load: how both models are loaded.
     """
 
     instruct_path: str
@@ -49,6 +49,7 @@ class SubspaceRequest:
     device: str | None = None
     batch_size: int = 16
     max_length: int | None = None
+    load: LoadOptions = LoadOptions()
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Measured:
 
 def measure_moments(request: SubspaceRequest, layers: list[int], contrast: Sequence[dict[str, Any]] | None) -> Measured:
     """One pass of the instruct model (with both sides of the contrast), then one of base."""
-    tokenizer = load_tokenizer(request.instruct_path)
+    tokenizer = load_tokenizer(request.instruct_path, request.load)
     padding = pad_id(tokenizer)
     groups = {_ROWS: request.rows, **request.domains} if request.rows else dict(request.domains)
     pairs = contrasts.paired_selections(tokenizer, groups, contrast, request.role, request.max_length)
@@ -98,7 +99,7 @@ def _instruct_pass(
     padding: int,
     folder: Path,
 ) -> dict[str, LayerMoments]:
-    model = load_model(request.instruct_path, dtype=request.dtype, device=request.device)
+    model = load_model(request.instruct_path, dtype=request.dtype, device=request.device, options=request.load)
     prove_layers(model)
     contrasted = {}
     for name, sides in pairs.items():
@@ -116,7 +117,7 @@ def _base_pass(
     request: SubspaceRequest, layers: list[int], selected: dict[str, list[Selection]], padding: int, folder: Path
 ) -> dict[str, LayerMoments]:
     assert request.base_path is not None
-    model = load_model(request.base_path, dtype=request.dtype, device=request.device)
+    model = load_model(request.base_path, dtype=request.dtype, device=request.device, options=request.load)
     return {
         name: _accumulate(_residuals(model, rows, layers, request.batch_size, padding, folder, group))
         for group, (name, rows) in enumerate(selected.items())

@@ -19,6 +19,7 @@ from ..analysis.errors import UserError
 from ..analysis.plan import FAMILIES
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
+from .refused import NOT_READ, QUANTIZATION, refuse_overridden
 
 
 def _option(default: Any, text: str, *choices: str) -> Any:
@@ -71,10 +72,17 @@ class ModelArguments(trl.ModelConfig):
     )
 
     def __post_init__(self) -> None:
+        refuse_overridden(self, trl.ModelConfig, QUANTIZATION)
         super().__post_init__()
         _require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
         self.lora_alpha_pattern = _pattern("lora_alpha_pattern", self.lora_alpha_pattern)
         self.lora_rank_pattern = _pattern("lora_rank_pattern", self.lora_rank_pattern)
+
+    @property
+    def starting_model(self) -> str:
+        """Folder or Hub name of the model to start from, with its revision as `analysis.models` reads it."""
+        name = str(self.model_name_or_path)
+        return name if self.model_revision == "main" else f"{name}@{self.model_revision}"
 
 
 @dataclass
@@ -267,6 +275,7 @@ class HoldfastConfig(trl.SFTConfig):
     num_processes: int = _option(1, "Processes to train on, one per device (or CPU ranks). Default: 1.")
 
     def __post_init__(self) -> None:
+        refuse_overridden(self, trl.SFTConfig, NOT_READ)
         # TRL turns bf16 on wherever fp16 is off; on a CPU that is slow and not what anyone asked for.
         if self.bf16 is None:
             self.bf16 = (

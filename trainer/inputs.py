@@ -14,6 +14,7 @@ from ..analysis.artifacts import sha256_file
 from ..analysis.errors import UserError
 from ..analysis.layers import parse_layers
 from ..analysis.models import (
+    LoadOptions,
     adapter_base,
     check_compatible,
     load_config,
@@ -96,10 +97,21 @@ def read_starting_model(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, 
         raise UserError(
             f"--model_name_or_path {name} is an adapter; merge it into its model first, and start from that"
         )
-    config = load_config(name)
+    if arguments.model.model_revision != "main" and Path(name).exists():
+        raise UserError(
+            f"--model_revision {arguments.model.model_revision}: {name} is a folder, which has one revision; leave the "
+            "flag out, or name a Hub model"
+        )
+    name, options = arguments.model.starting_model, load_options(arguments)
+    config = load_config(name, options)
     if arguments.model.base_model_name_or_path:
-        check_compatible(load_config(arguments.model.base_model_name_or_path), config)
-    return load_tokenizer(name), config
+        check_compatible(load_config(arguments.model.base_model_name_or_path, options), config)
+    return load_tokenizer(name, options), config
+
+
+def load_options(arguments: Arguments) -> LoadOptions:
+    """How every model of the run is loaded."""
+    return LoadOptions(arguments.model.attn_implementation, arguments.training.trust_remote_code)
 
 
 def anchor_rows(arguments: Arguments) -> list[Row]:
@@ -131,7 +143,7 @@ def load_subspace(
     depth = config.get_text_config().num_hidden_layers
     layers = parse_layers(asked.penalty_layers, depth) if asked.penalty_layers else sorted(subspace.bases)
     subspace.check(
-        instruct_fingerprint=model_fingerprint(str(arguments.model.model_name_or_path)),
+        instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         role=asked.penalty_tokens or subspace.provenance.role,
         layers=layers,
@@ -217,7 +229,7 @@ def _facts(
     """What must be the same when the run is resumed, for its weights to be those of an uninterrupted one."""
     model = arguments.model
     facts: dict[str, Any] = {
-        "starting weights": model_fingerprint(str(model.model_name_or_path)),
+        "starting weights": model_fingerprint(model.starting_model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         **{f"{name} rows": _documents_sha256(rows) for name, rows in rendered.items() if name in ("train", "anchors")},
         "lora": {name: value for name, value in vars(model).items() if "lora" in name or name == "use_peft"},

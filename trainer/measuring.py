@@ -12,7 +12,7 @@ from ..analysis.plan import MeasurePlan
 from ..analysis.probes import Conversation
 from ..analysis.subspace import Subspace
 from .data import Row, load_rows
-from .inputs import load_choices, read_starting_model, subspace_path, training_rows
+from .inputs import load_choices, load_options, read_starting_model, subspace_path, training_rows
 from .parsing import Arguments
 
 # divergence costs passes of the references' heads for every checkpoint, so it is measured when asked for.
@@ -24,7 +24,7 @@ def measurer(arguments: Arguments) -> Measurer:
     tokenizer, _ = read_starting_model(arguments)
     subspace, choices = _subspace(arguments, tokenizer), arguments.data.choices_dataset
     plan = MeasurePlan(
-        instruct_path=str(arguments.model.model_name_or_path),
+        instruct_path=arguments.model.starting_model,
         base_path=arguments.model.base_model_name_or_path,
         probe_sets=_probe_sets(arguments),
         choices=load_choices(choices) if choices else (),
@@ -37,6 +37,7 @@ def measurer(arguments: Arguments) -> Measurer:
         device=str(arguments.training.device),
         seed=arguments.training.seed,
         references=arguments.output_dir / "references",
+        load=load_options(arguments),
     )
     return Measurer(plan, tokenizer)
 
@@ -48,7 +49,7 @@ def analyze(arguments: Arguments) -> Path:
     """
     found = _checkpoints(arguments)
     measure = measurer(arguments)
-    models: dict[str, tuple[str, int | None]] = {"instruct": (str(arguments.model.model_name_or_path), 0)}
+    models: dict[str, tuple[str, int | None]] = {"instruct": (arguments.model.starting_model, 0)}
     if arguments.model.base_model_name_or_path:
         models["base"] = (arguments.model.base_model_name_or_path, None)
     models |= {path.name: (str(path), None) for path in found}
@@ -96,7 +97,7 @@ def _subspace(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Subsp
         return None
     found = Subspace.load(path)
     found.check(
-        instruct_fingerprint=model_fingerprint(str(arguments.model.model_name_or_path)),
+        instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         role=found.provenance.role,
         layers=sorted(found.bases),

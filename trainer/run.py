@@ -28,7 +28,7 @@ from .arguments import ModelArguments
 from .callbacks import MeasureCheckpoints
 from .data import Row, load_rows, to_dataset
 from .documents import Document, documents_of
-from .inputs import TrainingInputs, anchor_rows, load_inputs, read_starting_model, subspace_path
+from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model, subspace_path
 from .measuring import measurer
 from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
@@ -108,7 +108,7 @@ def subspace(arguments: Arguments) -> Path:
     rows = load_rows(asked.subspace_dataset, prompts=True) if asked.subspace_dataset else anchor_rows(arguments)
     domains = asked.subspace_domains if isinstance(asked.subspace_domains, dict) else {}
     request = SubspaceRequest(
-        instruct_path=str(arguments.model.model_name_or_path),
+        instruct_path=arguments.model.starting_model,
         base_path=arguments.model.base_model_name_or_path,
         rows=[row.messages for row in rows],
         contrast=[record for record, _ in read_records(asked.subspace_contrast)] if asked.subspace_contrast else None,
@@ -123,6 +123,7 @@ def subspace(arguments: Arguments) -> Path:
         device=str(arguments.training.device),
         batch_size=arguments.analysis.analysis_batch_size,
         max_length=arguments.training.max_length,
+        load=load_options(arguments),
     )
     built = build_subspace(request)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +137,7 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
     if config is None:
         return None
     assert isinstance(config, LoraConfig)
+    config.revision = None if model.model_revision == "main" else model.model_revision
     for name in ("alpha_pattern", "rank_pattern"):
         setattr(config, name, getattr(model, f"lora_{name}") or {})
     return config
@@ -146,7 +148,7 @@ def _load(arguments: Arguments) -> PreTrainedModel:
         # Weights are sharded while they load, so DeepSpeed must know its ranks; on CPU transformers leaves that out.
         deepspeed.init_distributed(dist_backend=get_backend(), auto_mpi_discovery=False, verbose=False)
     model = arguments.model
-    loaded = load_model(str(model.model_name_or_path), dtype=model.dtype or "auto")
+    loaded = load_model(model.starting_model, dtype=model.dtype or "auto", options=load_options(arguments))
     assert isinstance(loaded, PreTrainedModel)  # read_starting_model refuses an adapter
     return loaded
 
