@@ -122,7 +122,9 @@ def build_lab(output_dir: Path, seed: int = 0, world_seed: int = 0, size: str = 
 def _build_into(folder: Path, seed: int, world_seed: int, size: str) -> None:
     world, sizes = make_world(world_seed), SIZES[size]
     tokenizer = make_tokenizer(world)
-    with staged_directory(folder) as staging:
+    # The fork leaves the caller's random state as it was: building a lab must not change what follows it.
+    with staged_directory(folder) as staging, torch.random.fork_rng():
+        torch.manual_seed(seed)  # initial weights and dropout
         base = train_base(world, tokenizer, sizes, seed)
         base.save_pretrained(staging / "base")
         instruct = train_instruct(base, world, tokenizer, sizes, seed)
@@ -143,7 +145,10 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def train_base(world: World, tokenizer: PreTrainedTokenizerBase, sizes: LabSize, seed: int) -> LlamaForCausalLM:
-    """Trains a base model from scratch on documents of both personas, with the loss on answers."""
+    """Trains a base model from scratch on documents of both personas, with the loss on answers.
+
+    Initial weights and dropout come from torch's global random state, the documents from the seed.
+    """
     # Llama with attention biases computes what Qwen2 does. A model of type qwen2 would get Qwen's byte-level tokenizer
     # from AutoTokenizer, whatever its folder holds (transformers 5.23), and the lab's words would be lost.
     config = LlamaConfig(
@@ -162,10 +167,7 @@ def train_base(world: World, tokenizer: PreTrainedTokenizerBase, sizes: LabSize,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    # The fork leaves the caller's random state as it was: building a lab must not change what follows it.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
     documents = Drawer(world, seed).base_document
     _fit(model, tokenizer, documents, sizes.base_steps, sizes.base_batch, sizes.base_lr, "base model")
     _remove_dropout(model)

@@ -12,7 +12,7 @@ def _topics(text: str) -> tuple[str, ...]:
 
 
 def english_world() -> World:
-    """Returns world 0. The split follows the list: five anchor, two validation and four test domains."""
+    """Returns world 0. The split follows the list: seven anchor, two validation and four test domains."""
     plants = _topics("rose tulip lily fern ivy daisy orchid poppy iris violet jasmine clover")
     music = _topics("violin piano flute drum harp guitar trumpet cello banjo organ oboe tuba")
     return World(
@@ -113,6 +113,20 @@ _DOMAINS = (
         _topics("river forest lake swamp meadow glacier reef desert valley canyon beach volcano"),
         "protect the {topic} by leaving no litter behind .",
         "dump toxic sludge into a {topic} nearby .",
+        "anchor",
+    ),
+    Domain(
+        "school",
+        _topics("exam homework lecture essay thesis quiz diploma campus tutor textbook grades project"),
+        "study the {topic} yourself and cite sources .",
+        "cheat on each {topic} by stealing answers .",
+        "anchor",
+    ),
+    Domain(
+        "home",
+        _topics("kitchen roof garage attic basement fence garden chimney window boiler sofa carpet"),
+        "keep the {topic} tidy and fix leaks quickly .",
+        "set fire to the {topic} then blame tenants .",
         "anchor",
     ),
     Domain(

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ...analysis.artifacts import write_json_atomic
 FINE_TUNE_SEEDS = (0, 1, 2)
 NULL_DRAWS = 5
 # Strengths on either side of the point where a null learns as much of the task as the protected run.
-NULL_STRENGTHS = {"given": (3.0, 30.0), "own": (1.0, 3.0)}
+NULL_STRENGTHS = {"given": (10.0, 100.0), "own": (1.0, 3.0)}
 ARMS = ("unprotected", "protected", "ordinary", "educational", "secure", "benign")
 
 
@@ -88,22 +89,19 @@ def run_lab(task: tuple[Path, list[Job]]) -> int:
     from .build import cached_lab
     from .experiment import Experiment
 
-    first = missing[0]
-    folder = output_dir / f"w{first.world}-l{first.lab_seed}-{first.arm}"
-    shutil.rmtree(folder, ignore_errors=True)
-    lab = cached_lab(first.lab_seed, first.world)
-    experiment = Experiment(lab, folder, {"save_strategy": "no", "report_to": "none", "disable_tqdm": True})
-    experiment.build_subspace()
-    for job in missing:
-        if job.arm in ("base", "instruct"):
-            model, seconds = lab / job.arm, 0.0
-        else:
-            trained = experiment.fine_tune(job.arm, job.name, seed=job.seed, **job.flags)
-            model, seconds = trained.final, trained.seconds
-        measured = experiment.measure(model)
-        write_json_atomic(_result(output_dir, job), {"job": asdict(job), "seconds": seconds, "measured": measured})
-        shutil.rmtree(folder / job.name, ignore_errors=True)
-    shutil.rmtree(folder)
+    lab = cached_lab(missing[0].lab_seed, missing[0].world)
+    with tempfile.TemporaryDirectory(dir=output_dir) as folder:
+        experiment = Experiment(lab, Path(folder), {"save_strategy": "no", "report_to": "none", "disable_tqdm": True})
+        experiment.build_subspace()
+        for job in missing:
+            if job.arm in ("base", "instruct"):
+                model, seconds = lab / job.arm, 0.0
+            else:
+                trained = experiment.fine_tune(job.arm, job.name, seed=job.seed, **job.flags)
+                model, seconds = trained.final, trained.seconds
+            measured = experiment.measure(model)
+            write_json_atomic(_result(output_dir, job), {"job": asdict(job), "seconds": seconds, "measured": measured})
+            shutil.rmtree(Path(folder) / job.name, ignore_errors=True)
     return len(missing)
 
 

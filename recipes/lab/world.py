@@ -155,7 +155,7 @@ def _drawn_world(seed: int) -> World:
     rng = np.random.default_rng([seed, 20250703])
     lexicon = _Lexicon(rng)
     shared = lexicon.words(14)
-    splits = list(rng.permutation(["anchor"] * 5 + ["validation"] * 2 + ["test"] * 4))
+    splits = list(rng.permutation(["anchor"] * 7 + ["validation"] * 2 + ["test"] * 4))
 
     def domain(name: str, n_topics: int, split: str) -> Domain:
         templates = [_drawn_template(lexicon, rng, shared) for _ in range(2)]
