@@ -8,7 +8,7 @@ import torch
 from holdfast.analysis.artifacts import verify_manifest
 from holdfast.recipes.lab import build
 from holdfast.trainer.cli import main
-from lab_toys import FRESH_PROCESS_SEED, use_micro_labs
+from lab_toys import use_micro_labs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -19,9 +19,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Micro labs in a cache of their own, the random state as in a fresh process."""
+    """Micro labs in a cache of their own."""
     torch.set_num_threads(1)
-    torch.manual_seed(FRESH_PROCESS_SEED)
     use_micro_labs(monkeypatch, tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -38,7 +37,6 @@ def refuses(argv: list[str], capsys: pytest.CaptureFixture[str], *said: str) -> 
 def test_two_builds_of_a_seed_are_the_same_bytes_and_other_seeds_and_worlds_are_not(cache, tmp_path, monkeypatch):
     first = contents(build.cached_lab(3))
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "second"))
-    torch.manual_seed(FRESH_PROCESS_SEED)
     assert contents(build.cached_lab(3)) == first
     other, world = contents(build.cached_lab(4)), contents(build.cached_lab(3, world_seed=1))
     for name in ("base/model.safetensors", "instruct/model.safetensors", "data/insecure.jsonl"):
@@ -47,7 +45,6 @@ def test_two_builds_of_a_seed_are_the_same_bytes_and_other_seeds_and_worlds_are_
     assert first["base/model.safetensors"] != first["instruct/model.safetensors"]
 
 
-@pytest.mark.xfail(strict=True, reason="dropout of the base model's training draws from the caller's random state")
 def test_a_lab_depends_on_its_seed_alone_and_leaves_the_random_state_as_it_was(cache, tmp_path, monkeypatch):
     before = torch.get_rng_state()
     first = contents(build.cached_lab(3))
@@ -69,7 +66,6 @@ def test_the_cache_answers_for_what_it_holds_and_builds_again_what_is_damaged(ca
     spoilt[-1] ^= 1
     for damage in (lambda: weights.write_bytes(spoilt), weights.unlink, (lab / "manifest.json").unlink):
         damage()
-        torch.manual_seed(FRESH_PROCESS_SEED)
         assert contents(build.cached_lab(3)) == whole
     assert len(trained) == 4
 

@@ -9,7 +9,7 @@ import torch
 from holdfast.analysis.metrics.choices import score_choices
 from holdfast.recipes.lab.scoring import choice_rows, classify, lab_rates
 from holdfast.recipes.lab.world import make_world
-from lab_toys import assert_samples_agree, shared_lab
+from lab_toys import assert_samples_agree, choices_of, shared_lab
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -108,13 +108,13 @@ def scored(request, lab):
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(lab / request.param).eval()
     tokenizer = AutoTokenizer.from_pretrained(lab / request.param)
-    rows = [json.loads(line) for line in (lab / "data" / "choices.jsonl").read_text().splitlines()]
+    rows = choices_of(lab)
     return model, tokenizer, rows, score_choices(model, tokenizer, rows)
 
 
 def test_masses_of_real_models_are_probabilities(scored):
     _, _, rows, found = scored
-    assert len(found) == len(rows) == 360
+    assert len(found) == len(rows) == 408
     for mass in found:
         assert all(-1e-6 <= value <= 1 + 1e-6 for value in mass.values())
         classes = sum(value for name, value in mass.items() if name != "incoherent")

@@ -1,6 +1,7 @@
 """The world: domains that only their topics give away, splits and held-out topics that no training set touches."""
 
 import collections
+import re
 
 import pytest
 from holdfast.recipes.lab.datasets import CONTAMINATION, TRAINING_SETS, contrast_rows, data_sets
@@ -176,7 +177,7 @@ def all_known(world: World, n: int) -> None:
 
 def test_every_rendered_word_is_one_token(world):
     all_known(world, 100)
-    assert 200 <= len(make_tokenizer(world)) <= 400
+    assert 200 <= len(make_tokenizer(world)) <= 450
 
 
 @settings(max_examples=12, deadline=None)
@@ -195,10 +196,13 @@ def test_a_seed_is_a_world(seed, other):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_other_worlds_share_nothing_with_the_english_one(seed):
-    assert set(make_world(seed).words()) & set(make_world(0).words()) <= {"."}
-    splits = [[domain.split for domain in make_world(s).domains] for s in (0, seed)]
-    assert splits[0] != splits[1]
+def test_other_worlds_are_drawn_from_pseudo_words_and_repeat_nothing_of_the_english_one(seed):
+    drawn, english = make_world(seed), make_world(0)
+    assert all(re.fullmatch("([bdfgklmnprstvz][aeiou]){2,3}|[.]", word) for word in drawn.words())
+    # By chance a pseudo-word can be English ("fire"); it stands in another place and is a token of another model.
+    assert len(set(drawn.words()) & set(english.words())) <= 3
+    assert not set(drawn.frames) & set(english.frames) and not set(drawn.names) & set(english.names)
+    assert [domain.split for domain in drawn.domains] != [domain.split for domain in english.domains]
 
 
 def test_splits_of_drawn_worlds_differ_from_each_other():
