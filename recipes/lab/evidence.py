@@ -9,6 +9,7 @@ Every run leaves one small JSON file under `<output_dir>/results`; runs whose fi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import multiprocessing
@@ -26,8 +27,8 @@ from ...analysis.artifacts import write_json_atomic
 
 FINE_TUNE_SEEDS = (0, 1, 2)
 NULL_DRAWS = 5
-# Strengths on either side of the point where a null learns as much of the task as the protected run.
-NULL_STRENGTHS = {"given": (10.0, 100.0), "own": (1.0, 3.0)}
+# The protected run's own strength (equal strength), and a higher one (to read both at equal task).
+NULL_STRENGTHS = {"given": (1.0, 30.0), "own": (1.0, 3.0)}
 ARMS = ("unprotected", "protected", "ordinary", "educational", "secure", "benign")
 
 
@@ -82,7 +83,7 @@ def null_jobs(world: int, lab_seed: int, draws: int) -> list[Job]:
 def run_lab(task: tuple[Path, list[Job]]) -> int:
     """Runs the jobs of one lab that have no result yet, in this process on one thread; returns their number."""
     output_dir, jobs = task
-    missing = [job for job in jobs if not _result(output_dir, job).is_file()]
+    missing = [job for job in jobs if not _is_done(output_dir, job)]
     if not missing:
         return 0
     _quiet()
@@ -100,7 +101,8 @@ def run_lab(task: tuple[Path, list[Job]]) -> int:
                 trained = experiment.fine_tune(job.arm, job.name, seed=job.seed, **job.flags)
                 model, seconds = trained.final, trained.seconds
             measured = experiment.measure(model)
-            write_json_atomic(_result(output_dir, job), {"job": asdict(job), "seconds": seconds, "measured": measured})
+            found = {"job": asdict(job), "made_by": made_by(job), "seconds": seconds, "measured": measured}
+            write_json_atomic(_result(output_dir, job), found)
             shutil.rmtree(Path(folder) / job.name, ignore_errors=True)
     return len(missing)
 
@@ -119,6 +121,20 @@ def _quiet() -> None:
 
 def _result(output_dir: Path, job: Job) -> Path:
     return output_dir / "results" / f"{job.name}.json"
+
+
+def made_by(job: Job) -> str:
+    """Hash of the lab and the recipe a result comes from: a result of another lab or recipe is not reused."""
+    from .build import lab_hash
+
+    recipe = Path(__file__).with_name(f"{job.arm}.yaml")
+    text = recipe.read_text() if recipe.is_file() else ""
+    return hashlib.sha256(f"{lab_hash(job.lab_seed, job.world, 'tiny')}{text}".encode()).hexdigest()[:16]
+
+
+def _is_done(output_dir: Path, job: Job) -> bool:
+    path = _result(output_dir, job)
+    return path.is_file() and json.loads(path.read_text()).get("made_by") == made_by(job)
 
 
 def load_results(output_dir: Path) -> list[dict[str, Any]]:
