@@ -1,7 +1,8 @@
 """What a protected run leaves as it was: TRL's own step at strength 0, the data's order, the state before a proof; and
-what stops it: a penalty that reaches nothing, a loss that is not finite.
+what stops it: a penalty that reaches nothing, a loss or a gradient that is not finite.
 """
 
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from holdfast.analysis.errors import UserError
 from holdfast.trainer.documents import AnchorOrder
 from holdfast.trainer.penalty import project
 from holdfast.trainer.projection import ResidualProjector
-from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer
+from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection, subspace
 from peft import LoraConfig
 from trainer_toys import ROWS, anchor_documents, config, task_dataset, task_documents, toy_subspace, trainer_of
@@ -130,6 +131,33 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimiser_moves(tmp_path):
         trainer.train()
     after = weights(trainer)
     assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
+
+
+class _FiniteLossNanGradient(SFTTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + (loss * 0).sqrt()
+
+
+class _Stops(ProtectedTrainerMixin, _FiniteLossNanGradient):
+    pass
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_optimiser_moves(tmp_path, max_grad_norm, strength):
+    protection = SubspaceProtection(toy_subspace(), PenaltySettings(strength=strength), anchors=anchor_documents()[:2])
+    trainer = trainer_of(
+        tmp_path, protection=protection, documents=task_documents(), trainer_class=_Stops, max_grad_norm=max_grad_norm,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    before = weights(trainer)
+    with pytest.raises(NonFiniteLoss, match="gradient is not finite at step 1, before the optimiser moved") as error:
+        trainer.train()
+    assert same(before, weights(trainer))
+    # Every row of the accumulated step.
+    assert set(re.findall(r"rows\.jsonl:\d", str(error.value))) == {f"rows.jsonl:{n}" for n in range(1, 9)}
+    assert ("anchors.jsonl:1" in str(error.value)) == (strength > 0)
 
 
 class _AfterEachStep(TrainerCallback):

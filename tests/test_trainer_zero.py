@@ -109,6 +109,18 @@ def test_all_ranks_stop_together_when_one_loss_is_not_finite(launched, name):
     assert "step 1" in messages[0]
     # The failing rank's own four task rows and two anchors.
     assert messages[0].count(" rows.jsonl:") == 4 and messages[0].count("anchors.jsonl:") == 2
+    assert result(launched, name)["moved"] == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["ddp_gradient", "zero2_gradient", "zero3_gradient"])
+def test_all_ranks_stop_together_before_a_gradient_that_is_not_finite(launched, name):
+    messages = [result(launched, name, rank)["stopped"] for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("gradient is not finite at step 1, before the optimiser moved")
+    # The gradient is the sum over all rows of the step.
+    assert messages[0].count(" rows.jsonl:") == 8 and messages[0].count("anchors.jsonl:") == 4
+    assert result(launched, name)["moved"] == []
 
 
 @needs_compiler

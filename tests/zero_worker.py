@@ -1,6 +1,7 @@
 """Many training cases in one launch of several CPU ranks: `torchrun --nproc_per_node 2 tests/zero_worker.py OUT`.
 
-OUT/instruct holds the toy model. Each case leaves OUT/<case>/{weights.safetensors,result.json}; the tests compare them with plain math.
+OUT/instruct holds the toy model. Each case leaves OUT/<case>/{weights.safetensors,result.json}; the tests compare them
+with plain math.
 """
 
 import copy
@@ -69,9 +70,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def train(
-    folder: Path, case: Case, model: PreTrainedModel, resume: str | None = None, measurer: Measurer | None = None
-) -> ProtectedSFTTrainer:
+def trainer_for(folder: Path, case: Case, model: PreTrainedModel) -> ProtectedSFTTrainer:
     deepspeed, _, inputs, changes, arguments = case
     AcceleratorState._reset_state()
     changes, arguments = dict(changes), {"max_steps": STEPS, "learning_rate": LEARNING_RATE, **arguments}
@@ -81,12 +80,14 @@ def train(
         arguments["deepspeed"] = str(CONFIGS / f"{deepspeed}.json")
     if changes.get("reference") == "frozen":
         changes["reference_model"] = copy.deepcopy(model)
-    trainer = trainer_of(
+    return trainer_of(
         folder, copy.deepcopy(model).train(), protection=protection(inputs, **changes), documents=task_documents(),
         **arguments,
     )  # fmt: skip
-    if measurer is not None:
-        trainer.add_callback(MeasureCheckpoints(trainer, measurer, folder))
+
+
+def train(folder: Path, case: Case, model: PreTrainedModel, resume: str | None = None) -> ProtectedSFTTrainer:
+    trainer = trainer_for(folder, case, model)
     trainer.train(resume)
     return trainer
 
@@ -134,7 +135,9 @@ def measured(folder: Path, deepspeed: str | None, model: PreTrainedModel) -> dic
     """A run whose two checkpoints are measured while it trains."""
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     case: Case = (deepspeed, False, "both", {}, saving)
-    train(folder, case, model, measurer=measurer_of(folder.parent / "instruct", folder / "references"))
+    trainer, measurer = trainer_for(folder, case, model), measurer_of(folder.parent / "instruct", folder / "references")
+    trainer.add_callback(MeasureCheckpoints(trainer, measurer, folder))
+    trainer.train()
     return {}
 
 
@@ -144,24 +147,43 @@ class _NanOnOneRank(SFTTrainer):
         return loss * float("nan") if self.accelerator.process_index == 1 else loss
 
 
-class _Stops(ProtectedTrainerMixin, _NanOnOneRank):
+class _NanLoss(ProtectedTrainerMixin, _NanOnOneRank):
     pass
 
 
-def not_finite(folder: Path, deepspeed: str | None, model: PreTrainedModel) -> dict[str, Any]:
-    """A loss that is NaN on one rank alone: both must stop, with one message."""
+class _NanGradientOnOneRank(SFTTrainer):
+    """The loss stays finite; the square root's slope at zero is infinite."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + (loss * 0).sqrt() if self.accelerator.process_index == 1 else loss
+
+
+class _NanGradient(ProtectedTrainerMixin, _NanGradientOnOneRank):
+    pass
+
+
+def not_finite(folder: Path, deepspeed: str | None, model: PreTrainedModel, kind: type) -> dict[str, Any]:
+    """What is NaN on one rank alone must stop both, with one message and the weights as they were."""
+    trainer = trainer_for(folder, (deepspeed, False, "both", {}, {"trainer_class": kind}), model)
+    stopped = None
     try:
-        train(folder, (deepspeed, False, "both", {}, {"trainer_class": _Stops}), model)
+        trainer.train()
     except NonFiniteLoss as error:
-        return {"stopped": str(error)}
-    return {"stopped": None}
+        stopped = str(error)
+    # Looked at on the main rank, where ZeRO-3 gathers them.
+    moved = [name for name, value in weights(trainer).items() if not torch.equal(value, model.state_dict()[name])]
+    return {"stopped": stopped, "moved": moved}
 
 
 SPECIAL: dict[str, Callable[[Path, PreTrainedModel], dict[str, Any]]] = {
     "zero2_resumed": lambda folder, model: resumed(folder, "zero2", model),
     "zero3_resumed": lambda folder, model: resumed(folder, "zero3", model),
-    "ddp_not_finite": lambda folder, model: not_finite(folder, None, model),
-    "zero3_not_finite": lambda folder, model: not_finite(folder, "zero3", model),
+    "ddp_not_finite": lambda folder, model: not_finite(folder, None, model, _NanLoss),
+    "zero3_not_finite": lambda folder, model: not_finite(folder, "zero3", model, _NanLoss),
+    "ddp_gradient": lambda folder, model: not_finite(folder, None, model, _NanGradient),
+    "zero2_gradient": lambda folder, model: not_finite(folder, "zero2", model, _NanGradient),
+    "zero3_gradient": lambda folder, model: not_finite(folder, "zero3", model, _NanGradient),
     "ddp_measured": lambda folder, model: measured(folder, None, model),
     "zero3_measured": lambda folder, model: measured(folder, "zero3", model),
 }

@@ -1,21 +1,10 @@
-"""TRL's SFTTrainer plus one protection.
-
-A trainer of one's own gets the same in a few lines:
-
-    class MyTrainer(ProtectedTrainerMixin, transformers.Trainer):
-        pass
-
-    subspace = Subspace.load("subspace.safetensors")
-    anchors = documents_of([render(tokenizer, row) for row in anchor_rows], subspace.provenance.role)
-    protection = SubspaceProtection(subspace, anchors=anchors)
-    trainer = MyTrainer(model=model, args=args, train_dataset=rows, protection=protection)
-    trainer.train()
-"""
+"""TRL's SFTTrainer plus one protection; `own_trainer` gives the same to any other transformers.Trainer."""
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate.utils import DistributedType, gather_object
@@ -34,7 +23,11 @@ from .reference import run_blocks
 
 
 class NonFiniteLoss(RuntimeError):
-    """Loss or penalty became NaN or infinite; the message names the step and the rows. The optimiser has not moved."""
+    """Loss, penalty or gradient became NaN or infinite; the message names step and rows. The optimiser has not moved.
+
+    One exception, which the message states: DeepSpeed ZeRO 1 and 2 with `check_grad_overflow: false` in bf16 take the
+    step before anyone can ask for the gradient's norm.
+    """
 
 
 class ProtectedTrainerMixin(CheckpointMixin):
@@ -53,6 +46,7 @@ class ProtectedTrainerMixin(CheckpointMixin):
         self.protection = protection if protection is not None and protection.active else NoProtection()
         self._documents = documents
         self._task_loss: Tensor | None = None
+        self._step_batches: list[Batch] = []
         self._logged_step = 0
         self.add_callback(_StartProtection(self))
 
@@ -148,6 +142,7 @@ class ProtectedTrainerMixin(CheckpointMixin):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Any:
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_batches = samples
         if samples:
             self.protection.begin_step(self, samples)
         return samples, items
@@ -197,11 +192,32 @@ class ProtectedTrainerMixin(CheckpointMixin):
         rows: list[str] = []
         if not bool(torch.isfinite(loss.detach())):
             rows = names_in(inputs, DocumentStore(self._documents)) + self.protection.separate_rows()
+        self._stop("loss or penalty", rows)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Read by the Trainer right before the optimiser's step, on all ranks alike; stops the run if not finite.
+
+        DeepSpeed has its step behind it by then, but left it out where the norm was not finite.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        # In fp16 an infinite gradient shows a loss scale that is too large: the step is left out, training goes on.
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            store = DocumentStore(self._documents)
+            rows = [name for batch in self._step_batches for name in names_in(batch, store)]
+            self._stop("gradient", rows + self.protection.separate_rows(whole_step=True))
+        return norm
+
+    def _stop(self, what: str, rows: list[str]) -> NoReturn:
         if self.accelerator.num_processes > 1:
             rows = gather_object(rows)
+        late = (
+            what == "gradient"
+            and self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            and self.accelerator.deepspeed_engine_wrapped.engine.was_step_applied()
+        )
         raise NonFiniteLoss(
-            f"loss or penalty is not finite at step {self.state.global_step + 1}, before the optimiser moved; rows: "
-            f"{', '.join(rows)}. Lower learning_rate or penalty_strength, or look at these rows"
+            f"{what} is not finite at step {self.state.global_step + 1}, {'after' if late else 'before'} the optimiser "
+            f"moved; rows: {', '.join(rows)}. Lower learning_rate or penalty_strength, or look at these rows"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -54,8 +54,8 @@ class Protection:
         """
         yield lambda: None
 
-    def separate_rows(self) -> list[str]:
-        """Names of the rows read by the last `separate_pass`, for the message that stops a run."""
+    def separate_rows(self, *, whole_step: bool = False) -> list[str]:
+        """Names of the rows the last `separate_pass` read, or this step's all, for the message that stops a run."""
         return []
 
     def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:

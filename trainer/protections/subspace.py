@@ -236,8 +236,11 @@ class SubspaceProtection(Protection):
             raise UserError(f"the token role {role!r} cannot be read from labels: give the protection the task rows")
         batch[PENALTY_MASK] = batch["labels"] != -100
 
-    def separate_rows(self) -> list[str]:
-        return [] if self.anchors is None else [self.anchors.sources[number] for number in self._anchor_rows]
+    def separate_rows(self, *, whole_step: bool = False) -> list[str]:
+        if self.anchors is None or "anchors" not in self._tokens:
+            return []
+        rows = [row for batch in self._anchor_batches for row in batch] if whole_step else self._anchor_rows
+        return [self.anchors.sources[number] for number in rows]
 
     # Around training
 
