@@ -19,6 +19,28 @@ from .errors import UserError
 MANIFEST = "manifest.json"
 
 
+def check_writable(folder: Path, what: str) -> None:
+    """Refuse a folder that cannot be made or written into, before any work; makes nothing.
+
+    Args:
+        what: the flag it came from, for the error.
+
+    Raises:
+        UserError: it lies below a file, has an impossible name, or its nearest existing ancestor is not writable.
+    """
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        impossible = "a name with a zero byte" if "\0" in str(folder) else None
+    except OSError as error:
+        there, impossible = folder, str(error.strerror)
+    if impossible is None and not there.is_dir():
+        impossible = f"{there} is a file"
+    elif impossible is None and not os.access(there, os.W_OK | os.X_OK):
+        impossible = f"{there} is not writable"
+    if impossible is not None:
+        raise UserError(f"{what} {str(folder)[:200]!r} cannot be written: {impossible}; name another folder")
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's content, read in blocks."""
     with path.open("rb") as stream:

@@ -56,8 +56,8 @@ def find_layers(model: nn.Module, override: str | None = None) -> nn.ModuleList:
     if len(found) != 1:
         lists = [name for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
         raise UserError(
-            f"found {len(found)} lists of {depth} decoder blocks in {type(backbone).__name__}: pass the blocks' path "
-            f"as `override`, one of {', '.join(lists[:8]) or 'none (this model has no module list)'}"
+            f"found {len(found)} lists of {depth} decoder blocks in {type(backbone).__name__}: name the blocks' path "
+            f"with --layers_path, one of {', '.join(lists[:8]) or 'none (this model has no module list)'}"
         )
     return found[0]
 
@@ -122,5 +122,5 @@ def prove_layers(model: nn.Module, override: str | None = None) -> None:
         if torch.equal(clean, moved):
             raise UserError(
                 f"layer {number} of {type(unwrap(model)).__name__} does not reach the logits: changing its output "
-                "left them the same; pass the decoder blocks' path as `override`"
+                "left them the same; name the decoder blocks' path with --layers_path"
             )

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .activations import pad_id
-from .artifacts import MANIFEST, staged_directory, staged_file
+from .artifacts import MANIFEST, staged_directory, staged_file, verify_manifest
 from .errors import UserError
 from .layers import parse_layers
 from .lm_head import prove_head
@@ -129,6 +129,17 @@ class Measurer:
         return divergence(model, reading.final, sides, known, kept, self.rows[name], self.tokenizer, seed)
 
 
+def check_checkpoint(path: str | Path, plan: MeasurePlan) -> None:
+    """Refuse a checkpoint that cannot be measured, without loading its weights.
+
+    Raises:
+        UserError: files that differ from its manifest (where it has one), or another shape or vocabulary than instruct.
+    """
+    if (Path(path) / MANIFEST).is_file():
+        verify_manifest(Path(path))
+    check_compatible(load_config(path, plan.load), load_config(plan.instruct_path, plan.load))
+
+
 def measure_checkpoint(
     measurer: Measurer, path: str | Path, output_dir: str | Path, name: str | None = None, step: int | None = None
 ) -> Results:
@@ -138,9 +149,9 @@ def measure_checkpoint(
         name: the checkpoint's name in the files; None is its folder's name.
         step: optimiser steps; None takes the number of a `checkpoint-N` folder.
     """
-    measurer.prepare()
     plan = measurer.plan
-    check_compatible(load_config(path, plan.load), load_config(plan.instruct_path, plan.load))
+    check_checkpoint(path, plan)
+    measurer.prepare()
     model = load_model(path, dtype=plan.dtype, device=plan.device, options=plan.load)
     prove_head(model)
     results = measurer.measure(model)

@@ -12,6 +12,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -64,7 +65,7 @@ def _check_request(request: SubspaceRequest) -> None:
         raise UserError(f"subspace method {request.method!r} is unknown: write one of {', '.join(METHODS)}")
     if request.role not in ROLES:
         raise UserError(f"token role {request.role!r} is unknown: write one of {', '.join(ROLES)}")
-    if request.method in ("difference_in_means", "svd") and request.base_path is None:
+    if request.method in ("difference_in_means", "svd", "shared") and request.base_path is None:
         raise UserError(f"subspace method {request.method} needs a base model: pass one, or use method contrastive")
     if request.method == "difference_in_means" and request.rank != 1:
         raise UserError(f"difference_in_means has rank 1, not {request.rank}: write rank 1, or use method svd")
@@ -97,6 +98,11 @@ def _assemble(
         columns["null_energies"][layer] = torch.stack([moments.energies(null).float().cpu() for null in nulls])
         columns["null_gaps"][layer] = torch.stack([_gap(moments, null) for null in nulls])
         scales[layer] = float(moments.energies(basis).sum())
+        if not (math.isfinite(scales[layer]) and scales[layer] > 0):
+            raise UserError(
+                f"{request.method}: the contrast has size {scales[layer]} inside the subspace at layer {layer}, so the "
+                "penalty would have no scale; pass models or prompts that differ there"
+            )
         angles[layer] = _angles(request, layer, basis, measured)
     _warn_disagreement(request.method, angles)
     source = "residuals"

@@ -233,7 +233,7 @@ def test_another_run_is_refused_with_both_values(folders, change, fact):
         ({"contrast": [*SYSTEMS, *COMPLETIONS]}, "mixes"),
         ({"contrast": COMPLETIONS, "role": "prompt"}, "write completion"),
         ({"centred": True}, "belongs to method svd"),
-        ({"method": "shared"}, "at least two"),
+        ({"method": "shared"}, "needs a base model"),
         ({"contrast": [{"aligned": "a", "misaligned": "a"}]}, "no direction"),
         ({"base_path": "./nowhere"}, "nowhere"),
     ],
@@ -266,3 +266,8 @@ def test_unreadable_files_are_one_line(tmp_path, folders):
     for path in (tmp_path / "x.safetensors", tmp_path / "absent", folders["instruct"] + "/model.safetensors"):
         with pytest.raises(UserError, match="holdfast subspace"):
             Subspace.load(path)
+
+
+def test_a_scale_of_zero_is_refused(folders):
+    with pytest.raises(UserError, match="random: the contrast has size 0"):
+        build(folders, base_path=folders["instruct"], method="random")

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from analysis_toys import LAST_TURN_ONLY, chat, toy_model
-from holdfast.analysis.artifacts import verify_manifest
+from holdfast.analysis.artifacts import verify_manifest, write_manifest
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
+from holdfast.trainer.measuring import analyze
 from holdfast.trainer.parsing import parse
 from run_toys import recipe, toy_rows, write_model, write_rows
 
@@ -61,6 +62,8 @@ def complaint(folder: Path, capsys: pytest.CaptureFixture[str], keys: Keys, comm
     return error
 
 
+CHOICE = {"messages": chat("hello"), "classes": {"aligned": ["yes"]}}
+
 ROWS: dict[str, tuple[list[Any], list[str]]] = {
     "not JSON": (['{"messages": ['], ["rows2.jsonl:2", "not JSON"]),
     "not an object": ([[1]], ["rows2.jsonl:2", "object"]),
@@ -72,6 +75,9 @@ ROWS: dict[str, tuple[list[Any], list[str]]] = {
     "unknown role": ([{"messages": [{"role": "robot", "content": "x"}]}], ["rows2.jsonl:2", "robot", "assistant"]),
     "no text": ([{"messages": [{"role": "user", "content": 3}]}], ["rows2.jsonl:2", "int"]),
     "message of another shape": ([{"messages": ["hello"]}], ["rows2.jsonl:2", "role"]),
+    "half a character": (['{"prompt": "a", "completion": "\\ud83d"}'], ["rows2.jsonl:2", "half a character"]),
+    "an endless integer": (['{"prompt": ' + "9" * 5000 + "}"], ["rows2.jsonl:2", "digits"]),
+    "endless nesting": (["[" * 100_000], ["rows2.jsonl:2", "nested too deep"]),
     "longer than the limit": ([{"messages": chat(LONG, "yes")}], ["rows2.jsonl:2", "200", "--long_rows"]),
 }
 
@@ -133,6 +139,14 @@ def _another_run(folder: Path) -> Keys:
     return {}
 
 
+def _holds(name: str) -> Callable[[Path], Keys]:
+    def make(folder: Path) -> Keys:
+        (folder / "run" / name).mkdir(parents=True)
+        return {}
+
+    return make
+
+
 def _protected(**keys: Any) -> Callable[[Path], Keys]:
     def make(folder: Path) -> Keys:
         return {"protection": "subspace", "subspace_path": folder / "subspace.safetensors", **keys}
@@ -159,6 +173,11 @@ def _keys(**keys: Any) -> Callable[[Path], Keys]:
     return lambda folder: keys
 
 
+def _recipe(folder: Path, **keys: Any) -> Path:
+    (folder / "recipe.yaml").write_text(json.dumps({"use_peft": True, **keys}))
+    return folder / "recipe.yaml"
+
+
 TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "missing file": (_file("absent.jsonl", None), ["absent.jsonl", "does not exist"]),
     "file that is not text": (_file("binary.jsonl", b"\xff\xfe\x00"), ["binary.jsonl", "UTF-8"]),
@@ -167,6 +186,11 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "empty set": (_file("empty.jsonl", b"\n"), ["empty.jsonl", "no rows"]),
     "folder without rows": (_empty_folder, ["nothing", ".jsonl"]),
     "variable that is not set": (_keys(train_dataset="$HOLDFAST_UNSET/rows.jsonl"), ["HOLDFAST_UNSET", "not set"]),
+    "address that is none": (_keys(train_dataset="http://[rows.jsonl"), ["no source of rows"]),
+    "path that is too long": (_keys(train_dataset="x" * 5000 + ".jsonl"), ["cannot be read"]),
+    "negative seed": (_keys(seed=-1), ["--seed is -1"]),
+    "no steps": (_keys(max_steps=0), ["--max_steps is 0"]),
+    "negative save_steps": (_keys(save_steps=-5), ["--save_steps is -5"]),
     "no training set": (_keys(train_dataset=""), ["train_dataset"]),
     "no model": (_keys(model_name_or_path=""), ["model_name_or_path"]),
     "missing model": (_keys(model_name_or_path="./absent"), ["./absent"]),
@@ -191,8 +215,20 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "infinite strength": (_keys(penalty_strength="inf"), ["penalty_strength", "inf", "finite"]),
     "unknown flag": (_keys(penalty_strenght=1), ["--penalty_strenght", "penalty_strength"]),
     "output folder of another run": (_another_run, ["another run", "--resume_from_checkpoint"]),
+    "output folder with a model": (_holds("final"), ["holds final", "another folder"]),
+    "output folder with checkpoints": (_holds("checkpoint-1"), ["holds checkpoint-1", "another folder"]),
+    "output folder with other files": (_holds("thesis"), ["holds thesis", "another folder"]),
+    "adapter_off without LoRA": (_protected(reference="adapter_off"), ["adapter_off", "--use_peft"]),
     "nothing to resume": (_keys(resume_from_checkpoint="true"), ["resume"]),
     "lora on absent modules": (_keys(use_peft="true", lora_target_modules="absent"), ["lora_target_modules"]),
+    "lora on an absent module among others": (
+        lambda folder: {"config": _recipe(folder, lora_target_modules=["v_proj", "vproj"])},
+        ["lora_target_modules", "vproj"],
+    ),
+    "lora pattern of no module": (
+        _keys(use_peft="true", lora_target_modules="v_proj", lora_rank_pattern='{"qproj": 2}'),
+        ["lora_rank_pattern", "qproj"],
+    ),
     "unknown DeepSpeed configuration": (_keys(deepspeed="zero4"), ["zero4", "zero"]),
 }
 
@@ -235,6 +271,15 @@ def test_a_resume_with_other_facts_says_which_differs(folder: Path, capsys: pyte
     resume = {"resume_from_checkpoint": "true"}
     assert "train rows" in complaint(folder, capsys, recipe(folder, train_dataset=other, **resume))
     assert "seed" in complaint(folder, capsys, recipe(folder, seed=7, **resume))
+    for name, value in {
+        "learning_rate": 0.5,
+        "max_steps": 3,
+        "gradient_accumulation_steps": 2,
+        "dtype": "bfloat16",
+    }.items():
+        assert f"{name} was" in complaint(folder, capsys, recipe(folder, **{name: value}, **resume))
+    elsewhere = {"output_dir": str(folder / "new"), "resume_from_checkpoint": str(folder / "run" / "checkpoint-1")}
+    assert "weight_decay was" in complaint(folder, capsys, recipe(folder, weight_decay=0.5, **elsewhere))
     assert "lora_r was 16 and is 4" in complaint(folder, capsys, recipe(folder, lora_r=4, **resume))
 
 
@@ -318,3 +363,53 @@ def test_a_disk_that_is_really_full_is_one_line_too(
     for checkpoint in whole:
         verify_manifest(checkpoint)
     assert not (small_disk / "run" / "final").exists() and not list((small_disk / "run").rglob("*staging*"))
+
+
+@pytest.mark.parametrize("command", ["train", "subspace", "analyze"])
+@pytest.mark.parametrize("place", ["rows.jsonl/run", "x" * 300])
+def test_a_folder_that_cannot_be_is_refused_first(
+    command: str, place: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "cannot be written" in complaint(folder, capsys, recipe(folder, output_dir=folder / place), command)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"messages": "hello"}, "list"),
+        ({"messages": [{"content": "hello"}]}, "role"),
+        ({"split": 3}, "split"),
+        ({"domain": ["a"]}, "domain"),
+        ({"classes": {"aligned": [3]}}, "not text"),
+    ],
+)
+def test_a_malformed_choices_row_is_named(
+    change: dict[str, Any], word: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = write_rows(folder / "choices.jsonl", [CHOICE, {**CHOICE, **change}])
+    line = complaint(folder, capsys, recipe(folder, choices_dataset=choices))
+    assert "choices.jsonl:2" in line and word in line
+
+
+def test_analyze_measures_every_checkpoint_under_a_name_of_its_own(folder: Path) -> None:
+    for name in ("a/final", "b/final", "b/base"):
+        shutil.copytree(folder / "model", folder / name)
+    named = [str(folder / name) for name in ("a/final", "b/final", "b/base")]
+    run_dir = analyze(
+        parse({**recipe(folder), "analysis_checkpoints": named, "analysis_families": ["behavior"]})
+    ).parent
+    assert {path.name for path in (run_dir / "metrics").iterdir()} == {"instruct", "a-final", "b-final", "b-base"}
+
+
+def test_analyze_refuses_a_changed_checkpoint_before_it_writes(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(folder / "model", folder / name)
+        write_manifest(folder / name)
+    (folder / "second" / "config.json").write_text((folder / "second" / "config.json").read_text() + " ")
+    before = written(folder)
+    keys = {**recipe(folder), "analysis_checkpoints": f"{folder / 'first'}"}
+    arguments = [*flags(keys)[:-1], "--analysis_checkpoints", str(folder / "first"), str(folder / "second")]
+    assert main(["analyze", *arguments]) == 2
+    assert "config.json differs" in capsys.readouterr().err and written(folder) == before

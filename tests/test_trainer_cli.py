@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from holdfast.analysis.artifacts import verify_manifest
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
 from holdfast.trainer.parsing import parse
+from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
 from peft import PeftModel
 from run_toys import recipe, toy_rows, write_model, write_rows
 from safetensors.torch import load_file
@@ -128,7 +130,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(kind: str, 
 
 
 def test_an_interrupt_is_one_line_and_its_checkpoints_resume(folder: Path) -> None:
-    keys = protected(folder, max_steps=2000, save_steps=20, save_total_limit=2)
+    keys = protected(folder, max_steps=300, save_steps=20, save_total_limit=2)
     process = subprocess.Popen(command(keys), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while not (folder / "run" / "checkpoint-20").is_dir() and time.monotonic() < deadline and process.poll() is None:
@@ -141,8 +143,26 @@ def test_an_interrupt_is_one_line_and_its_checkpoints_resume(folder: Path) -> No
     assert "Traceback" not in error
     steps = [int(path.name.split("-")[1]) for path in (folder / "run").glob("checkpoint-*")]
     assert steps and not (folder / "run" / "final").exists()
-    resumed = run.train(parse({**keys, "max_steps": max(steps) + 1, "resume_from_checkpoint": "true"}))
-    assert resumed.global_step == max(steps) + 1
+    resumed = run.train(parse({**keys, "save_steps": 50, "resume_from_checkpoint": "true"}))
+    assert resumed.global_step == 300
+
+
+def test_a_run_that_stops_before_a_checkpoint_leaves_the_folder_as_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = protected(folder, report_to="tensorboard", subspace_path=str(folder / "run" / "mine.safetensors"))
+    (folder / "run").mkdir()
+    shutil.copy(folder / "subspace.safetensors", folder / "run" / "mine.safetensors")
+
+    def interrupt(*_arguments: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProtectedSFTTrainer, "training_step", interrupt)
+        assert main(["train", *flags(keys)]) == 130
+    assert "start again" in capsys.readouterr().err
+    assert [path.name for path in (folder / "run").iterdir()] == ["mine.safetensors"]
+    assert main(["train", *flags(keys)]) == 0
 
 
 @pytest.mark.timeout(280)

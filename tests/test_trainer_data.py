@@ -228,3 +228,8 @@ def test_the_real_sets_have_the_duplicates_their_authors_release_has() -> None:
     assert report["insecure+secure"]["shared_prompts"] == 260
     train, held_out = split_held_out(insecure, 200, seed=0)
     assert not {r.completion for r in train} & {r.completion for r in held_out}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": PAIR}), encoding="utf-8-sig")
+    assert load_rows(str(tmp_path / "rows.jsonl"))[0].messages == PAIR

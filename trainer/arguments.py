@@ -61,8 +61,7 @@ class ModelArguments(trl.ModelConfig):
         "difference_in_means, svd and shared, and by the measures that compare with base. Default: none.",
     )
     layers_path: str | None = _option(
-        None,
-        "Dotted path of the decoder blocks, where they are not found by shape. Default: found by shape.",
+        None, "Dotted path of the decoder blocks, where they are not found by shape. Default: found by shape."
     )
     lora_alpha_pattern: dict[str, int] | str | None = _option(
         None, "LoRA alpha by module-name pattern (mapping or JSON), over --lora_alpha. Default: none."
@@ -74,6 +73,9 @@ class ModelArguments(trl.ModelConfig):
     def __post_init__(self) -> None:
         refuse_overridden(self, trl.ModelConfig, QUANTIZATION)
         super().__post_init__()
+        # TRL unwraps a list of one, and PEFT takes text for a regular expression.
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules != "all-linear":
+            self.lora_target_modules = [self.lora_target_modules]
         _require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
         self.lora_alpha_pattern = _pattern("lora_alpha_pattern", self.lora_alpha_pattern)
         self.lora_rank_pattern = _pattern("lora_rank_pattern", self.lora_rank_pattern)
@@ -136,8 +138,7 @@ class SubspaceArguments:
     _argument_group_name = "subspace"
 
     subspace_path: str | None = _option(
-        None,
-        "Where subspace writes and train reads the subspace. Default: <output_dir>/subspace.safetensors.",
+        None, "Where subspace writes and train reads the subspace. Default: <output_dir>/subspace.safetensors."
     )
     subspace_method: str = _option(
         "contrastive",
@@ -238,9 +239,7 @@ class AnalysisArguments:
     _argument_group_name = "analysis"
 
     analysis_families: list[str] | None = _option(
-        None,
-        "Families to measure. Default: behavior, projection, choices.",
-        *FAMILIES,
+        None, "Families to measure. Default: behavior, projection, choices.", *FAMILIES
     )
     analysis_rows: int = _option(200, "At most this many rows of each set. Default: 200.")
     analysis_batch_size: int = _option(8, "Rows per forward while measuring. Default: 8.")
@@ -278,12 +277,15 @@ class HoldfastConfig(trl.SFTConfig):
         refuse_overridden(self, trl.SFTConfig, NOT_READ)
         # TRL turns bf16 on wherever fp16 is off; on a CPU that is slow and not what anyone asked for.
         if self.bf16 is None:
-            self.bf16 = (
-                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
-            )
-        _require(self.learning_rate >= 0, "learning_rate", self.learning_rate, "0 or more")
+            possible = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
+            self.bf16 = possible and not self.fp16
+        for name in ("learning_rate", "seed", "save_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.max_steps != 0, "max_steps", 0, "at least 1 (or -1 for --num_train_epochs)")
+        if str(self.resume_from_checkpoint).lower() == "false":
+            self.resume_from_checkpoint = None
         _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
         _require(self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         if self.packing and self.packing_strategy != "bfd":

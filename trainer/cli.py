@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ..analysis.errors import UserError
 from .disk import disk_is_full
@@ -121,7 +122,7 @@ def _train(arguments: Sequence[str]) -> int:
     if must_launch(values):
         # One process checks everything first, so that a bad input is one line and not one per rank. DeepSpeed is left
         # out of that: its set-up belongs to the ranks.
-        run.check(build({**values, "deepspeed": None}))
+        run.check(replace(build({**values, "deepspeed": None}), given=values))
         return launch(arguments, values)
     try:
         result = run.train(build(values))

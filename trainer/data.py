@@ -52,13 +52,14 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None, pr
         UserError: the set cannot be read or is empty, or a row is malformed; names file and line.
     """
     records = itertools.islice(read_records(source, split), limit)
-    rows = [Row(_conversation(record, where, prompts), where) for record, where in records]
+    rows = [Row(conversation(record, where, prompts), where) for record, where in records]
     if not rows:
         raise UserError(f"{source} has no rows; name a set with at least one")
     return rows
 
 
-def _conversation(record: object, where: str, prompts: bool) -> Conversation:
+def conversation(record: object, where: str, prompts: bool) -> Conversation:
+    """The checked messages of a record. Raises UserError naming its place."""
     if not isinstance(record, dict):
         raise UserError(f'{where}: a row must be an object like {{"messages": [...]}}, not {type(record).__name__}')
     if record.get("messages") is not None:

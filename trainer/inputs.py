@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..analysis.subspace import Subspace, random_like
 from .data import (
     RenderedRows,
     Row,
+    conversation,
     describe_duplicates,
     duplicate_report,
     load_rows,
@@ -35,6 +37,14 @@ from .data import (
 )
 from .parsing import Arguments
 from .sources import read_records
+
+# What may change between a run and its continuation (saving, logging, paths) is left out.
+COURSE = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "data_seed",
+    "max_length", "packing", "completion_only_loss", "loss_type", "bf16", "fp16",
+)  # fmt: skip
 
 SHIPPED_ANCHORS = Path(__file__).with_name("anchor_prompts.jsonl")
 
@@ -165,7 +175,12 @@ def load_choices(source: str) -> list[dict[str, Any]]:
             )
         if not record.get("messages"):
             raise UserError(f"{where}: a choices row needs `messages`, the prompt its answers belong to")
-        rows.append(record)
+        if not all(isinstance(answer, str) for answers in classes.values() for answer in answers):
+            raise UserError(f"{where}: an answer of `classes` is not text; write lists of texts")
+        for name in ("split", "domain", "topic"):
+            if not isinstance(record.get(name, ""), str | None):
+                raise UserError(f"{where}: `{name}` is not text; write its name in quotes")
+        rows.append({**record, "messages": conversation(record, where, prompts=True)})
     if not rows:
         raise UserError(f"{source} has no rows; name a set with at least one")
     return rows
@@ -234,11 +249,24 @@ def _facts(
         **{f"{name} rows": _documents_sha256(rows) for name, rows in rendered.items() if name in ("train", "anchors")},
         "lora": {name: value for name, value in vars(model).items() if "lora" in name or name == "use_peft"},
         "seed": arguments.training.seed,
+        "training": _course(arguments),
         "protection": vars(arguments.protection),
     }
     if arguments.protection.protection != "none":
         facts["subspace"] = sha256_file(subspace_path(arguments))
     return json.loads(json.dumps(facts))
+
+
+def _course(arguments: Arguments) -> dict[str, Any]:
+    """What decides every optimiser step, DeepSpeed's configuration by content."""
+    training = arguments.training
+    course: dict[str, Any] = {name: getattr(training, name) for name in COURSE}
+    # `given`, since the process that only checks sets no DeepSpeed up; under torchrun the flag counts no processes.
+    deepspeed = arguments.given.get("deepspeed")
+    if isinstance(deepspeed, str):
+        deepspeed = json.loads(deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8"))
+    processes = int(os.environ.get("WORLD_SIZE", training.num_processes))
+    return {**course, "dtype": arguments.model.dtype, "num_processes": processes, "deepspeed": deepspeed}
 
 
 def _documents_sha256(rows: RenderedRows) -> str:

@@ -1,12 +1,14 @@
 """What is measured of a run, from its arguments: the plan shared by `holdfast analyze` and the training callback."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ..analysis.artifacts import check_writable
 from ..analysis.errors import UserError
-from ..analysis.measure import Measurer, measure_checkpoint
+from ..analysis.measure import Measurer, check_checkpoint, measure_checkpoint
 from ..analysis.models import model_fingerprint, tokenizer_fingerprint
 from ..analysis.plan import MeasurePlan
 from ..analysis.probes import Conversation
@@ -47,16 +49,34 @@ def analyze(arguments: Arguments) -> Path:
 
     Raises UserError when there is nothing to measure, or a checkpoint cannot be read.
     """
+    check_writable(arguments.output_dir, "--output_dir")
     found = _checkpoints(arguments)
     measure = measurer(arguments)
     models: dict[str, tuple[str, int | None]] = {"instruct": (arguments.model.starting_model, 0)}
     if arguments.model.base_model_name_or_path:
         models["base"] = (arguments.model.base_model_name_or_path, None)
-    models |= {path.name: (str(path), None) for path in found}
+    for name, folder in _names(found).items():
+        check_checkpoint(folder, measure.plan)
+        models[name] = (str(folder), None)
     for name, (path, step) in models.items():
         print(f"measuring {name}")
         measure_checkpoint(measure, path, arguments.output_dir, name, step)
     return arguments.output_dir / "metrics.jsonl"
+
+
+def _names(found: Sequence[Path]) -> dict[str, Path]:
+    """A name for each checkpoint's results: its folder's, with the parent's before it where that is taken."""
+    taken = Counter(path.resolve().name for path in found) + Counter(("instruct", "base"))
+    names: dict[str, Path] = {}
+    for path in map(Path.resolve, found):
+        name = path.name if taken[path.name] == 1 else f"{path.parent.name}-{path.name}"
+        if name in names or name in ("instruct", "base"):
+            raise UserError(
+                f"--analysis_checkpoints {path} has the results' name of another ({name}); measure it in a command of "
+                "its own, with another --output_dir"
+            )
+        names[name] = path
+    return names
 
 
 def _checkpoints(arguments: Arguments) -> list[Path]:
@@ -67,7 +87,8 @@ def _checkpoints(arguments: Arguments) -> list[Path]:
             raise UserError(f"--analysis_checkpoints {absent[0]} is not a folder; name checkpoint folders")
         return [Path(name) for name in named]
     run = arguments.output_dir
-    found = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    found = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
     found += [run / "final"] if (run / "final").is_dir() else []
     if not found:
         raise UserError(

@@ -4,7 +4,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from .parsing import Arguments, dump
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "numpy", "tokenizers")
 FACTS = "run.json"
+RECORDS = (FACTS, "resolved_config.yaml", "versions.json", "data.json")
+REFERENCES = "references"
+LOGS = "runs"  # where transformers puts TensorBoard's events
 
 
 def is_main() -> bool:
@@ -25,23 +31,40 @@ def is_main() -> bool:
 
 
 def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
-    """Raises UserError when the folder holds another run: any when starting, a different one when resuming."""
-    stored = arguments.output_dir / FACTS
-    resuming = arguments.training.resume_from_checkpoint
-    if arguments.output_dir.is_file():
-        raise UserError(f"--output_dir {arguments.output_dir} is a file; name a folder")
-    if resuming and newest_checkpoint(arguments) is None:
+    """Raises UserError when the folder holds another run or foreign files, or a resume would go on with other facts."""
+    folder, resuming = arguments.output_dir, arguments.training.resume_from_checkpoint
+    if folder.is_file():
+        raise UserError(f"--output_dir {folder} is a file; name a folder")
+    newest = newest_checkpoint(arguments)
+    if resuming and newest is None:
         raise UserError(
             f"--resume_from_checkpoint {resuming}: no checkpoint there; name a checkpoint folder, or start without "
             "the flag"
         )
-    if not stored.is_file():
-        return
-    if not resuming:
+    if not (folder / FACTS).is_file():
+        _refuse_foreign(folder)
+    elif not resuming:
         raise UserError(
-            f"--output_dir {arguments.output_dir} holds another run; choose another folder, remove it, or continue it "
+            f"--output_dir {folder} holds another run; choose another folder, remove it, or continue it "
             "with --resume_from_checkpoint true"
         )
+    # A checkpoint of another folder continues under the facts of the run that wrote it.
+    for stored in {folder / FACTS, newest.parent / FACTS} if newest else set():
+        if stored.is_file():
+            _compare(stored, facts)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Training removes old checkpoints and replaces `final`, so a folder that is not a run may hold its inputs only."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name != REFERENCES and path.suffix != ".safetensors":
+            raise UserError(
+                f"--output_dir {folder} holds {path.name} but no {FACTS}, so it is not a run of holdfast, whose files "
+                "training may replace; choose another folder"
+            )
+
+
+def _compare(stored: Path, facts: dict[str, Any]) -> None:
     try:
         before = json.loads(stored.read_text())
     except json.JSONDecodeError as error:
@@ -49,6 +72,40 @@ def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         if before.get(name) != value:
             raise UserError(f"this run cannot be resumed: its {_difference(name, before.get(name), value)}")
+
+
+@contextmanager
+def records_of(arguments: Arguments, inputs: TrainingInputs) -> Iterator[None]:
+    """Writes the run's records; takes them back when the block fails before there is a checkpoint.
+
+    Without that, a start that failed would refuse the corrected command in the same folder.
+    """
+    folder = arguments.output_dir
+    new = not (folder / FACTS).is_file()
+    before = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        write_records(arguments, inputs)
+        yield
+    except BaseException:
+        if is_main() and new and not has_checkpoint(folder):
+            _remove_records(folder, before)
+        raise
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run can be continued from this folder."""
+    return folder.is_dir() and get_last_checkpoint(folder) is not None
+
+
+def _remove_records(folder: Path, before: set[str]) -> None:
+    for name in {*RECORDS, REFERENCES, LOGS} - before:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def newest_checkpoint(arguments: Arguments) -> Path | None:

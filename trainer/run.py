@@ -3,6 +3,7 @@
 `holdfast train|subspace` and the lab call these. Everything is checked before anything is written.
 """
 
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ import datasets
 import deepspeed
 import trl
 from peft import LoraConfig
+from torch import nn
 from torch.distributed import get_backend
 from transformers import PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy
 
-from ..analysis.artifacts import commit_directory
+from ..analysis.artifacts import check_writable, commit_directory
 from ..analysis.errors import UserError
 from ..analysis.measure import Measurer
 from ..analysis.models import load_model
@@ -34,7 +36,7 @@ from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections import NoProtection, PenaltySettings, SubspaceProtection
 from .protections.base import Protection
-from .records import check_output_dir, is_main, newest_checkpoint, write_records
+from .records import REFERENCES, check_output_dir, has_checkpoint, is_main, newest_checkpoint, records_of
 from .sources import read_records
 
 
@@ -55,10 +57,18 @@ def check(arguments: Arguments) -> tuple[TrainingInputs, Measurer | None]:
 
     Returns the run's inputs and what measures its checkpoints, None where none are saved or measured.
     """
+    check_writable(arguments.output_dir, "--output_dir")
     inputs = load_inputs(arguments)
+    _check_reference(arguments)
     check_output_dir(arguments, inputs.facts)
     measured = arguments.analysis.analysis_during_training and arguments.training.save_strategy != SaveStrategy.NO
     return inputs, measurer(arguments) if measured else None
+
+
+def _check_reference(arguments: Arguments) -> None:
+    asked = arguments.protection
+    if asked.protection != "none" and asked.reference == "adapter_off" and not arguments.model.use_peft:
+        raise UserError("--reference adapter_off needs LoRA; add --use_peft, or write cached or frozen")
 
 
 def train(arguments: Arguments) -> TrainResult:
@@ -70,23 +80,25 @@ def train(arguments: Arguments) -> TrainResult:
     set_seed(arguments.training.seed)
     newest = newest_checkpoint(arguments)
     model = _load(arguments)
+    check_lora(arguments.model, model)
     trainer = _trainer(arguments, inputs, model)
     if measure is not None:
         trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
-    write_records(arguments, inputs)
-    if is_main():
-        for line in inputs.report["lines"]:
-            print(line)
-    started = time.perf_counter()
-    try:
-        output = trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted at step {trainer.state.global_step}; continue with --resume_from_checkpoint true"
-        ) from None
-    seconds = time.perf_counter() - started
-    final = _save_final(trainer, arguments.output_dir / "final")
+    with records_of(arguments, inputs):
+        if is_main():
+            for line in inputs.report["lines"]:
+                print(line)
+        started = time.perf_counter()
+        try:
+            output = trainer.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            go_on = "continue with --resume_from_checkpoint true"
+            if not has_checkpoint(arguments.output_dir):
+                go_on = "there is no checkpoint yet, start again"
+            raise KeyboardInterrupt(f"interrupted at step {trainer.state.global_step}; {go_on}") from None
+        seconds = time.perf_counter() - started
+        final = _save_final(trainer, arguments.output_dir / "final")
     penalties = [entry["penalty"] for entry in trainer.state.log_history if "penalty" in entry]
     return TrainResult(
         output_dir=arguments.output_dir,
@@ -101,6 +113,7 @@ def train(arguments: Arguments) -> TrainResult:
 def subspace(arguments: Arguments) -> Path:
     """Builds the alignment subspace and writes it to its path. Raises UserError; writes nothing then."""
     path = subspace_path(arguments)
+    check_writable(path.parent, "the folder of --subspace_path")
     if path.exists():
         raise UserError(f"--subspace_path {path} exists already; remove it or choose another")
     read_starting_model(arguments)
@@ -141,6 +154,22 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
     for name in ("alpha_pattern", "rank_pattern"):
         setattr(config, name, getattr(model, f"lora_{name}") or {})
     return config
+
+
+def check_lora(arguments: ModelArguments, model: nn.Module) -> None:
+    """Raises UserError for a target or a pattern that names no module: PEFT passes over all but the last in silence."""
+    if not arguments.use_peft:
+        return
+    names = [name for name, _ in model.named_modules()]
+    targets = arguments.lora_target_modules
+    for target in targets if isinstance(targets, list) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"--lora_target_modules {target} is no module of {type(model).__name__}; check the name")
+    for flag in ("lora_alpha_pattern", "lora_rank_pattern"):
+        for pattern in getattr(arguments, flag) or {}:
+            # As peft.utils.other.get_pattern_key matches.
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise UserError(f"--{flag} {pattern} matches no module of {type(model).__name__}; check the name")
 
 
 def _load(arguments: Arguments) -> PreTrainedModel:
@@ -197,7 +226,7 @@ def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
         anchors=_documents(inputs.anchors.rendered, inputs.anchors.rows, role) if inputs.anchors else (),
         task=_documents(inputs.train.rendered, inputs.train.rows, role) if task else (),
         reference_model=_load(arguments) if asked.reference == "frozen" else None,
-        cache_dir=arguments.output_dir / "references",
+        cache_dir=arguments.output_dir / REFERENCES,
         layers_path=arguments.model.layers_path,
         name=asked.protection,
     )

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -32,11 +33,16 @@ def read_records(source: str, split: str = "train") -> Iterator[Record]:
     source = os.path.expanduser(os.path.expandvars(source))
     if "$" in source:
         raise UserError(f"{source} names an environment variable that is not set; set it, or write the path")
-    if urlparse(source).scheme in ("http", "https"):
+    try:
+        is_url, is_folder = urlparse(source).scheme in ("http", "https"), os.path.isdir(source)
+        is_file = Path(source).suffix in SUFFIXES or Path(source).exists()
+    except (ValueError, OSError) as error:
+        raise UserError(f"{source[:80]} is no source of rows ({error}); check the path or address") from None
+    if is_url:
         yield from _read_url(source)
-    elif Path(source).is_dir():
+    elif is_folder:
         yield from _read_folder(Path(source))
-    elif Path(source).suffix in SUFFIXES or Path(source).exists():
+    elif is_file:
         yield from _read_file(Path(source), source)
     else:
         yield from _read_hub(source, split)
@@ -53,9 +59,9 @@ def _read_folder(folder: Path) -> Iterator[Record]:
 def _read_file(path: Path, name: str) -> Iterator[Record]:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{name} is none of {', '.join(SUFFIXES)}; convert it, one row a line")
-    if not path.is_file():
-        raise UserError(f"{name} does not exist; check the path (relative ones start at the current folder)")
     try:
+        if not path.is_file():
+            raise UserError(f"{name} does not exist; check the path (relative ones start at the current folder)")
         if path.suffix in (".jsonl", ".json"):
             yield from _read_json(path, name)
         else:
@@ -67,33 +73,33 @@ def _read_file(path: Path, name: str) -> Iterator[Record]:
 
 
 def _read_json(path: Path, name: str) -> Iterator[Record]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:  # a byte-order mark is no part of the first row
         if path.suffix == ".json":
-            yield from _read_array(lines.read(), name)
+            records = _decode(lines.read(), name, "a JSON list; for one object a line, name it .jsonl")
+            if not isinstance(records, list):
+                raise UserError(f"{name} must hold a JSON list of rows; for one object a line, name it .jsonl")
+            yield from ((record, f"{name} row {number}") for number, record in enumerate(records, start=1))
             return
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _decode(line, f"{name}:{number}"), f"{name}:{number}"
+                yield _decode(line, f"{name}:{number}", "one object a line"), f"{name}:{number}"
 
 
-def _read_array(text: str, name: str) -> Iterator[Record]:
+def _decode(text: str, where: str, wanted: str) -> object:
     try:
-        records = json.loads(text)
+        record = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(record, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{name}:{error.lineno}: not JSON ({error.msg}); for one object a line, name it .jsonl"
-        ) from None
-    if not isinstance(records, list):
-        raise UserError(f"{name} must hold a JSON list of rows; for one object a line, name it .jsonl")
-    for number, record in enumerate(records, start=1):
-        yield record, f"{name} row {number}"
-
-
-def _decode(line: str, where: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
+        place = f":{error.lineno}" if where.endswith(".json") else ""
+        raise UserError(f"{where}{place}: not JSON ({error.msg} at column {error.colno}); write {wanted}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: text with half a character (a lone \\ud800-\\udfff); write it whole") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deep; write {wanted}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{where}: not readable JSON ({error}); write {wanted}") from None
+    return record
 
 
 def _read_table(path: Path, name: str) -> Iterator[Record]:
@@ -114,7 +120,7 @@ def _read_url(url: str) -> Iterator[Record]:
         try:
             with urlopen(url, timeout=60) as response, local.open("wb") as file:
                 shutil.copyfileobj(response, file)
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             raise UserError(f"{url} could not be downloaded: {_first_line(error)}") from None
         yield from _read_file(local, url)
 
