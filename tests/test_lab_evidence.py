@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from holdfast.recipes.lab import build, evidence, experiment
-from holdfast.recipes.lab.evidence_table import matched, rate, tables
+from holdfast.recipes.lab.evidence_table import at_equal_strength, matched, rate, tables
 
+RECIPES = Path(evidence.__file__).parent
 MEASURED = {
     "narrow_task_learned": 0.9, "misaligned_anchor": 0.0, "misaligned_validation": 0.0, "misaligned_test": 0.0,
     "coherent": 1.0, "coherent_health": 1.0, "coherent_food": 1.0, "neutral_skill": 1.0, "new_skill": 0.0,
@@ -32,6 +34,11 @@ def lines_of(text: str, start: str) -> list[list[str]]:
     """The cells of every table line that starts with a text."""
     lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def null_lines(text: str, scale: str, compared_at: str) -> list[list[str]]:
+    """The lines of one null at one comparison, without the scale."""
+    return [line[1:] for line in lines_of(text, f"random, {scale} scale") if line[1] == compared_at]
 
 
 def test_nulls_are_read_at_the_task_probability_of_the_protected_run():
@@ -59,12 +66,27 @@ def test_the_null_table_means_over_draws_then_tests_over_labs():
         results += [result("protected", lab, narrow_task_learned=0.9, misaligned_test=0.01 * lab)]
         for draw, rate_there in enumerate((0.10, 0.20)):
             results += [null(lab, draw, "given", strength, 0.9, rate_there) for strength in (3.0, 30.0)]
-    ((name, labs, draws, clamped, mean, difference, p),) = lines_of(tables(results), "random, given scale")
-    assert (name, labs, draws, clamped, mean) == ("random, given scale", "6", "12", "0", "0.150")
+    ((_, labs, draws, clamped, mean, difference, p),) = null_lines(tables(results), "given", "equal task")
+    assert (labs, draws, clamped, mean) == ("6", "12", "0", "0.150")
     # Protected is 0.025 on average; in all six labs it is below: two of 2**6 sign patterns are as far from 0.
     assert difference.startswith("-0.125 [") and float(p) == pytest.approx(2 / 64, abs=1e-3)
     five = [one for one in results if one["job"]["lab_seed"] < 5]
-    assert lines_of(tables(five), "random, given scale")[0][-1] == "too few labs"
+    assert null_lines(tables(five), "given", "equal task")[0][-1] == "too few labs"
+
+
+def test_at_equal_strength_a_null_is_read_at_the_strength_of_the_protected_recipe():
+    strength = yaml.safe_load((RECIPES / "protected.yaml").read_text())["penalty_strength"]
+    assert yaml.safe_load((RECIPES / "random_subspace.yaml").read_text())["penalty_strength"] == strength
+    results = [
+        result("protected", 0, misaligned_test=0.02),
+        null(0, 0, "given", strength, 0.97, 0.30),
+        null(0, 0, "given", 10 * strength, 0.90, 0.01),
+        null(0, 1, "given", strength, 0.80, 0.20),
+        null(0, 0, "own", strength, 0.80, 0.50),
+    ]
+    assert sorted(at_equal_strength(results, "given")) == [((0, 0), 0.02, 0.2, False), ((0, 0), 0.02, 0.3, False)]
+    assert at_equal_strength(results, "own") == [((0, 0), 0.02, 0.5, False)]
+    assert any(flags["penalty_strength"] == strength for flags in (job.flags for job in evidence.null_jobs(0, 0, 1)))
 
 
 def test_two_nulls_are_corrected_for_each_other():
@@ -73,7 +95,7 @@ def test_two_nulls_are_corrected_for_each_other():
         results += [result("protected", lab, narrow_task_learned=0.9, misaligned_test=0.0)]
         results += [null(lab, 0, scale, 3.0, 0.9, 0.1 + 0.01 * lab) for scale in ("given", "own")]
     text = tables(results)
-    p_values = [float(lines_of(text, f"random, {scale} scale")[0][-1]) for scale in ("given", "own")]
+    p_values = [float(null_lines(text, scale, "equal task")[0][-1]) for scale in ("given", "own")]
     assert p_values == [pytest.approx(4 / 64, abs=1e-3)] * 2
 
 
@@ -166,10 +188,11 @@ def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
     results = tmp_path / "results"
     results.mkdir()
     kept = results / f"{jobs[2].name}.json"
-    kept.write_text('{"kept": true}')
+    kept.write_text(json.dumps({"kept": True, "made_by": evidence.made_by(jobs[2])}))
+    (results / f"{jobs[3].name}.json").write_text('{"made_by": "another lab"}')
     assert evidence.run_lab((tmp_path, jobs)) == 3
     assert FakeExperiment.ran == [jobs[1].name, jobs[3].name]
-    assert json.loads(kept.read_text()) == {"kept": True}
+    assert json.loads(kept.read_text())["kept"]
     assert evidence.run_lab((tmp_path, jobs)) == 0
     assert len(FakeExperiment.ran) == 2
     found = {

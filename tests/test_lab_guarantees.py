@@ -17,7 +17,7 @@ from lab_toys import (
     shared_lab,
 )
 
-pytestmark = pytest.mark.timeout(600)  # a missing lab is built first
+pytestmark = pytest.mark.timeout(900)  # a missing lab is built first
 ARMS = ("unprotected", "protected", "random_subspace", "educational")
 
 

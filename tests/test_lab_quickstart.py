@@ -16,7 +16,7 @@ from holdfast.trainer.cli import main
 from holdfast.trainer.parsing import parse
 from lab_toys import QUIET, assert_every_domain_is_coherent, assert_guarantees, shared_lab, use_micro_labs
 
-pytestmark = pytest.mark.timeout(600)  # a missing lab is built first
+pytestmark = pytest.mark.timeout(900)  # a missing lab is built first
 FOLDER = Path(quickstart.__file__).parent
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 RATES = {

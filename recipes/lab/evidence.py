@@ -157,7 +157,8 @@ def main() -> int:
     parser.add_argument("--null_draws", type=int, default=NULL_DRAWS, help="Draws of each null. Default: 5.")
     parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each. Default: 2.")
     arguments = parser.parse_args()
-    labs = [(0, seed) for seed in arguments.lab_seeds] + [(world, 0) for world in arguments.worlds]
+    labs: list[tuple[int, int]] = [(0, seed) for seed in arguments.lab_seeds]
+    labs += [(world, 0) for world in arguments.worlds]
     (arguments.output_dir / "results").mkdir(parents=True, exist_ok=True)
     # The arms of all labs come before the nulls, so that an interrupted run has the guarantees first.
     tasks = [(arguments.output_dir, arm_jobs(*lab)) for lab in labs]
