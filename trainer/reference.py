@@ -41,15 +41,15 @@ def run_blocks(model: nn.Module, inputs: Batch) -> Any:
     """
     names = MODEL_INPUTS + FUSED_INPUTS if "fused_lm_head" in inputs else MODEL_INPUTS
     kept = {name: inputs[name] for name in names if name in inputs}
-    if "fused_lm_head" not in inputs and _limits_logits(type(unwrap(model))):
+    if "fused_lm_head" not in inputs and _limits_logits(type(unwrap(model)).forward):
         kept["logits_to_keep"] = 1
     return model(**kept, use_cache=False)
 
 
 @functools.cache
-def _limits_logits(architecture: type[nn.Module]) -> bool:
+def _limits_logits(forward: Callable[..., Any]) -> bool:
     """Nearly all causal LMs of transformers do; for the others the LM head runs in full and its output is dropped."""
-    return "logits_to_keep" in inspect.signature(architecture.forward).parameters
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def choose_kind(kind: str, *, documents_known: bool, peft: bool, frozen: bool) -> str:

@@ -7,6 +7,7 @@ whose activations are gone before the task's begin. `random_subspace`, its null,
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,8 +135,8 @@ class SubspaceProtection(Protection):
         for part in self.settings.weights:
             batch = self._proof_batch(trainer, part)
             prove_alive(
-                trainer, model, self.layers, lambda batch=batch: self._watch(trainer, model, batch),
-                lambda projected, batch=batch: self._shifted(projected, batch[PENALTY_MASK]),
+                trainer, model, self.layers, partial(self._watch, trainer, model, batch),
+                partial(self._shifted, mask_BT=batch[PENALTY_MASK]),
             )  # fmt: skip
 
     def _proof_batch(self, trainer: "ProtectedTrainerMixin", part: str) -> Batch:
