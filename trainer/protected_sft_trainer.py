@@ -19,7 +19,7 @@ from ..analysis.errors import UserError
 from .checkpoints import CheckpointMixin
 from .documents import Batch, Document, DocumentStore, names_in
 from .protections import NoProtection, Protection
-from .reference import run_blocks
+from .reference import run_backbone, run_blocks
 
 
 class NonFiniteLoss(RuntimeError):
@@ -80,11 +80,16 @@ class ProtectedTrainerMixin(CheckpointMixin):
         return model.to(self.args.device)
 
     def run_blocks(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """A forward pass of the wrapped model for its block outputs alone; a zero to add to its loss, if any.
+        """A forward pass of the model for its block outputs alone; a zero to add to its loss, if any.
 
+        DeepSpeed and FSDP must see every pass: there the wrapped model runs, elsewhere its backbone without the head.
         ZeRO-3 keeps the last step's gradient of a parameter that gets none in a step's first backward pass, and adds to
         it. So under ZeRO-3 the parameters after the blocks are given a gradient of zero.
         """
+        if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            with self.accelerator.autocast():
+                run_backbone(model, batch)
+            return None
         if not is_deepspeed_zero3_enabled():
             run_blocks(model, batch)
             return None

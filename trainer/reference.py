@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..analysis.artifacts import staged_directory, verify_manifest
 from ..analysis.errors import UserError
-from ..analysis.layers import unwrap
+from ..analysis.layers import find_backbone, unwrap
 from .documents import PENALTY_REFERENCE, Batch, DocumentStore
 from .projection import ResidualProjector
 
@@ -44,6 +44,11 @@ def run_blocks(model: nn.Module, inputs: Batch) -> Any:
     if "fused_lm_head" not in inputs and _limits_logits(type(unwrap(model)).forward):
         kept["logits_to_keep"] = 1
     return model(**kept, use_cache=False)
+
+
+def run_backbone(model: nn.Module, inputs: Batch) -> None:
+    """One forward pass without the LM head, around the training wrapper. DDP has nothing to do in it: see `no_sync`."""
+    find_backbone(model)(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, use_cache=False)
 
 
 @functools.cache
