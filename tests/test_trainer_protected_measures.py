@@ -4,6 +4,7 @@ import json
 
 import torch
 from analysis_toys import chat, save_toy, toy_model, toy_tokenizer
+from holdfast.analysis.artifacts import write_manifest
 from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint
 from holdfast.trainer.callbacks import MeasureCheckpoints
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
@@ -59,6 +60,7 @@ def test_the_model_in_memory_is_measured_like_its_checkpoint(tmp_path, monkeypat
     config.write_text(
         config.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{instruct}"')
     )
+    write_manifest(config.parent)  # the toy model had no folder when the adapter was made; its name is put in by hand
     again = measure_checkpoint(Measurer(plan, toy_tokenizer()), tmp_path / "run/checkpoint-4", tmp_path / "again")
     found, want = (values(line["behavior"]) for line in (lines[1], again))
     assert found.keys() == want.keys() and all(abs(found[key] - want[key]) < 1e-4 for key in found)

@@ -49,17 +49,20 @@ class CheckpointMixin(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._staging, self.args.push_to_hub = staging, False
+        whole = False
         try:
             super()._save_checkpoint(model, trial)
             self._finish_staging(run, staging / name)
+            whole = True
         except (OSError, RuntimeError, SafetensorError) as error:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
             if _disk_is_full(error):
                 raise UserError(f"{run / name} could not be written ({error}): free some space and resume") from error
             raise
         finally:
             self._staging, self.args.push_to_hub = None, push
+            # Whatever went wrong (tokenizers raises a bare Exception on a full disk), nothing half-written stays.
+            if not whole and self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
         if push:
             self._push_from_checkpoint(str(run / name))
 
