@@ -33,7 +33,7 @@ def use_micro_labs(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Labs of a few steps, rows and prompts, in a cache of their own."""
     monkeypatch.setitem(build.SIZES, "tiny", MICRO)
     monkeypatch.setattr(datasets, "N_ROWS", 64)
-    monkeypatch.setattr(build, "choice_rows", lambda world: choice_rows(world)[::6])
+    monkeypatch.setattr(build, "choice_rows", lambda world: choice_rows(world)[::11])
     monkeypatch.setenv("HOLDFAST_CACHE", str(cache))
 
 

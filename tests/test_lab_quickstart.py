@@ -99,7 +99,9 @@ def micro(tmp_path, monkeypatch):
     """A micro lab and runs of two steps, for what does not depend on the figures."""
     use_micro_labs(monkeypatch, tmp_path / "cache")
     for name in ("RUNS", "FULL_RUNS"):
-        short = [dataclasses.replace(run, flags={**run.flags, "max_steps": 2}) for run in getattr(quickstart, name)]
+        short = [
+            dataclasses.replace(run, flags={**run.flags, **QUIET, "max_steps": 2}) for run in getattr(quickstart, name)
+        ]
         monkeypatch.setattr(quickstart, name, tuple(short))
     return tmp_path
 
