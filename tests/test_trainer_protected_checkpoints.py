@@ -137,12 +137,18 @@ def test_a_full_disk_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monke
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "staging").exists()
 
 
-def test_a_run_killed_while_saving_leaves_only_a_staging_folder_which_the_next_one_clears(tmp_path, monkeypatch):
+def test_a_run_interrupted_while_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
     trainer = make(tmp_path)
     monkeypatch.setattr(trainer, "_finish_staging", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert (tmp_path / "staging/checkpoint-3").is_dir() and not list(tmp_path.glob("checkpoint-*"))
+    assert not (tmp_path / "staging").exists() and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_staging_folder_left_by_a_killed_run_is_cleared_by_the_next(tmp_path):
+    left = tmp_path / "staging/checkpoint-3"
+    left.mkdir(parents=True)
+    (left / "adapter_model.safetensors").write_bytes(b"half")
     make(tmp_path, max_steps=3).train()
     assert (tmp_path / "checkpoint-3/manifest.json").is_file() and not (tmp_path / "staging").exists()
 
