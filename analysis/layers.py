@@ -13,6 +13,9 @@ from .errors import UserError
 
 BlockOutput = Tensor | tuple[Tensor, ...]
 
+# Where a loaded model keeps the path of its blocks, so that every reader of its layers finds the same ones.
+_PATH = "_holdfast_layers_path"
+
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP, DeepSpeed, `torch.compile` and PEFT wrappers, adapters left in place.
@@ -34,7 +37,24 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 def find_backbone(model: nn.Module) -> nn.Module:
     """The decoder without its LM head: `backbone(input_ids=…, attention_mask=…).last_hidden_state` is [B, T, d]."""
-    return unwrap(model).get_decoder()
+    inner = unwrap(model)
+    decoder = inner.get_decoder()
+    if decoder is not inner:
+        return decoder
+    # Where transformers does not know it gives the whole model (Llama 4's text models): the decoder holds the blocks.
+    blocks = find_layers(inner)
+    return next(module for module in inner.modules() if any(child is blocks for child in module.children()))
+
+
+def set_layers_path(model: nn.Module, path: str) -> None:
+    """Let `find_layers` look for this model's decoder blocks at a dotted path, whoever asks.
+
+    Raises:
+        UserError: no list of modules there.
+    """
+    inner = unwrap(model)
+    _layers_at(inner, path)
+    vars(inner)[_PATH] = path
 
 
 def find_layers(model: nn.Module, override: str | None = None) -> nn.ModuleList:
@@ -43,32 +63,51 @@ def find_layers(model: nn.Module, override: str | None = None) -> nn.ModuleList:
     Args:
         model: a transformers causal LM, bare or wrapped by PEFT, DDP or DeepSpeed.
         override: dotted path of the block list inside the transformers model, for architectures not found by shape.
+            None takes the path of `set_layers_path`, where one was set.
 
     Raises:
         UserError: no list of `num_hidden_layers` modules, or several, or an override that leads nowhere.
     """
     inner = unwrap(model)
-    if override is not None:
-        return _layers_at(inner, override)
-    backbone = find_backbone(inner)
+    path = override if override is not None else vars(inner).get(_PATH)
+    if path is not None:
+        return _layers_at(inner, path)
+    decoder = inner.get_decoder()
     depth = inner.config.get_text_config().num_hidden_layers
-    found = [child for child in backbone.children() if isinstance(child, nn.ModuleList) and len(child) == depth]
+    children = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    found = [blocks for blocks in children or _outer_lists(decoder).values() if len(blocks) == depth]
     if len(found) != 1:
-        lists = [name for name, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
         raise UserError(
-            f"found {len(found)} lists of {depth} decoder blocks in {type(backbone).__name__}: name the blocks' path "
-            f"with --layers_path, one of {', '.join(lists[:8]) or 'none (this model has no module list)'}"
+            f"found {len(found)} lists of {depth} decoder blocks in {type(decoder).__name__}: name the blocks' path "
+            f"with --layers_path, one of {_list_names(inner)}"
         )
     return found[0]
+
+
+def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Module lists by path, without those inside another (a block's experts, say)."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    return lists
+
+
+def _list_names(model: nn.Module) -> str:
+    return ", ".join(list(_outer_lists(model))[:8]) or "none (this model has no module list)"
 
 
 def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
     try:
         layers = model.get_submodule(path)
     except AttributeError as error:
-        raise UserError(f"layers path {path!r} is not in {type(model).__name__}: {error}") from error
+        lists = _list_names(model)
+        raise UserError(f"--layers_path {path} is not in {type(model).__name__}: write one of {lists}") from error
     if not isinstance(layers, nn.ModuleList):
-        raise UserError(f"layers path {path!r} is a {type(layers).__name__}: name the list that holds the blocks")
+        raise UserError(
+            f"--layers_path {path} is a {type(layers).__name__}, not the list that holds the blocks: write one of "
+            f"{_list_names(model)}"
+        )
     return layers
 
 
@@ -104,7 +143,7 @@ def prove_layers(model: nn.Module, override: str | None = None) -> None:
     layers = find_layers(model, override)
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device).remainder(unwrap(model).config.get_text_config().vocab_size)[None]
-    clean = model(input_ids=ids).logits
+    clean = model(input_ids=ids, use_cache=False).logits
     for number, layer in enumerate(layers):
 
         def shift(_module: nn.Module, _args: object, output: BlockOutput) -> BlockOutput:
@@ -116,7 +155,7 @@ def prove_layers(model: nn.Module, override: str | None = None) -> None:
 
         handle = layer.register_forward_hook(shift)
         try:
-            moved = model(input_ids=ids).logits
+            moved = model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
         if torch.equal(clean, moved):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
 
 from .artifacts import sha256_file
 from .errors import UserError
+from .layers import set_layers_path
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -34,11 +35,12 @@ class LoadOptions:
     """How models are loaded, beside their dtype and device.
 
     attn_implementation: as transformers names it; None is its own choice. trust_remote_code: run code that comes with
-    a model.
+    a model. layers_path: dotted path of the decoder blocks; None finds them by shape.
     """
 
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    layers_path: str | None = None
 
 
 _PLAIN = LoadOptions()
@@ -120,14 +122,17 @@ def _load_full(path: str | Path, dtype: str, options: LoadOptions) -> PreTrained
     try:
         name, revision = _located(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision or "main", dtype=dtype, output_loading_info=True, **asdict(options)
-        )
+            name, revision=revision or "main", dtype=dtype, output_loading_info=True,
+            attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
     except _LOAD_ERRORS as error:
         raise UserError(f"model {path} could not be loaded: {_first_line(error)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"model {path} lacks {len(missing)} weights ({missing[0]}, …): the checkpoint is incomplete")
+    if options.layers_path is not None:
+        set_layers_path(model, options.layers_path)
     return model
 
 

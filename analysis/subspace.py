@@ -182,4 +182,5 @@ def _provenance(
         n_tokens=n_tokens,
         holdfast_version=version("holdfast"),
         source=source,
+        layers_path=request.load.layers_path,
     )

@@ -23,7 +23,10 @@ _FORMAT = "holdfast_subspace_1"
 
 @dataclass(frozen=True)
 class Provenance:
-    """The facts a subspace depends on; `source` names the contrast: residuals, system_prompts or completions."""
+    """The facts a subspace depends on.
+
+    source: the contrast: residuals, system_prompts or completions. layers_path: as given; None found them by shape.
+    """
 
     method: str
     rank: int
@@ -40,6 +43,7 @@ class Provenance:
     convention: str = CONVENTION
     holdfast_version: str = ""
     source: str = "residuals"
+    layers_path: str | None = None
 
 
 @dataclass(frozen=True)

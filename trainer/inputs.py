@@ -121,7 +121,8 @@ def read_starting_model(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, 
 
 def load_options(arguments: Arguments) -> LoadOptions:
     """How every model of the run is loaded."""
-    return LoadOptions(arguments.model.attn_implementation, arguments.training.trust_remote_code)
+    model = arguments.model
+    return LoadOptions(model.attn_implementation, arguments.training.trust_remote_code, model.layers_path)
 
 
 def anchor_rows(arguments: Arguments) -> list[Row]:
@@ -150,6 +151,12 @@ def load_subspace(
     if not path.is_file():
         raise UserError(f"subspace {path} does not exist; build it with `holdfast subspace` and the same recipe")
     subspace = Subspace.load(path)
+    built, given = subspace.provenance.layers_path, arguments.model.layers_path
+    if built != given:
+        raise UserError(
+            f"the subspace was built with layers_path {built or 'found by shape'} but this run has "
+            f"{given or 'none given'}: write the same, or build the subspace again"
+        )
     depth = config.get_text_config().num_hidden_layers
     layers = parse_layers(asked.penalty_layers, depth) if asked.penalty_layers else sorted(subspace.bases)
     subspace.check(

@@ -25,7 +25,7 @@ __all__ = ["ProtectedTrainerMixin", "load_protection"]
 
 def load_protection(
     subspace: str | Path, model: str | Path, tokenizer: PreTrainedTokenizerBase, *, anchors: str | Path | None = None,
-    max_length: int = 2048, cache_dir: Path | None = None, **settings: Any,
+    max_length: int = 2048, cache_dir: Path | None = None, layers_path: str | None = None, **settings: Any,
 ) -> SubspaceProtection:  # fmt: skip
     """The penalty on anchors in a subspace that `holdfast subspace` wrote.
 
@@ -35,6 +35,7 @@ def load_protection(
         anchors: rows whose activations are held in place (as `--anchor_dataset`); None takes those that are shipped.
         max_length: longer anchors are cut to it, in tokens.
         cache_dir: where the anchors' references are kept; a full fine-tune without one cannot be resumed.
+        layers_path: the decoder blocks' path, where they are not found by shape.
         settings: those of PenaltySettings.
 
     Raises:
@@ -49,4 +50,6 @@ def load_protection(
     rows = load_rows(str(anchors or SHIPPED_ANCHORS), prompts=True)
     rendered = render_rows(tokenizer, rows, max_length=max_length, long_rows="truncate")
     documents = documents_of(rendered.rendered, role, [row.source for row in rendered.rows])
-    return SubspaceProtection(found, PenaltySettings(**settings), anchors=documents, cache_dir=cache_dir)
+    return SubspaceProtection(
+        found, PenaltySettings(**settings), anchors=documents, cache_dir=cache_dir, layers_path=layers_path
+    )

@@ -227,7 +227,6 @@ def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
         task=_documents(inputs.train.rendered, inputs.train.rows, role) if task else (),
         reference_model=_load(arguments) if asked.reference == "frozen" else None,
         cache_dir=arguments.output_dir / REFERENCES,
-        layers_path=arguments.model.layers_path,
         name=asked.protection,
     )
 

@@ -260,6 +260,7 @@ class SubspaceProtection(Protection):
         return {
             "bases": digest_of(self.subspace.bases), "layers": self.layers,
             "instruct": self.subspace.provenance.instruct_fingerprint,
+            "layers_path": self._layers_path or self.subspace.provenance.layers_path,
         }  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
