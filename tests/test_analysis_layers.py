@@ -72,7 +72,7 @@ def test_a_wrong_override_is_refused():
     assert find_layers(model, "model.layers") is find_layers(model)
     with pytest.raises(UserError, match="not in Qwen2ForCausalLM"):
         find_layers(model, "transformer.h")
-    with pytest.raises(UserError, match="not the list that holds the blocks: write one of model.layers"):
+    with pytest.raises(UserError, match=r"not the list that holds the blocks: write one of model\.layers"):
         find_layers(model, "model.norm")
     model.unused = nn.ModuleList([nn.Linear(2, 2)])
     with pytest.raises(UserError, match="does not reach the logits"):

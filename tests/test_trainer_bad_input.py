@@ -14,6 +14,7 @@ import pytest
 import torch
 from analysis_toys import LAST_TURN_ONLY, chat, toy_model
 from holdfast.analysis.artifacts import verify_manifest, write_manifest
+from holdfast.analysis.subspace import Subspace
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
 from holdfast.trainer.measuring import analyze
@@ -263,6 +264,52 @@ def test_subspace_refuses(
     make, words = SUBSPACE[case]
     line = complaint(folder, capsys, recipe(folder, subspace_dataset="one.jsonl", **make(folder)), "subspace")
     assert all(word in line for word in words), line
+
+
+TURNS = {"prompt": chat("hello"), "chosen": chat("", "yes")[1:], "rejected": chat("", "no")[1:]}
+CONTRAST: dict[str, tuple[Any, str]] = {
+    "not an object": ([1], "must be an object, not list"),
+    "neither kind": ({"aligned": "kind", "chosen": "yes"}, "keys aligned, chosen; write aligned and misaligned"),
+    "without rejected": ({"prompt": "hello", "chosen": "yes", "rejected": None}, "keys chosen, prompt, rejected"),
+    "prompt that is no text": ({"aligned": "kind", "misaligned": 3}, "`misaligned` is of type int"),
+    "system prompt as messages": ({"aligned": chat("kind"), "misaligned": "cruel"}, "`aligned` is of type list"),
+    "empty system prompt": ({"aligned": " ", "misaligned": "cruel"}, "`aligned` is empty"),
+    "chosen that is a number": ({**TURNS, "chosen": 3}, "`chosen` must be text or a list of messages, not int"),
+    "chosen of texts": ({**TURNS, "chosen": ["yes"]}, "message 0 must be an object"),
+    "empty rejected": ({**TURNS, "rejected": " "}, "empty completion"),
+    "chosen without an answer": ({**TURNS, "chosen": chat("again")}, "`chosen` has no completion"),
+    "chosen of no turns": ({**TURNS, "chosen": []}, "`chosen` has no completion"),
+    "no difference": ({**TURNS, "rejected": TURNS["chosen"]}, "are the same"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRAST)
+def test_a_malformed_contrast_row_is_named(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row, words = CONTRAST[case]
+    pairs = write_rows(folder / "pairs.jsonl", [TURNS, row])
+    line = complaint(folder, capsys, recipe(folder, subspace_contrast=pairs), "subspace")
+    assert "pairs.jsonl:2" in line and words in line, line
+
+
+def test_preferences_may_be_texts_messages_or_messages_after_their_prompt(folder: Path) -> None:
+    """TRL's standard and conversational formats give one subspace, with or without the prompt before the answers."""
+    answers = [("the soup", "be honest", "take the money"), ("the money", "help them", "run away from them")]
+    forms = {
+        "texts": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in answers],
+        "messages": [
+            {"prompt": chat(p), "chosen": chat("", c)[1:], "rejected": chat("", r)[1:], "margin": 1}
+            for p, c, r in answers
+        ],
+        "repeated": [{"prompt": chat(p), "chosen": chat(p, c), "rejected": chat(p, r)} for p, c, r in answers],
+    }
+    found = {}
+    for name, rows in forms.items():
+        keys = recipe(folder, subspace_contrast=write_rows(folder / f"{name}.jsonl", rows))
+        keys |= {"subspace_positions": "completion", "output_dir": str(folder / name)}
+        found[name] = Subspace.load(run.subspace(parse(keys)))
+    for name in ("messages", "repeated"):
+        assert found[name].scales == found["texts"].scales
+        assert all(torch.equal(found[name].bases[layer], found["texts"].bases[layer]) for layer in range(3))
 
 
 def test_a_resume_with_other_facts_says_which_differs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

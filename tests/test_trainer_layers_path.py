@@ -1,4 +1,4 @@
-"""`--layers_path` reaches every command: an architecture whose blocks are not found by shape builds, trains, measures."""
+"""`--layers_path` reaches every command: a model whose blocks are not found by shape builds, trains and measures."""
 
 import json
 from pathlib import Path

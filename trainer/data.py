@@ -63,29 +63,34 @@ def conversation(record: object, where: str, prompts: bool) -> Conversation:
     if not isinstance(record, dict):
         raise UserError(f'{where}: a row must be an object like {{"messages": [...]}}, not {type(record).__name__}')
     if record.get("messages") is not None:
-        turns = record["messages"]
+        if not isinstance(record["messages"], list | np.ndarray):
+            raise UserError(f"{where}: `messages` must be a list, not {type(record['messages']).__name__}")
+        messages = turns_of(record["messages"], "user", where, "messages")
     elif record.get("prompt") is not None:
-        turns = _as_turns(record["prompt"], "user", where) + _as_turns(record.get("completion"), "assistant", where)
+        messages = turns_of(record["prompt"], "user", where, "prompt")
+        if record.get("completion") is not None:
+            messages += turns_of(record["completion"], "assistant", where, "completion")
     else:
         found = ", ".join(sorted(str(key) for key in record)) or "nothing"
         raise UserError(f"{where}: the row lacks `messages`, or `prompt` and `completion`; it has {found}")
-    if not isinstance(turns, list | np.ndarray) or len(turns) == 0:
-        raise UserError(f"{where}: `messages` must be a list with at least one message")
-    messages = [_message(turn, index, where) for index, turn in enumerate(turns)]
+    if not messages:
+        raise UserError(f"{where}: the row has no turn in `messages` (or `prompt`); give it at least one, or remove it")
     if not prompts and all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{where}: the row has no completion; training rows need an assistant turn")
     return messages
 
 
-def _as_turns(value: object, role: str, where: str) -> list[object]:
-    if value is None:
-        return []
+def turns_of(value: object, role: str, where: str, name: str) -> Conversation:
+    """The checked messages of one part of a record: a list of them, or a text, which is one turn of `role`.
+
+    Raises:
+        UserError: neither, or a malformed message; names the record's place and the part.
+    """
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list | np.ndarray):
-        return list(value)
-    name = "prompt" if role == "user" else "completion"
-    raise UserError(f"{where}: `{name}` must be text or a list of messages, not {type(value).__name__}")
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list | np.ndarray):
+        raise UserError(f"{where}: `{name}` must be text or a list of messages, not {type(value).__name__}")
+    return [_message(turn, index, where) for index, turn in enumerate(value)]
 
 
 def _message(turn: object, index: int, where: str) -> Message:

@@ -28,6 +28,7 @@ from ..analysis.models import load_model
 from ..analysis.subspace import SubspaceRequest, build_subspace
 from .arguments import ModelArguments
 from .callbacks import MeasureCheckpoints
+from .contrast import load_contrast
 from .data import Row, load_rows, to_dataset
 from .documents import Document, documents_of
 from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model, subspace_path
@@ -37,7 +38,6 @@ from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections import NoProtection, PenaltySettings, SubspaceProtection
 from .protections.base import Protection
 from .records import REFERENCES, check_output_dir, has_checkpoint, is_main, newest_checkpoint, records_of
-from .sources import read_records
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def subspace(arguments: Arguments) -> Path:
         instruct_path=arguments.model.starting_model,
         base_path=arguments.model.base_model_name_or_path,
         rows=[row.messages for row in rows],
-        contrast=[record for record, _ in read_records(asked.subspace_contrast)] if asked.subspace_contrast else None,
+        contrast=load_contrast(asked.subspace_contrast) if asked.subspace_contrast else None,
         domains={name: [row.messages for row in load_rows(source, prompts=True)] for name, source in domains.items()},
         method=asked.subspace_method,
         rank=asked.subspace_rank,
