@@ -1,0 +1,180 @@
+"""Family 5, subspaces (arXiv 2507.03662, section 4.4): do different data sets move a model along the same directions?
+
+Per layer and probe set the SVD of residuals of row-mean activations: checkpoint - base, instruct - base (what there was
+before the fine-tune) and checkpoint - instruct. Top components of every two sets are compared by their cosines
+(absolute: signs are arbitrary), principal angles and overlap.
+
+A high overlap alone shows nothing: the published 0.90 between toxic and insecure stood beside 0.93, 0.88 and 0.90 of
+the author's own controls. So every number has its nulls beside it:
+
+- random: directions of equal rank, in closed form (angles by simulation);
+- shuffled: the pairing of rows between the two models broken. In the uncentred SVD the mean residual survives this, so
+  what is not above `shuffled` is a shift of the mean, or the spread of the texts, and nothing the rows have in common;
+- halves: the same comparison within each set (benign-benign where the set is). It is a ceiling: what two sets without
+  any difference would show at this number of rows;
+- beyond: overlap less the mean overlap of the two sets with a control set, with the interval of the difference.
+
+All directions come from one half of the rows and meet those of the other half, in both ways, so that no row, and no
+line that matched sets share, is on both sides. Explained variance is read on the half that did not give the directions.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..readout import Readout
+from ..spectra import Comparison, Estimate, Ints, mean_estimate, random_angles, random_cosine, random_overlap
+from ..split_spectra import Options, SplitSet, crossed, explained_across, halves, shuffled_alike, within
+from ..stats import Floats, missing
+from .behavior import NO_BASE
+
+VARIANTS = ("corrected", "paper")
+PAIRS = (("checkpoint", "base"), ("instruct", "base"), ("checkpoint", "instruct"))
+_FEW = "fewer than four rows have tokens of this role"
+_STILL = "the two models' activations are identical (or differ by one constant, and the SVD is centred)"
+
+Results = dict[str, Any]
+
+
+def subspaces(
+    checkpoint: Mapping[str, Readout],
+    instruct: Mapping[str, Readout],
+    base: Mapping[str, Readout] | None,
+    *,
+    rank: int = 3,
+    centred: bool = False,
+    controls: Sequence[str] = (),
+    variant: str = "corrected",
+    seed: int = 0,
+) -> Results:
+    """{"layers": {l: {residual: {"sets", "pairs"}}}, "mean": {residual: {set: {set: overlap over layers}}}}.
+
+    A residual is "checkpoint_base", "instruct_base" or "checkpoint_instruct". "sets": {set: {"explained", "components":
+    [share of each], "halves": {"cosines", "overlap"}}}. "pairs": {set: {other: {"cosines": [rank][rank], "angles":
+    [rank] in degrees, "overlap", "beyond": {control: difference}}}}.
+
+    Args:
+        checkpoint, instruct, base: readings by probe set, the same rows for all models.
+        rank: components of each set; fewer where its rows span fewer.
+        controls: names of sets whose sharing means nothing (benign ones); `beyond` compares with them.
+        variant: "paper" takes the centred SVD of all rows, in-sample and without nulls. Its readings are to be pooled
+            over the last token alone, which is the paper's position.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"subspaces: variant {variant!r} is none of {', '.join(VARIANTS)}")
+    paper = variant == "paper"
+    size = max((len(reading.counts) for reading in instruct.values()), default=0)
+    options = Options(rank, centred or paper, paper, seed, size, tuple(controls))
+    models = {"checkpoint": checkpoint, "instruct": instruct, "base": base}
+    layers = sorted(set.intersection(*(set(reading.pooled) for reading in instruct.values()))) if instruct else []
+    result: Results = {"layers": {str(layer): {} for layer in layers}, "mean": {}}
+    for left, right in PAIRS:
+        name, first, second = f"{left}_{right}", models[left], models[right]
+        if first is None or second is None:
+            for layer in layers:
+                result["layers"][str(layer)][name] = missing(NO_BASE)
+            result["mean"][name] = missing(NO_BASE)
+            continue
+        overlaps: dict[tuple[str, str], list[Estimate]] = {}
+        for layer in layers:
+            states = {key: (first[key].pooled[layer], second[key].pooled[layer]) for key in instruct}
+            rows = {key: np.flatnonzero(reading.counts.numpy()) for key, reading in instruct.items()}
+            shown, found = _layer(states, rows, options)
+            result["layers"][str(layer)][name] = shown
+            for pair, overlap in found.items():
+                overlaps.setdefault(pair, []).append(overlap)
+        result["mean"][name] = _over_layers(overlaps)
+    return result
+
+
+def _over_layers(overlaps: dict[tuple[str, str], list[Estimate]]) -> Results:
+    means: Results = {}
+    for (one, other), parts in overlaps.items():
+        means.setdefault(one, {})[other] = mean_estimate(parts, parts[0].n).share()
+    return means
+
+
+def _layer(
+    states: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, Ints], options: Options
+) -> tuple[Results, dict[tuple[str, str], Estimate]]:
+    """What one layer shows of one residual, and the overlaps of its pairs of sets."""
+    sets: Results = {}
+    usable: dict[str, SplitSet] = {}
+    for name, (left, right) in states.items():
+        if min(map(len, halves(rows[name], options.seed))) < 2:
+            sets[name] = missing(_FEW, len(rows[name]))
+            continue
+        found = SplitSet(left, right, rows[name], options)
+        if found.rank == 0:
+            sets[name] = missing(_STILL, len(rows[name]))
+            continue
+        usable[name], sets[name] = found, _explained(found)
+    ceilings = {name: within(found) for name, found in usable.items()} if not options.in_sample else {}
+    for name, ceiling in ceilings.items():
+        sets[name]["halves"] = _alike(ceiling, usable[name], usable[name])
+    compared = {pair: crossed(usable[pair[0]], usable[pair[1]]) for pair in combinations(usable, 2)}
+    overlaps = {pair: each.overlap for pair, each in compared.items()}
+    pairs: Results = {}
+    for (one, other), each in compared.items():
+        shown = pairs.setdefault(one, {})[other] = _alike(each, usable[one], usable[other])
+        if ceilings:
+            own = {name: float(ceilings[name].overlap.value) for name in (one, other)}
+            shown["overlap"]["null"]["halves"] = own
+            shown["beyond"] = _beyond((one, other), overlaps, controls=options.controls)
+    return {"sets": sets, "pairs": pairs}, overlaps
+
+
+def _explained(one: SplitSet) -> Results:
+    """Shares of the squared residuals along each component, and together."""
+    shares, draws = explained_across(one)
+    shown = [shares.at(at).share() for at in range(one.rank + 1)]
+    for at, measured in enumerate(shown if not one.options.in_sample else ()):
+        directions = one.rank if at == one.rank else 1
+        measured["null"] = {"random": directions / one.width, **_spread(draws[:, at])}
+    return {"explained": shown[-1], "components": shown[:-1]}
+
+
+def _alike(found: Comparison, one: SplitSet, other: SplitSet) -> Results:
+    """Measurements of one pair of sets, each beside its nulls."""
+    k1, k2 = found.cosines.value.shape
+    grid = [[found.cosines.at(i, j).cosine() for j in range(k2)] for i in range(k1)]
+    angles = [found.principal.at(at).degrees() for at in range(min(k1, k2))]
+    overlap = found.overlap.share()
+    if not one.options.in_sample:
+        draws = shuffled_alike(one, other)
+        for i, row in enumerate(grid):
+            for j, cell in enumerate(row):
+                cell["null"] = {"random": random_cosine(one.width), **_spread(draws.cosines[:, i, j])}
+        for at, angle in enumerate(angles):
+            angle["null"] = {"random": random_angles(one.width, k1, k2)[at], **_spread(draws.angles[:, at])}
+        overlap["null"] = {"random": random_overlap(one.width, k1, k2), **_spread(draws.overlap)}
+    return {"cosines": grid, "angles": angles, "overlap": overlap}
+
+
+def _spread(draws: Floats) -> Results:
+    """A simulated null: its mean, lowest and highest draw; nothing where no draw kept the rank."""
+    if not len(draws):
+        return {}
+    return {"shuffled": float(draws.mean()), "shuffled_range": [float(draws.min()), float(draws.max())]}
+
+
+def _beyond(pair: tuple[str, str], overlaps: dict[tuple[str, str], Estimate], controls: Sequence[str]) -> Results:
+    """Overlap of a pair less the mean of its two sets' overlaps with a control set."""
+
+    def of(name: str, control: str) -> Estimate | None:
+        return overlaps.get((name, control)) or overlaps.get((control, name))
+
+    shown: Results = {}
+    for control in controls:
+        if control in pair:
+            continue
+        with_control = [of(name, control) for name in pair]
+        if any(each is None for each in with_control):
+            shown[control] = missing(f"no overlap with control set {control!r}")
+        else:
+            known = [each for each in with_control if each is not None]
+            shown[control] = (overlaps[pair] - mean_estimate(known, known[0].n)).difference()
+    return shown

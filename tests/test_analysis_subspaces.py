@@ -1,0 +1,291 @@
+"""Directions of residuals are those of a plain SVD, and every sharing of them stands beside what chance would show."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from holdfast.analysis import spectra
+from holdfast.analysis.metrics.subspaces import subspaces
+from holdfast.analysis.readout import Readout
+from holdfast.analysis.spectra import Residuals, compare, decompose, random_cosine
+from holdfast.analysis.split_spectra import halves
+from scipy.linalg import subspace_angles
+
+ROWS, WIDTH, LAYERS = 40, 12, 2
+
+
+def readout(states, counts=None):
+    """A readout that shows pooled states [L, R, d] and nothing else."""
+    nothing = torch.zeros(0)
+    pooled = {layer: torch.tensor(np.asarray(h), dtype=torch.float32) for layer, h in enumerate(states)}
+    counts = torch.ones(len(states[0]), dtype=torch.int64) if counts is None else torch.tensor(counts)
+    return Readout(nothing, nothing, nothing, counts, pooled, nothing)
+
+
+def models(sets, seed=0, rows=ROWS, width=WIDTH):
+    """(checkpoint, instruct, base) readings: base is noise, the others lie `sets[name]` functions away from it."""
+    generator = np.random.default_rng(seed)
+    found = ({}, {}, {})
+    for name, (tune, align) in sets.items():
+        base = generator.standard_normal((LAYERS, rows, width))
+        instruct = base + align(generator, (LAYERS, rows, width))
+        for model, states in zip(found, (instruct + tune(generator, base.shape), instruct, base), strict=True):
+            model[name] = readout(states)
+    return found
+
+
+def along(direction, size=3.0, noise=0.3):
+    def step(generator, shape):
+        sizes = size * (1 + 0.3 * generator.standard_normal(shape[:2]))
+        return sizes[..., None] * direction + noise * generator.standard_normal(shape)
+
+    return step
+
+
+E = np.eye(WIDTH)
+ALIGNED = along(E[5], 2.0)
+
+
+def residual(left, right, name, layer=0):
+    return left[name].pooled[layer].double().numpy() - right[name].pooled[layer].double().numpy()
+
+
+def top(rows, k, centred=False):
+    return np.linalg.svd(rows - rows.mean(0) * centred, full_matrices=False)[2][:k].T
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("n", [5, 12, 50])
+def test_components_are_those_of_a_plain_svd_whichever_side_is_smaller(n, centred, monkeypatch):
+    monkeypatch.setattr(spectra, "_BLOCK_ROWS", 7)
+    left, right = np.random.default_rng(1).standard_normal((2, 60, WIDTH))
+    rows = np.random.default_rng(2).permutation(60)[:n]
+    found = decompose(Residuals.of(torch.tensor(left), torch.tensor(right), rows), centred)
+    plain = left[rows] - right[rows]
+    plain = plain - plain.mean(0) * centred
+    _, sizes, vectors = np.linalg.svd(plain, full_matrices=False)
+    m = min(n - centred, WIDTH)
+    np.testing.assert_allclose(found.values, sizes[:m] ** 2 / n, rtol=1e-9)
+    np.testing.assert_allclose(np.abs(np.sum(found.vectors * vectors[:m].T, axis=0)), 1, atol=1e-9)
+    met, coordinates = (np.concatenate(parts) for parts in zip(*found.coordinates(), strict=True))
+    assert met.tolist() == rows.tolist()
+    np.testing.assert_allclose(coordinates @ found.vectors.T, plain, atol=1e-9)
+
+
+def test_the_papers_variant_is_a_centred_svd_of_all_rows_without_nulls():
+    checkpoint, instruct, base = models({"toxic": (along(E[0]), ALIGNED), "insecure": (along(E[0] + E[1]), ALIGNED)})
+    found = subspaces(checkpoint, instruct, base, rank=2, variant="paper")
+    for name, left, right in (
+        ("checkpoint_base", checkpoint, base),
+        ("instruct_base", instruct, base),
+        ("checkpoint_instruct", checkpoint, instruct),
+    ):
+        shown = found["layers"]["1"][name]
+        one, two = (residual(left, right, key, 1) for key in ("toxic", "insecure"))
+        q1, q2 = top(one, 2, centred=True), top(two, 2, centred=True)
+        pair = shown["pairs"]["toxic"]["insecure"]
+        np.testing.assert_allclose([[c["value"] for c in row] for row in pair["cosines"]], np.abs(q1.T @ q2), atol=1e-6)
+        angles = np.sort(np.degrees(subspace_angles(q1, q2)))
+        np.testing.assert_allclose([angle["value"] for angle in pair["angles"]], angles, atol=1e-4)
+        assert pair["overlap"]["value"] == pytest.approx(np.sum((q1.T @ q2) ** 2) / 2, abs=1e-6)
+        sizes = np.linalg.svd(one - one.mean(0), compute_uv=False) ** 2
+        assert shown["sets"]["toxic"]["explained"]["value"] == pytest.approx(sizes[:2].sum() / sizes.sum(), abs=1e-6)
+        assert shown["sets"]["toxic"]["components"][1]["value"] == pytest.approx(sizes[1] / sizes.sum(), abs=1e-6)
+        assert "null" not in json.dumps(shown)
+
+
+def test_directions_of_one_half_meet_the_other_half():
+    checkpoint, instruct, base = models({"a": (along(E[0]), ALIGNED), "b": (along(E[0] + E[1]), ALIGNED)})
+    found = subspaces(checkpoint, instruct, base, rank=2, seed=3)["layers"]["0"]["checkpoint_base"]
+    one, two = (residual(checkpoint, base, key) for key in ("a", "b"))
+    first, second = halves(np.arange(ROWS), 3)
+    ways = [(first, second), (second, first)]
+    overlap = np.mean([np.sum((top(one[i], 2).T @ top(two[j], 2)) ** 2) / 2 for i, j in ways])
+    grid = np.mean([np.abs(top(one[i], 2).T @ top(two[j], 2)) for i, j in ways], axis=0)
+    pair = found["pairs"]["a"]["b"]
+    assert pair["overlap"]["value"] == pytest.approx(overlap, abs=1e-6)
+    np.testing.assert_allclose([[cell["value"] for cell in row] for row in pair["cosines"]], grid, atol=1e-6)
+    own = np.sum((top(one[first], 2).T @ top(one[second], 2)) ** 2) / 2
+    assert found["sets"]["a"]["halves"]["overlap"]["value"] == pytest.approx(own, abs=1e-6)
+    assert pair["overlap"]["null"]["halves"]["a"] == pytest.approx(own, abs=1e-6)
+    shares = [np.sum((one[j] @ top(one[i], 2)) ** 2) / np.sum(one[j] ** 2) for i, j in ways]
+    assert found["sets"]["a"]["explained"]["value"] == pytest.approx(np.mean(shares), abs=1e-6)
+
+
+def test_halves_split_every_pair_of_lines_the_same_way_in_every_set():
+    first, second = halves(np.arange(101), 0)
+    assert sorted([*first, *second]) == list(range(101))
+    assert len({row // 2 for row in first}) == len(first) and len({row // 2 for row in second}) == len(second)
+    again, _ = halves(np.array([3, 7, 8, 40]), 0)
+    assert set(again) == {3, 7, 8, 40} & set(first.tolist())
+    assert set(halves(np.arange(101), 1)[0].tolist()) != set(first.tolist())
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("width", [6, 30])
+def test_influence_is_the_derivative_by_a_rows_weight(width, centred):
+    generator = np.random.default_rng(0)
+    one, two = generator.standard_normal((2, 20, width)) * np.linspace(2, 0.5, width)
+    rows = np.arange(20)
+    spectra_of = [
+        decompose(Residuals.of(torch.tensor(x), torch.zeros(20, width, dtype=torch.float64), rows), centred)
+        for x in (one, two)
+    ]
+    found = compare(*spectra_of, rank=2, size=20)
+
+    def reweighted(row, by):
+        weights = np.ones(20)
+        weights[row] += by
+        weights /= weights.sum()
+        bases = []
+        for x in (one, two):
+            moved = x - (weights @ x) * centred
+            bases.append(np.linalg.eigh((moved * weights[:, None]).T @ moved)[1][:, ::-1][:, :2])
+        signed = bases[0].T @ bases[1]
+        return np.abs(signed), np.linalg.svd(signed, compute_uv=False), np.sum(signed**2) / 2
+
+    # A weight of one row among n, normalised, is the mixture that influence is a derivative by, up to 1 / n of itself.
+    for row in (0, 7, 19):
+        up, down = reweighted(row, 1e-5), reweighted(row, -1e-5)
+        for estimate, high, low in zip((found.cosines, found.principal, found.overlap), up, down, strict=True):
+            np.testing.assert_allclose(estimate.influence[row], (high - low) / 2e-5, rtol=1e-3, atol=1e-6)
+
+
+def test_intervals_cover_the_true_overlap_and_cosine():
+    generator, width, n = np.random.default_rng(0), 8, 60
+    angle = np.radians(40)
+    u, v = np.eye(width)[0], np.cos(angle) * np.eye(width)[0] + np.sin(angle) * np.eye(width)[1]
+    inside = {"cosine": 0, "overlap": 0, "degrees": 0}
+    repetitions = 500
+    for _ in range(repetitions):
+        sets = [
+            torch.tensor(
+                3 * generator.standard_normal((n, 1)) * axis + 0.3 * generator.standard_normal((n, width)),
+            )
+            for axis in (u, v)
+        ]
+        rows = np.arange(n)
+        found = compare(*(decompose(Residuals.of(x, torch.zeros_like(x), rows)) for x in sets), rank=1, size=n)
+        for name, measured, truth in (
+            ("cosine", found.cosines.at(0, 0).cosine(), np.cos(angle)),
+            ("overlap", found.overlap.share(), np.cos(angle) ** 2),
+            ("degrees", found.principal.at(0).degrees(), 40),
+        ):
+            inside[name] += measured["ci95"][0] <= truth <= measured["ci95"][1]
+    assert all(0.93 <= count / repetitions <= 0.97 for count in inside.values()), inside
+
+
+def test_sharing_with_a_benign_control_too_is_shown_not_to_be_specific():
+    same = (along(E[0]), ALIGNED)
+    everywhere = subspaces(*models(dict.fromkeys(("toxic", "insecure", "benign"), same)), rank=1, controls=["benign"])
+    special = models({"toxic": same, "insecure": same, "benign": (along(E[1]), ALIGNED)})
+    only_two = subspaces(*special, rank=1, controls=["benign"])
+    for found, specific in ((everywhere, False), (only_two, True)):
+        pair = found["layers"]["0"]["checkpoint_instruct"]["pairs"]["toxic"]["insecure"]
+        assert pair["overlap"]["value"] > 0.95
+        ceiling = pair["overlap"]["null"]["halves"]
+        assert pair["overlap"]["value"] == pytest.approx(np.mean(list(ceiling.values())), abs=0.02)
+        low, high = pair["beyond"]["benign"]["ci95"]
+        assert (low > 0.8) if specific else (low < 0 < high)
+    benign = only_two["layers"]["0"]["checkpoint_instruct"]["pairs"]["toxic"]["benign"]
+    assert benign["overlap"]["value"] < 0.1 and benign["beyond"] == {}
+    mean = only_two["mean"]["checkpoint_instruct"]["toxic"]
+    per_layer = [
+        only_two["layers"][layer]["checkpoint_instruct"]["pairs"]["toxic"]["insecure"]["overlap"]["value"]
+        for layer in ("0", "1")
+    ]
+    assert mean["insecure"]["value"] == pytest.approx(np.mean(per_layer)) and mean["insecure"]["n"] == ROWS
+
+
+def test_a_control_that_was_not_read_is_named():
+    same = (along(E[0]), ALIGNED)
+    found = subspaces(*models(dict.fromkeys("ab", same)), rank=1, controls=["c"])
+    assert "'c'" in found["layers"]["0"]["checkpoint_base"]["pairs"]["a"]["b"]["beyond"]["c"]["reason"]
+
+
+def test_random_and_shuffled_nulls_stand_beside_every_number():
+    def paired(generator, shape):
+        """A step along one axis whose sign changes from row to row: nothing of it is left in unpaired residuals."""
+        return 0.5 * generator.choice([-1, 1], shape[:2])[..., None] * E[3] + 0.1 * generator.standard_normal(shape)
+
+    found = subspaces(*models({"a": (paired, ALIGNED), "b": (paired, ALIGNED)}, rows=200), rank=1)
+    pair = found["layers"]["0"]["checkpoint_instruct"]["pairs"]["a"]["b"]
+    assert pair["overlap"]["null"]["random"] == pytest.approx(1 / WIDTH)
+    draws = np.random.default_rng(0).standard_normal((20000, 2, WIDTH))
+    draws /= np.linalg.norm(draws, axis=-1, keepdims=True)
+    simulated = np.abs((draws[:, 0] * draws[:, 1]).sum(-1)).mean()
+    assert pair["cosines"][0][0]["null"]["random"] == pytest.approx(simulated, rel=0.02)
+    assert random_cosine(5120) == pytest.approx(np.sqrt(2 / (np.pi * 5120)), rel=1e-3)
+    angle = pair["angles"][0]
+    assert angle["null"]["random"] == pytest.approx(np.degrees(np.arccos(simulated)), abs=2)
+    assert angle["value"] < 5 < angle["null"]["shuffled_range"][0]
+    for measured in (pair["overlap"], pair["cosines"][0][0]):
+        assert measured["value"] > 0.95 and measured["null"]["shuffled"] < measured["null"]["shuffled_range"][1] < 0.9
+    shown = found["layers"]["0"]["checkpoint_instruct"]["sets"]["a"]
+    assert shown["explained"]["value"] > 0.9 and shown["explained"]["null"]["random"] == pytest.approx(1 / WIDTH)
+    assert shown["explained"]["null"]["shuffled"] < 0.5
+    assert shown["halves"]["overlap"]["null"]["random"] == pytest.approx(1 / WIDTH)
+
+
+def test_uncentred_components_keep_the_mean_and_centred_ones_drop_it():
+    def step(generator, shape):
+        return 5 * E[0] + along(E[1], 0, 0.05)(generator, shape) + generator.standard_normal((*shape[:2], 1)) * E[2]
+
+    sets = models({"a": (step, ALIGNED), "b": (along(E[0], 5, 0.05), ALIGNED), "c": (along(E[2], 5, 0.05), ALIGNED)})
+    for centred, kin in ((False, "b"), (True, "c")):
+        found = subspaces(*sets, rank=1, centred=centred)["layers"]["0"]["checkpoint_instruct"]["pairs"]["a"]
+        assert found[kin]["overlap"]["value"] > 0.95
+        assert found["c" if kin == "b" else "b"]["overlap"]["value"] < 0.5
+
+
+def test_what_cannot_be_computed_says_why_and_leaves_the_rest():
+    checkpoint, instruct, base = models({"a": (along(E[0]), ALIGNED), "b": (along(E[0]), ALIGNED)})
+    found = subspaces(checkpoint, instruct, None)
+    for name in ("checkpoint_base", "instruct_base"):
+        assert "no base" in found["layers"]["0"][name]["reason"] and "no base" in found["mean"][name]["reason"]
+    assert found["layers"]["0"]["checkpoint_instruct"]["pairs"]["a"]["b"]["overlap"]["value"] > 0
+    still = subspaces(instruct, instruct, base)["layers"]["0"]
+    assert "identical" in still["checkpoint_instruct"]["sets"]["a"]["reason"]
+    assert still["instruct_base"]["pairs"]["a"]["b"]["overlap"]["value"] > 0
+    few = readout(np.zeros((LAYERS, ROWS, WIDTH)), counts=[1, 1, 0] + [0] * (ROWS - 3))
+    short = [{**model, "b": few} for model in (checkpoint, instruct, base)]
+    found = subspaces(*short)["layers"]["0"]["checkpoint_base"]
+    assert "fewer than four" in found["sets"]["b"]["reason"] and found["sets"]["a"]["explained"]["value"] > 0
+    assert found["pairs"] == {}
+    json.dumps(subspaces(*short), allow_nan=False)
+    with pytest.raises(ValueError, match="variant"):
+        subspaces(checkpoint, instruct, base, variant="other")
+
+
+def test_fewer_directions_than_the_rank_give_what_there_is():
+    def flat(direction):
+        return lambda _generator, shape: np.ones((*shape[:2], 1)) * direction
+
+    sets = models({"a": (flat(E[0]), ALIGNED), "b": (along(E[0], noise=0.2), ALIGNED)})
+    # Powers of two, so that float32 adds the step without rounding.
+    exact = [
+        {key: readout(np.round(np.stack(list(r.pooled.values())) * 64) / 64) for key, r in m.items()} for m in sets
+    ]
+    exact[0]["a"] = readout(np.stack(list(exact[1]["a"].pooled.values())) + E[0])
+    found = subspaces(*exact, rank=3)["layers"]["0"]["checkpoint_instruct"]
+    assert len(found["sets"]["a"]["components"]) == 1 and len(found["sets"]["b"]["components"]) == 3
+    assert found["sets"]["a"]["explained"]["value"] == pytest.approx(1)
+    assert found["sets"]["a"]["halves"]["cosines"][0][0]["value"] == pytest.approx(1)
+    assert len(found["pairs"]["a"]["b"]["cosines"]) == 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_memory_of_the_svd_does_not_grow_with_rows():
+    peaks = []
+    for times in (1, 4, 16):
+        left = torch.randn(4096 * times, 24)
+        residuals = Residuals.of(left, torch.zeros(1, 24).expand_as(left), np.arange(len(left)))
+        assert max(len(rows) for rows, _ in residuals.blocks()) <= 2048
+        tracemalloc.start()
+        found = decompose(residuals, centred=True)
+        assert sum(len(rows) for rows, _ in found.coordinates()) == len(left)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 1.1 * min(peaks)
