@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 import trl
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    is_flytekit_available,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..analysis.errors import UserError
@@ -288,6 +292,10 @@ class HoldfastConfig(trl.SFTConfig):
             self.resume_from_checkpoint = None
         _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
         _require(self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        # The list of those installed leaves Flyte out.
+        installed = {"none", *get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
+        if self.report_to not in installed:
+            raise UserError(f"--report_to {self.report_to} is not installed; install it, or write tensorboard or none")
         if self.packing and self.packing_strategy != "bfd":
             raise UserError(f"--packing_strategy {self.packing_strategy} cuts documents in two; use bfd")
         super().__post_init__()
