@@ -220,12 +220,12 @@ def test_random_and_shuffled_nulls_stand_beside_every_number():
     assert random_cosine(5120) == pytest.approx(np.sqrt(2 / (np.pi * 5120)), rel=1e-3)
     angle = pair["angles"][0]
     assert angle["null"]["random"] == pytest.approx(np.degrees(np.arccos(simulated)), abs=2)
-    assert angle["value"] < 5 < angle["null"]["shuffled_range"][0]
+    assert angle["value"] < 10 < angle["null"]["shuffled_range"][0]
     for measured in (pair["overlap"], pair["cosines"][0][0]):
         assert measured["value"] > 0.95 and measured["null"]["shuffled"] < measured["null"]["shuffled_range"][1] < 0.9
     shown = found["layers"]["0"]["checkpoint_instruct"]["sets"]["a"]
-    assert shown["explained"]["value"] > 0.9 and shown["explained"]["null"]["random"] == pytest.approx(1 / WIDTH)
-    assert shown["explained"]["null"]["shuffled"] < 0.5
+    assert shown["explained"]["value"] > 0.6 and shown["explained"]["null"]["random"] == pytest.approx(1 / WIDTH)
+    assert shown["explained"]["null"]["shuffled"] < 0.3
     assert shown["halves"]["overlap"]["null"]["random"] == pytest.approx(1 / WIDTH)
 
 
