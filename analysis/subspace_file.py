@@ -171,7 +171,10 @@ def random_like(
     stored = bool(subspace.null_energies) and 0 <= seed < NULL_SEEDS
     if scale == "own" and own_scales is None:
         if not stored:
-            raise UserError(f"the null's own scale is stored for seeds 0-{NULL_SEEDS - 1}: {seed} is not among them")
+            raise UserError(
+                f"the null's own scale is stored for seeds 0-{NULL_SEEDS - 1}, not for {seed}: write --null_seed with "
+                "one of them, or --null_scale given"
+            )
         own_scales = {layer: float(subspace.null_energies[layer][seed].sum()) for layer in layers}
     bases = {layer: random_basis(subspace.bases[layer].shape[0], rank, seed, layer).float() for layer in layers}
     return Subspace(

@@ -211,6 +211,16 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "subspace of other layers": (_protected(penalty_layers="0-2"), ["layers 0-1", "0-2"]),
     "subspace of another tokenizer": (_other_tokenizer, ["tokenizer"]),
     "subspace of another role": (_protected(penalty_tokens="prompt"), ["role", "prompt"]),
+    "toward base along a null without direction": (
+        _protected(protection="random_subspace", null_seed=16, penalty_side="toward_base"),
+        ["toward_base", "random subspace of seed 16", "seeds 0-15", "--null_seed"],
+    ),
+    "own scale of a null without one": (
+        _protected(protection="random_subspace", null_seed=16, null_scale="own"),
+        ["seeds 0-15", "--null_scale given"],
+    ),
+    "logging to what is not installed": (_keys(report_to="neptune"), ["--report_to neptune", "not installed"]),
+    "logging to what is unknown": (_keys(report_to="paper"), ["report_to", "paper"]),
     "negative strength": (_keys(penalty_strength=-1), ["penalty_strength", "-1", "0 or more"]),
     "strength that is no number": (_keys(penalty_strength="nan"), ["penalty_strength", "nan", "finite"]),
     "infinite strength": (_keys(penalty_strength="inf"), ["penalty_strength", "inf", "finite"]),
@@ -436,27 +446,3 @@ def test_a_malformed_choices_row_is_named(
     choices = write_rows(folder / "choices.jsonl", [CHOICE, {**CHOICE, **change}])
     line = complaint(folder, capsys, recipe(folder, choices_dataset=choices))
     assert "choices.jsonl:2" in line and word in line
-
-
-def test_analyze_measures_every_checkpoint_under_a_name_of_its_own(folder: Path) -> None:
-    for name in ("a/final", "b/final", "b/base"):
-        shutil.copytree(folder / "model", folder / name)
-    named = [str(folder / name) for name in ("a/final", "b/final", "b/base")]
-    run_dir = analyze(
-        parse({**recipe(folder), "analysis_checkpoints": named, "analysis_families": ["behavior"]})
-    ).parent
-    assert {path.name for path in (run_dir / "metrics").iterdir()} == {"instruct", "a-final", "b-final", "b-base"}
-
-
-def test_analyze_refuses_a_changed_checkpoint_before_it_writes(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("first", "second"):
-        shutil.copytree(folder / "model", folder / name)
-        write_manifest(folder / name)
-    (folder / "second" / "config.json").write_text((folder / "second" / "config.json").read_text() + " ")
-    before = written(folder)
-    keys = {**recipe(folder), "analysis_checkpoints": f"{folder / 'first'}"}
-    arguments = [*flags(keys)[:-1], "--analysis_checkpoints", str(folder / "first"), str(folder / "second")]
-    assert main(["analyze", *arguments]) == 2
-    assert "config.json differs" in capsys.readouterr().err and written(folder) == before

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,32 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, lora):
     first, second = ([{k: entry[k] for k in keys} for entry in t.state.log_history if "loss" in entry]
                      for t in (whole, again))  # fmt: skip
     assert len(first) == 7 and first == second
+
+
+def test_only_a_runs_own_checkpoints_are_counted_and_removed(tmp_path):
+    """A user's copies (checkpoint-best, checkpoint-3-mine) stay, and can be resumed from."""
+    make(tmp_path / "run", max_steps=3).train()
+    for name in ("checkpoint-best", "checkpoint-3-mine"):
+        shutil.copytree(tmp_path / "run/checkpoint-3", tmp_path / "run" / name)
+        os.utime(tmp_path / "run" / name, (0, 0))
+    whole = make(tmp_path / "run", save_total_limit=1)
+    whole.train(resume_from_checkpoint=True)
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-3-mine", "checkpoint-7", "checkpoint-best"]
+    again = make(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-best"))
+    pairs = zip(whole.model.parameters(), again.model.parameters(), strict=True)
+    assert again.state.global_step == 7 and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
+    trainer = make(tmp_path / "run", save_total_limit=2)
+    for step, age in ((8, 30), (2, 20), (4, 10), (3, 0)):
+        (tmp_path / f"run/checkpoint-{step}").mkdir(parents=True)
+        os.utime(tmp_path / f"run/checkpoint-{step}", (1e9 - age, 1e9 - age))
+    trainer.state.best_model_checkpoint = str(tmp_path / "elsewhere/checkpoint-2")
+    trainer._remove_older(tmp_path / "run", tmp_path / "run/checkpoint-3")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_a_full_finetune_resumes_from_references_kept_on_disk(tmp_path):

@@ -4,21 +4,20 @@ The stock Trainer writes straight into `checkpoint-N` and resumes from a half-wr
 unpickled on loading. So a resume reads only what a manifest vouches for.
 """
 
-import errno
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..analysis.artifacts import commit_directory, verify_manifest, write_json_atomic
 from ..analysis.errors import UserError
+from .disk import disk_is_full
 
 logger = logging.get_logger(__name__)
 
@@ -54,8 +53,8 @@ class CheckpointMixin(Trainer):
             super()._save_checkpoint(model, trial)
             self._finish_staging(run, staging / name)
             whole = True
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if _disk_is_full(error):
+        except Exception as error:  # of any library that was writing; all but a full disk keep their traceback
+            if disk_is_full(error):
                 raise UserError(f"{run / name} could not be written ({error}): free some space and resume") from error
             raise
         finally:
@@ -79,13 +78,22 @@ class CheckpointMixin(Trainer):
             write_json_atomic(staged / STATE, self.checkpoint_state())
             commit_directory(staged, run / staged.name, staged.with_name(f"replaced-{staged.name}"))
             shutil.rmtree(staged.parent)
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._remove_older(run, run / staged.name)
         self.accelerator.wait_for_everyone()
+
+    def _remove_older(self, run: Path, newest: Path) -> None:
+        """Keep `save_total_limit` checkpoints of the run, the newest and the best among them.
+
+        The stock code also counts and removes folders that a user made, such as `checkpoint-best`.
+        """
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if not limit or limit < 0:
+            return
+        found = numbered_checkpoints(run)
+        kept = [path for path in found if path == newest or (best and path.name == Path(best).name)]
+        older = sorted((path for path in found if path not in kept), key=lambda path: path.stat().st_mtime)
+        for path in older[: max(0, len(found) - max(limit, len(kept)))]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def verified_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to resume from, its manifest verified: a folder, True for the newest of the run, or None.
@@ -120,12 +128,12 @@ class CheckpointMixin(Trainer):
         """Read `checkpoint_state` of a verified checkpoint."""
         path = Path(folder) / STATE
         if not path.is_file():
-            raise UserError(f"{folder} holds no {STATE}: it was not written by holdfast, so it cannot be resumed")
+            raise UserError(f"cannot resume: {folder} holds no {STATE}; name a checkpoint-N folder of a run of holdfast")
         self.load_checkpoint_state(json.loads(path.read_text()))
 
 
-def _disk_is_full(error: Exception) -> bool:
-    """torch.save and safetensors turn a full disk into errors of their own."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "PytorchStreamWriter" in str(error) or "No space left" in str(error)
+def numbered_checkpoints(run: Path) -> list[Path]:
+    """The `checkpoint-N` folders of a run by their number; `checkpoint-best` and the like are a user's own."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*") if path.is_dir()}
+    numbered = [path for path, number in found.items() if number.isascii() and number.isdecimal()]
+    return sorted(numbered, key=lambda path: int(found[path]))

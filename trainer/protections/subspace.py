@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...analysis.errors import UserError
+from ...analysis.subspace_file import NULL_SEEDS
 from ..documents import PENALTY_MASK, PENALTY_REFERENCE, AligningCollator, AnchorOrder, Document, DocumentStore
 from ..penalty import drift, layer_sums, penalty, strength_at, unit_directions
 from ..projection import Projections, ResidualProjector
@@ -71,7 +72,7 @@ class SubspaceProtection(Protection):
         self.direction_Lk: Tensor | None = None
         if self.settings.side == "toward_base":
             if subspace.base_gap is None:
-                raise UserError("penalty side toward_base needs a subspace with a base gap: build it with a base")
+                raise UserError(_no_gap(subspace))
             self.direction_Lk = unit_directions(subspace.base_gap, self.layers)
         uses = self.settings.weights
         if "anchors" in uses and not anchors:
@@ -271,3 +272,16 @@ class SubspaceProtection(Protection):
             "role": self.subspace.provenance.role, **{f"penalty_{k}": v for k, v in asdict(self.settings).items()},
             **{k: None if v is None else digest_of({0: v.ids, 1: v.mask}) for k, v in stores.items()},
         }  # fmt: skip
+
+
+def _no_gap(subspace: "Subspace") -> str:
+    built = subspace.provenance
+    if built.method == "random":
+        return (
+            f"penalty side toward_base has no direction for the random subspace of seed {built.seed}: its way to base "
+            f"is stored for seeds 0-{NULL_SEEDS - 1}; write --null_seed with one of them, or --penalty_side both"
+        )
+    return (
+        "penalty side toward_base needs to know the way to base, which this subspace does not: build it again with "
+        "`holdfast subspace`, or write --penalty_side both"
+    )
