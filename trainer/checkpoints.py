@@ -128,7 +128,9 @@ class CheckpointMixin(Trainer):
         """Read `checkpoint_state` of a verified checkpoint."""
         path = Path(folder) / STATE
         if not path.is_file():
-            raise UserError(f"cannot resume: {folder} holds no {STATE}; name a checkpoint-N folder of a run of holdfast")
+            raise UserError(
+                f"cannot resume: {folder} holds no {STATE}; name a checkpoint-N folder of a run of holdfast"
+            )
         self.load_checkpoint_state(json.loads(path.read_text()))
 
 
