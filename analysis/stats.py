@@ -1,155 +1,158 @@
-"""Intervals and tests for rates and means: Wilson, BCa and hierarchical bootstrap, Fieller, sign flips, Holm.
+"""Statistics of every number that is reported: intervals, comparisons, tests, and how many answers a claim needs.
 
-An interval over rows speaks of one checkpoint. A claim about a method resamples seeds too (`hierarchical_bootstrap`)
-and compares arms in pairs (`paired_bootstrap`, `sign_flip_test`).
+| question | function |
+|---|---|
+| a mean or a rate over rows, questions being clusters | `measurement` (`mean_ci`, `rate_ci`, `wilson`) |
+| a cosine, a ratio of spreads, any other statistic | `jackknife_ci` where it is smooth, else `bootstrap_ci` |
+| two arms over the same rows or questions | `paired_bootstrap`, `sign_flip_test` |
+| a ratio of two means, such as reversion | `fieller` |
+| a claim about a method, over seeds | `hierarchical_bootstrap`, `sign_flip_test` with at least 10 seeds |
+| two independent groups | `permutation_test` |
+| several rivals | `holm` |
+| "kept" | `non_inferiority`, with a stated margin |
+| how many answers to buy | `sample_size`, `power`, `design_effect` |
+
+An interval over rows speaks of one checkpoint; a claim about a method resamples seeds too. How often each interval
+covers the truth, at rates near 0 and with 5 and 10 seeds, stands in tests/benchmarks/COVERAGE.md.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
-Interval = tuple[float, float]
-Measurement = dict[str, Any]
-Floats = NDArray[np.float64]
+from .stats_intervals import (
+    ALONE,
+    Floats,
+    Interval,
+    Measurement,
+    bootstrap_ci,
+    cluster_codes,
+    cluster_sums,
+    is_binary,
+    jackknife_ci,
+    mean_ci,
+    missing,
+    rate_bounds,
+    rate_ci,
+    wilson,
+)
+from .stats_nulls import holm, permutation_p, permutation_test, permuted_labels, sign_flip_test
+from .stats_power import design_effect, power, sample_size
+from .stats_seeds import hierarchical_bootstrap
+
+__all__ = [
+    "Floats", "Interval", "Measurement", "bootstrap_ci", "cluster_codes", "cluster_sums", "design_effect", "fieller",
+    "hierarchical_bootstrap", "holm", "jackknife_ci", "mean_ci", "measurement", "missing", "non_inferiority",
+    "paired_bootstrap", "permutation_p", "permutation_test", "permuted_labels", "power", "rate_bounds", "rate_ci",
+    "sample_size", "sign_flip_test", "wilson",
+]  # fmt: skip
 
 
-def missing(reason: str, n: int = 0) -> Measurement:
-    """A measurement that could not be made, and why."""
-    return {"value": None, "n": n, "reason": reason}
+def measurement(
+    values: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0, rate: bool = False
+) -> Measurement:
+    """{"value": mean, "n": rows, "ci95"}; with a single cluster the interval is null, with a reason.
 
+    The interval is `mean_ci`'s, or `rate_ci`'s where all values lie in [0, 1] and differ.
 
-def measurement(values: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Measurement:
-    """{"value": mean, "n": rows, "ci95": BCa interval}; with a single cluster the interval is null, with a reason."""
+    Args:
+        values: [n]. clusters: a label per row; None: each row its own.
+        seed: of no effect, since nothing is drawn; callers pass one seed to all they measure.
+        rate: the values are rates: even if none of them shows an event, the interval says how many there may be.
+    """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
         return missing("no rows")
     result: Measurement = {"value": float(array.mean()), "n": int(array.size)}
-    if _cluster_codes(clusters, array.size).max() == 0:
-        return {**result, "ci95": None, "reason": "one independent row or cluster has no interval"}
-    return {**result, "ci95": list(bootstrap_ci(array, clusters, seed=seed))}
-
-
-def wilson(successes: float, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval for a rate of `successes` (possibly fractional) in `n` trials; fit for rates near 0.
-
-    Raises:
-        ValueError: no trials, or successes outside 0..n.
-    """
-    if n <= 0 or not 0 <= successes <= n:
-        raise ValueError(f"wilson: {successes} successes of {n} trials is not a rate")
-    z = scipy_stats.norm.ppf(0.5 + confidence / 2)
-    rate, weight = successes / n, z * z / n
-    centre = (rate + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * np.sqrt(rate * (1 - rate) / n + weight / (4 * n))
-    # At the ends rounding would leave 1e-17 where the formula gives exactly 0 or 1.
-    low = 0.0 if successes == 0 else max(0.0, float(centre - half))
-    return low, 1.0 if successes == n else min(1.0, float(centre + half))
-
-
-def bootstrap_ci(
-    values: ArrayLike,
-    clusters: Sequence[Hashable] | None = None,
-    statistic: Callable[[Floats], float] | None = None,
-    seed: int = 0,
-    n_boot: int = 2000,
-    confidence: float = 0.95,
-) -> Interval:
-    """BCa bootstrap interval (Efron 1987), whole clusters resampled; percentile intervals cover too little at n < 30.
-
-    Args:
-        values: [n] or [n, …], rows first.
-        clusters: a label per row (its question or topic); rows of a cluster are drawn together. None: each its own.
-        statistic: of the resampled rows; None is the mean, computed from cluster sums, which is much faster.
-    """
-    rows = np.asarray(values, dtype=np.float64)
-    codes = _cluster_codes(clusters, len(rows))
-    n_clusters = int(codes.max()) + 1
-    draws = np.random.default_rng(seed).integers(n_clusters, size=(n_boot, n_clusters))
-    if statistic is None:
-        sums, counts = np.bincount(codes, rows, n_clusters), np.bincount(codes, minlength=n_clusters)
-        observed = float(rows.mean())
-        replicates = sums[draws].sum(1) / counts[draws].sum(1)
-        left_out = (sums.sum() - sums) / np.maximum(counts.sum() - counts, 1)
-    else:
-        members = [np.flatnonzero(codes == code) for code in range(n_clusters)]
-        observed = float(statistic(rows))
-        replicates = np.array([statistic(rows[np.concatenate([members[c] for c in draw])]) for draw in draws])
-        left_out = np.array([statistic(rows[codes != code]) for code in range(n_clusters)])
-    return _bca(observed, replicates, left_out, confidence)
-
-
-def _bca(observed: float, replicates: Floats, left_out: Floats, confidence: float) -> Interval:
-    """Bias-corrected and accelerated percentiles; `left_out` are the jackknife values, one per cluster."""
-    # Ties (up to rounding) count half: a mean of few distinct values would else look biased.
-    tied = np.abs(replicates - observed) <= 1e-9 * np.ptp(replicates)
-    below = np.mean((replicates < observed) & ~tied) + np.mean(tied) / 2
-    below = np.clip(below, 0.5 / len(replicates), 1 - 0.5 / len(replicates))
-    bias = scipy_stats.norm.ppf(below)
-    spread = left_out.mean() - left_out
-    denominator = 6 * np.sum(spread**2) ** 1.5
-    acceleration = np.sum(spread**3) / denominator if denominator > 0 else 0.0
-    z = scipy_stats.norm.ppf([0.5 - confidence / 2, 0.5 + confidence / 2])
-    levels = scipy_stats.norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
-    low, high = np.quantile(replicates, levels)
-    return float(low), float(high)
+    if cluster_codes(clusters, array.size).max() == 0:
+        return {**result, "ci95": None, "reason": ALONE}
+    as_rate = rate or (array.min() >= 0 and array.max() <= 1 and np.ptp(array) > 0)
+    return {**result, "ci95": list((rate_ci if as_rate else mean_ci)(array, clusters))}
 
 
 def paired_bootstrap(
     left: ArrayLike, right: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0
 ) -> Measurement:
-    """Mean difference left - right over the same rows, with its BCa interval."""
+    """Mean difference left - right over the same rows: `mean_ci` of the differences.
+
+    Where both arms are answers (0 or 1) the interval also holds that of Newcombe (1998, method 10) on `rate_bounds`: a
+    few events in one arm and none in the other would else look more certain than they are.
+    """
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired_bootstrap: {first.shape} and {second.shape} values are not pairs")
-    return measurement(first - second, clusters, seed)
+    if not len(first) or not (is_binary(first) and is_binary(second)):
+        return _difference(first - second, clusters)
+    result = _difference(first - second, clusters)
+    if result["ci95"] is not None:
+        low, high = _square_and_add(cluster_sums(first, clusters), cluster_sums(second, clusters))
+        result["ci95"] = [min(low, result["ci95"][0]), max(high, result["ci95"][1])]
+    return result
 
 
-def hierarchical_bootstrap(
-    values: ArrayLike, levels: Sequence[Sequence[Hashable]], seed: int = 0, n_boot: int = 4000, confidence: float = 0.95
-) -> Interval:
-    """Percentile interval of the mean when every level is resampled within the one above it.
+def _difference(differences: Floats, clusters: Sequence[Hashable] | None) -> Measurement:
+    result = measurement(differences, clusters)
+    # A difference in [0, 1] is no rate: it may be below 0.
+    return result if result.get("ci95") is None else {**result, "ci95": list(mean_ci(differences, clusters))}
+
+
+def _square_and_add(first: tuple[Floats, Floats], second: tuple[Floats, Floats]) -> Interval:
+    """Newcombe's interval of a difference of two correlated rates, from their sums and counts per cluster."""
+    counts = first[1]
+    rates = [float(sums.sum() / counts.sum()) for sums, _ in (first, second)]
+    rests = [sums - rate * counts for (sums, _), rate in zip((first, second), rates, strict=True)]
+    norms = float(np.sqrt(np.sum(rests[0] ** 2) * np.sum(rests[1] ** 2)))
+    together = float(rests[0] @ rests[1]) / norms if norms > 0 else 0.0
+    (low_a, high_a), (low_b, high_b) = rate_bounds(*first), rate_bounds(*second)
+    gap = rates[0] - rates[1]
+
+    def reach(one: float, other: float) -> float:
+        return float(np.sqrt(max(one**2 - 2 * together * one * other + other**2, 0.0)))
+
+    return gap - reach(rates[0] - low_a, high_b - rates[1]), gap + reach(high_a - rates[0], rates[1] - low_b)
+
+
+def non_inferiority(difference: Measurement, margin: float, higher_is_better: bool = True) -> Measurement:
+    """Whether something was kept: the interval of new - old excludes a loss of `margin` or more.
+
+    The measurement with "margin" and "kept" added (one-sided 2.5%); "kept" is null where there is no interval. The
+    margin is to be stated before the numbers are seen; no significant loss is not the same as kept.
 
     Args:
-        values: [n].
-        levels: outermost first, each with a label per value: (model seed, fine-tune seed, question, …); what lies
-            below the last level is resampled too.
+        difference: new - old, from `paired_bootstrap` or another function here. margin: in the same unit, above 0.
     """
-    rows = np.asarray(values, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    weights = np.ones((n_boot, 1), dtype=np.int64)
-    parents = np.zeros(len(rows), dtype=np.int64)
-    for level in [*levels, range(len(rows))]:
-        children = _cluster_codes(list(zip(parents.tolist(), level, strict=True)), len(rows))
-        n_children = int(children.max()) + 1
-        drawn = np.zeros((n_boot, n_children), dtype=np.int64)
-        for parent in range(int(parents.max()) + 1):
-            inside = np.unique(children[parents == parent])
-            # A parent drawn w times resamples its m children w times over: w * m draws among them.
-            drawn[:, inside] = generator.multinomial(
-                weights[:, parent] * len(inside), np.full(len(inside), 1 / len(inside))
-            )
-        weights, parents = drawn, children
-    means = weights @ rows / weights.sum(1)
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
+    if margin <= 0:
+        raise ValueError(f"non_inferiority: the margin is {margin}; write the largest loss that does not matter")
+    interval = difference.get("ci95")
+    if interval is None:
+        return {**difference, "margin": margin, "kept": None}
+    loss = -interval[0] if higher_is_better else interval[1]
+    return {**difference, "margin": margin, "kept": bool(loss < margin)}
 
 
-def fieller(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.95) -> Measurement:
-    """Ratio of two paired means with Fieller's interval; null where the denominator may be zero.
+def fieller(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+) -> Measurement:
+    """Ratio of two paired means with Fieller's (1954) interval; null where the denominator may be zero.
 
     The result shows both means as "numerator" and "denominator".
     """
     above, below = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     n = len(below)
-    if n < 2:
+    codes = cluster_codes(clusters, n) if n else np.zeros(1, dtype=np.int64)
+    units = int(codes.max()) + 1
+    if units < 2:
         return missing("a ratio needs at least two rows", n)
-    covariance = np.cov(above, below) / n
     a, b = float(above.mean()), float(below.mean())
+    rests = np.stack([np.bincount(codes, above - a), np.bincount(codes, below - b)])
+    covariance = units / (units - 1) * rests @ rests.T / n**2
     means = {"numerator": a, "denominator": b}
-    t2 = scipy_stats.t.ppf(0.5 + confidence / 2, n - 1) ** 2
+    t2 = scipy_stats.t.ppf(0.5 + confidence / 2, units - 1) ** 2
     leading = b * b - t2 * covariance[1, 1]
     if leading <= 0:
         return {**missing("the denominator is not distinguishable from 0", n), **means}
@@ -161,38 +164,3 @@ def fieller(numerator: ArrayLike, denominator: ArrayLike, confidence: float = 0.
         "ci95": [float((middle - root) / leading), float((middle + root) / leading)],
         **means,
     }
-
-
-def sign_flip_test(differences: ArrayLike, seed: int = 0, n_flips: int = 100_000) -> float:
-    """Two-sided p: paired differences centre on 0: exact to 16 pairs, else sampled; five pairs cannot reach 0.05."""
-    values = np.asarray(differences, dtype=np.float64)
-    n = len(values)
-    if n == 0:
-        raise ValueError("sign_flip_test: no differences")
-    observed = abs(values.sum()) * (1 - 1e-12)
-    if n <= 16:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float(np.mean(np.abs(signs @ values) >= observed))
-    signs = np.random.default_rng(seed).choice((-1, 1), size=(n_flips, n))
-    return float((1 + np.sum(np.abs(signs @ values) >= observed)) / (1 + n_flips))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values, in the given order."""
-    order = np.argsort(p_values)
-    scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return adjusted.tolist()
-
-
-def _cluster_codes(clusters: Sequence[Hashable] | None, n: int) -> NDArray[np.int64]:
-    """Cluster number 0, 1, … of each row, in order of first appearance."""
-    if n == 0:
-        raise ValueError("no values to resample")
-    if clusters is None:
-        return np.arange(n)
-    if len(clusters) != n:
-        raise ValueError(f"{len(clusters)} cluster labels for {n} values")
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(label, len(numbers)) for label in clusters], dtype=np.int64)
