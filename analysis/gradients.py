@@ -130,8 +130,8 @@ class _Pass:
             ).last_hidden_state
             if len(seen) != 1 or not final.requires_grad:
                 raise UserError(
-                    f"the layer to differentiate ran {len(seen)} times in a pass of {type(unwrap(self.model)).__name__}, "
-                    "or does not reach its last state: name another linear layer of the block with --gradient_weight"
+                    f"the layer to differentiate ran {len(seen)} times in a pass, or does not reach the last state of "
+                    f"{type(unwrap(self.model)).__name__}: name another linear layer of the block by --gradient_weight"
                 )
             inputs, output = seen[0]
             states = final[at, [position - 1 for position in positions]]

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/test_gradient_cost.py [--rounds 6] [--vocabulary 32000] [--length 128] [--threads 1]
 
-Half of the tokens are completions; both arms run the same batches. Time is CPU time of this process. The arms take turns
-within each round, in an order that changes; "bare again" repeats the bare arm, and its ratio shows what noise alone
-does. "per row" is what family 3 would cost with one full backward for each row, over fewer rows, scaled.
+Half of the tokens are completions; both arms run the same batches. Time is CPU time of this process. The arms take
+turns within each round, in an order that changes; "bare again" repeats the bare arm, and its ratio shows what noise
+alone does. "per row" is what family 3 would cost with one full backward for each row, over fewer rows, scaled.
 """
 
 import argparse
