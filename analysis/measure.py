@@ -1,38 +1,55 @@
 """A checkpoint, on disk or in memory -> every family of metrics, as data.
 
-`holdfast analyze` and the training callback share this file. Per checkpoint `metrics/<checkpoint>/<family>.json` is
-written whole or not at all; `metrics.jsonl` (one line per checkpoint) is a view of those files.
+`holdfast analyze`, `holdfast watch` and the training callback share this file; `families.py` says what each family is.
 """
 
-import json
 import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .activations import pad_id
-from .artifacts import MANIFEST, staged_directory, staged_file, verify_manifest
+from .artifacts import MANIFEST, verify_manifest
 from .errors import UserError
+from .families import COST, FAMILIES, REGISTRY, Results, Subject, attempt, unmeasured
 from .layers import parse_layers
 from .lm_head import prove_head
-from .metrics.behavior import behavior
-from .metrics.choices import PreparedChoices, choice_rates, prepare_choices, score_prepared
-from .metrics.divergence import Between, Side, between, divergence
-from .metrics.projection import projection
+from .metrics.choices import PreparedChoices, prepare_choices
+from .metrics.divergence import Between, Side, between
 from .models import check_compatible, load_config, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
-from .plan import FAMILIES, PROBE_FAMILIES, MeasurePlan
+from .plan import VARIANTS, MeasurePlan
 from .probes import Conversation, Rendered, render
+from .ranks import agreed, is_main, is_sharded
 from .readout import Readout
-from .references import ProbeReader, Reference
+from .references import ProbeReader, Reference, sha256_json, subspace_hash
+from .results import ResultFiles, reading, scalars
 
-Results = dict[str, Any]
+__all__ = [
+    "MeasurePlan",
+    "Measurer",
+    "UnreadableCheckpoint",
+    "check_checkpoint",
+    "measure_checkpoint",
+    "peak_memory_mb",
+    "scalars",
+]
+
+T = TypeVar("T")
+
+# Part of every key: raised when a family's numbers change for the same inputs.
+_FORMAT = 1
+
+
+class UnreadableCheckpoint(UserError):
+    """A checkpoint that cannot be measured at all; others can."""
 
 
 class Measurer:
@@ -45,43 +62,71 @@ class Measurer:
     def __init__(self, plan: MeasurePlan, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.plan = plan
         self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(plan.instruct_path, plan.load)
+        self._tokenizer_hash = tokenizer_fingerprint(self.tokenizer)
         config = load_config(plan.instruct_path, plan.load)
         if plan.base_path is not None:
             check_compatible(load_config(plan.base_path, plan.load), config)
-        self.layers = parse_layers(plan.layers, config.get_text_config().num_hidden_layers)
+        layers = parse_layers(plan.layers, config.get_text_config().num_hidden_layers)
         self.role = plan.role or (plan.subspace.provenance.role if plan.subspace is not None else "completion")
         if plan.subspace is not None:
             plan.subspace.check(
                 instruct_fingerprint=model_fingerprint(plan.instruct_path),
-                tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+                tokenizer_fingerprint=self._tokenizer_hash,
                 role=self.role,
                 layers=sorted(plan.subspace.bases),
             )
-        unknown = sorted(set(plan.families) - set(FAMILIES))
-        if unknown:
-            raise UserError(f"family {unknown[0]!r} is unknown: write some of {', '.join(FAMILIES)}")
-        self.rows = {name: self._rendered(name, rows) for name, rows in plan.probe_sets.items()}
-        wanted = "choices" in plan.families and plan.choices
-        self.choices: PreparedChoices | None = prepare_choices(self.tokenizer, plan.choices) if wanted else None
-        if not self.choices and not (self.rows and set(PROBE_FAMILIES) & set(plan.families)):
+        if plan.variant not in VARIANTS:
+            raise UserError(f"variant {plan.variant!r} is unknown: write {' or '.join(VARIANTS)}")
+        if not plan.choices and not plan.probe_sets:
             raise UserError("there is nothing to measure: pass probe rows or choices, and the families that read them")
-        self.reader = ProbeReader(plan, self.rows, self.layers, self.role, pad_id(self.tokenizer))
+        self.families = self._families()
+        self.too_long: dict[str, int] = {}
+        self.rows: dict[str, list[Rendered]] = {}
+        for name, rows in plan.probe_sets.items():
+            self.rows[name] = self._rendered(name, rows)
+        # A set without a row left is null in every family; the others are read.
+        self.empty = {name: self._all_too_long(name) for name, rows in self.rows.items() if not rows}
+        self.rows = {name: rows for name, rows in self.rows.items() if rows}
+        self.obstacles = {name: reason for name in self.families if (reason := self._obstacle(name)) is not None}
+        wanted = "choices" in self.families and plan.choices
+        self.choices: PreparedChoices | None = prepare_choices(self.tokenizer, plan.choices) if wanted else None
+        possible = tuple(name for name in self.families if name not in self.obstacles)
+        self.reader = ProbeReader(plan, self.rows, layers, self.role, pad_id(self.tokenizer), possible)
         self._references: dict[str, Reference] | None = None
         self._between: dict[str, Between] = {}
+
+    def _families(self) -> tuple[str, ...]:
+        """The families asked for, in the order of the registry; unasked, all but choices where none were given."""
+        asked = self.plan.families or tuple(name for name in REGISTRY if name != "choices" or self.plan.choices)
+        unknown = sorted(set(asked) - set(FAMILIES))
+        if unknown:
+            raise UserError(f"family {unknown[0]!r} is unknown: write some of {', '.join(FAMILIES)}")
+        return tuple(name for name in REGISTRY if name in asked)
 
     def _rendered(self, name: str, rows: Sequence[Conversation]) -> list[Rendered]:
         if not rows:
             raise UserError(f"probe set {name!r} is empty: pass rows or leave the set out")
-        return [render(self.tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(rows)]
+        found = [render(self.tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(rows)]
+        limit = self.plan.max_length
+        if self.plan.long_rows == "truncate" or limit is None:
+            return found
+        short = [row for row in found if len(row.input_ids) <= limit]
+        self.too_long[name] = len(found) - len(short)
+        return short
+
+    def _all_too_long(self, name: str) -> str:
+        return f"all {self.too_long[name]} rows are longer than the limit of {self.plan.max_length} tokens"
+
+    def _obstacle(self, family: str) -> str | None:
+        reason = REGISTRY[family].obstacle(self.plan)
+        if reason is None and not self.rows and "choices" not in REGISTRY[family].needs:
+            return "; ".join(f"set {name}: {why}" for name, why in self.empty.items())
+        return reason
 
     def prepare(self) -> None:
         """Read the references, one model after the other; later calls do nothing. Of several ranks all must call it."""
-        if self._references is not None:
-            return
-        self._references = self.reader.references()
-        device = torch.device(self.plan.device or "cpu")
-        for name, kept in self.reader.kept.items():
-            self._between[name] = between(kept, self._sides(name, device), self.tokenizer, device)
+        if self._references is None:
+            self._references = self.reader.references()
 
     def _sides(self, name: str, device: torch.device) -> dict[str, Side]:
         """Heads and final states of the references on a probe set."""
@@ -92,41 +137,94 @@ class Measurer:
             if reference.head is not None
         }
 
+    def _known(self, device: torch.device, name: str) -> Between:
+        """How the references differ, once for all checkpoints."""
+        if name not in self._between:
+            kept = self.reader.kept[name]
+            self._between[name] = between(kept, self._sides(name, device), self.tokenizer, device)
+        return self._between[name]
+
     def measure(self, model: nn.Module) -> Results:
         """{family: results} of a model in memory, bare or wrapped; its training mode is left as it was.
 
-        Of several ranks all must call it: each runs all rows, since ZeRO-3 gathers weights in every pass, and each gets
-        the results.
+        Of several ranks all must call it, and each gets the results: they share the rows out, or each runs all of them
+        where weights are sharded.
+        """
+        return dict(self.measured(model, self.families))
+
+    def measured(
+        self, model: nn.Module, families: Sequence[str], fingerprint: str | None = None
+    ) -> Iterator[tuple[str, Results]]:
+        """Each of the families with its results as soon as it is done, cost at the end.
+
+        Args:
+            fingerprint: the model's, where it is known: a reference is not read again.
         """
         self.prepare()
-        started, results = time.perf_counter(), dict[str, Any]()
-        families = [name for name in PROBE_FAMILIES if name in self.plan.families and self.rows]
+        started = time.perf_counter()
+        possible = [name for name in families if name not in self.obstacles]
+        probing = any("choices" not in REGISTRY[name].needs for name in possible)
+        subject = self._subject(model, fingerprint, probing)
         for family in families:
-            results[family] = {}
-        tokens = 0
-        for name, rows in self.rows.items() if families else ():
-            reading = self.reader.read(model, name)
-            tokens += sum(len(row.input_ids[: self.plan.max_length]) for row in rows)
-            for family in families:
-                results[family][name] = self._family(family, name, reading, model)
-        if self.choices is not None:
-            masses = score_prepared(model, self.choices, self.plan.choices_batch_size)
-            results["choices"] = choice_rates(self.plan.choices, masses, self.plan.seed)
-        seconds = time.perf_counter() - started
-        results["cost"] = {"seconds": seconds, "probe_tokens": tokens, "peak_memory_mb": peak_memory_mb()}
-        return results
+            if family in self.obstacles:
+                yield family, unmeasured(self.obstacles[family])
+                continue
+            found = attempt(REGISTRY[family].compute, subject)
+            if "choices" not in REGISTRY[family].needs:
+                found = {**found, **{name: unmeasured(reason) for name, reason in self.empty.items()}}
+            yield family, found
+        yield COST, self._cost(time.perf_counter() - started, probing)
 
-    def _family(self, family: str, name: str, reading: Readout, model: nn.Module) -> Results:
+    def _subject(self, model: nn.Module, fingerprint: str | None, probing: bool) -> Subject:
         assert self._references is not None
-        seed, instruct = self.plan.seed, self._references["instruct"].readings[name]
-        base = self._references["base"].readings[name] if "base" in self._references else None
-        if family == "behavior":
-            return dict(behavior(reading, instruct, base, seed=seed))
-        if family == "projection":
-            return dict(projection(reading, instruct, base, self.plan.subspace, seed))
-        sides = self._sides(name, next(model.parameters()).device)
-        known, kept = self._between[name], self.reader.kept[name]
-        return divergence(model, reading.final, sides, known, kept, self.rows[name], self.tokenizer, seed)
+        shared = not is_sharded(model)
+        instruct, base = self._references["instruct"], self._references.get("base")
+        readings: dict[str, Readout] = {}
+        if probing:
+            known = self._known_readings(fingerprint)
+            readings = known or {name: self.reader.read(model, name, shared=shared) for name in self.rows}
+        return Subject(
+            plan=self.plan,
+            tokenizer=self.tokenizer,
+            model=model,
+            rows=self.rows,
+            checkpoint=readings,
+            instruct=instruct.readings,
+            base=None if base is None else base.readings,
+            choices=self.choices,
+            kept=self.reader.kept,
+            sides=self._sides,
+            between=partial(self._known, torch.device(self.plan.device or "cpu")),
+            shared=shared,
+        )
+
+    def _known_readings(self, fingerprint: str | None) -> dict[str, Readout] | None:
+        """What a reference shows, when the model is one."""
+        paths = {"instruct": self.plan.instruct_path, "base": self.plan.base_path}
+        for name, reference in (self._references or {}).items():
+            path = paths[name]
+            if fingerprint is not None and path is not None and self.reader.fingerprint(path) == fingerprint:
+                return reference.readings
+        return None
+
+    def _cost(self, seconds: float, probing: bool) -> Results:
+        """Of one checkpoint: seconds without loading it, tokens, tokens a second, and the process's peak memory."""
+        rows = [row for found in self.rows.values() for row in found] if probing else []
+        tokens = sum(len(row.input_ids[: self.plan.max_length]) for row in rows)
+        numbers = {"seconds": seconds, "probe_tokens": tokens, "peak_memory_mb": peak_memory_mb()}
+        return {name: reading(value) for name, value in {**numbers, "tokens_per_second": tokens / seconds}.items()}
+
+    def key(self, family: str, fingerprint: str) -> str:
+        """Of a family's results: weights, data, options and variant, so that another setting has another key."""
+        plan, needs = self.plan, REGISTRY[family]
+        base = None if plan.base_path is None else self.reader.fingerprint(plan.base_path)
+        weights = [fingerprint, self.reader.fingerprint(plan.instruct_path), base]
+        data = (
+            {name: self.reader.data_hash(name) for name in self.rows} if "choices" not in needs.needs else plan.choices
+        )
+        subspace = [subspace_hash(plan), self.reader.layers, self.role] if needs.subspace else []
+        options = [plan.variant if needs.paper else None, plan.seed, self.reader.loading(), self.empty]
+        return sha256_json([_FORMAT, family, weights, data, subspace, options, self._tokenizer_hash])
 
 
 def check_checkpoint(path: str | Path, plan: MeasurePlan) -> None:
@@ -137,72 +235,59 @@ def check_checkpoint(path: str | Path, plan: MeasurePlan) -> None:
     """
     if (Path(path) / MANIFEST).is_file():
         verify_manifest(Path(path))
-    check_compatible(load_config(path, plan.load), load_config(plan.instruct_path, plan.load))
+    names = (f"checkpoint {path}", "the starting model")
+    check_compatible(load_config(path, plan.load), load_config(plan.instruct_path, plan.load), names)
+
+
+def _load(path: str | Path, plan: MeasurePlan) -> nn.Module:
+    """The checkpoint in memory, checked and proven."""
+    check_checkpoint(path, plan)
+    model = load_model(path, dtype=plan.dtype, device=plan.device, options=plan.load)
+    prove_head(model)
+    return model
+
+
+def _of_checkpoint(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except UserError as error:
+        raise UnreadableCheckpoint(str(error)) from error
 
 
 def measure_checkpoint(
     measurer: Measurer, path: str | Path, output_dir: str | Path, name: str | None = None, step: int | None = None
 ) -> Results:
-    """Load a checkpoint, measure it, write its files; returns the line of `metrics.jsonl`.
+    """Load a checkpoint, measure it, write each family's file as it is done; returns the line of `metrics.jsonl`.
+
+    What was measured before under the same key is left as it is; where that is everything, no model is loaded.
 
     Args:
         name: the checkpoint's name in the files; None is its folder's name.
         step: optimiser steps; None takes the number of a `checkpoint-N` folder.
+
+    Raises:
+        UnreadableCheckpoint: files that are missing or damaged, another shape, or weights that are not finite.
     """
     plan = measurer.plan
-    check_checkpoint(path, plan)
-    measurer.prepare()
-    model = load_model(path, dtype=plan.dtype, device=plan.device, options=plan.load)
-    prove_head(model)
-    results = measurer.measure(model)
     name = name if name is not None else Path(path).name
     if step is None and (numbered := re.fullmatch(r"checkpoint-(\d+)", name)):
         step = int(numbered[1])
-    return write_measurements(output_dir, name, step, results)
-
-
-def write_measurements(output_dir: str | Path, name: str, step: int | None, results: Results) -> Results:
-    """Write one file per family under `metrics/<name>/`, renew `metrics.jsonl`; returns the checkpoint's line.
-
-    Of several ranks the main one alone calls it.
-    """
-    metrics = Path(output_dir) / "metrics"
-    metrics.mkdir(parents=True, exist_ok=True)
-    with staged_directory(metrics / name, replace=True) as staging:
-        for family, result in results.items():
-            facts = {"checkpoint": name, "step": step, "family": family, "results": result}
-            text = json.dumps(facts, indent=2, allow_nan=False)
-            (staging / f"{family}.json").write_text(text + "\n", encoding="utf-8")
-    lines = sorted(_lines(metrics), key=lambda line: (line["step"] is None, line["step"] or 0, line["checkpoint"]))
-    with staged_file(Path(output_dir) / "metrics.jsonl") as staging:
-        staging.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
-    return next(line for line in lines if line["checkpoint"] == name)
-
-
-def _lines(metrics: Path) -> Iterator[Results]:
-    """One dict per checkpoint from its family files; staging folders start with a dot and are left out."""
-    for folder in metrics.iterdir():
-        if folder.is_dir() and not folder.name.startswith("."):
-            files = [file for file in folder.glob("*.json") if file.name != MANIFEST]
-            facts = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
-            if facts:
-                families = {fact["family"]: fact["results"] for fact in facts}
-                yield {"checkpoint": facts[0]["checkpoint"], "step": facts[0]["step"], **families}
-
-
-def scalars(results: Results, prefix: str = "") -> dict[str, float]:
-    """Every measured value under its path ("choices/split/test/misaligned"), for TensorBoard; nulls are left out."""
-    found: dict[str, float] = {}
-    for name, value in results.items():
-        path = f"{prefix}/{name}" if prefix else name
-        if isinstance(value, Mapping) and "value" in value:
-            if value["value"] is not None:
-                found[path] = float(value["value"])
-        elif isinstance(value, Mapping):
-            found.update(scalars(dict(value), path))
-        elif isinstance(value, int | float) and prefix:
-            found[path] = float(value)
-    return found
+    files = ResultFiles(Path(output_dir), name, step, plan.variant)
+    fingerprint = _of_checkpoint(lambda: model_fingerprint(path))
+    keys = {family: measurer.key(family, fingerprint) for family in measurer.families}
+    missing = agreed([family for family, key in keys.items() if not files.has(family, key)])
+    impossible = [family for family in missing if family in measurer.obstacles]
+    if is_main():
+        for family in impossible:
+            files.write(family, unmeasured(measurer.obstacles[family]), keys[family])
+    if len(missing) > len(impossible):
+        measurer.prepare()
+        model = _of_checkpoint(lambda: _load(path, plan))
+        possible = [family for family in missing if family not in impossible]
+        for family, results in measurer.measured(model, possible, fingerprint):
+            if is_main():
+                files.write(family, results, keys.get(family))
+    return agreed(files.line() if is_main() else {})
 
 
 def peak_memory_mb() -> float:

@@ -35,12 +35,14 @@ class LoadOptions:
     """How models are loaded, beside their dtype and device.
 
     attn_implementation: as transformers names it; None is its own choice. trust_remote_code: run code that comes with
-    a model. layers_path: dotted path of the decoder blocks; None finds them by shape.
+    a model. layers_path: dotted path of the decoder blocks; None finds them by shape. device_map: how accelerate
+    spreads one model over devices ("auto", …); None leaves it whole.
     """
 
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     layers_path: str | None = None
+    device_map: str | None = None
 
 
 _PLAIN = LoadOptions()
@@ -105,7 +107,7 @@ def load_model(
     full = _load_full(base if base is not None else path, dtype, options)
     model = full if base is None else _load_adapter(full, Path(path))
     _require_finite(model, path)
-    if device is not None:
+    if device is not None and options.device_map is None:
         nn.Module.to(model, device)
     return model.eval()
 
@@ -124,6 +126,7 @@ def _load_full(path: str | Path, dtype: str, options: LoadOptions) -> PreTrained
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, revision=revision or "main", dtype=dtype, output_loading_info=True,
             attn_implementation=options.attn_implementation, trust_remote_code=options.trust_remote_code,
+            device_map=options.device_map,
         )  # fmt: skip
     except _LOAD_ERRORS as error:
         raise UserError(f"model {path} could not be loaded: {_first_line(error)}") from error
@@ -204,15 +207,21 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return _sha256_json([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
 
 
-def check_compatible(base_config: PretrainedConfig, instruct_config: PretrainedConfig) -> None:
-    """Raise UserError when base and instruct differ in a fact that makes their activations incomparable."""
-    base, instruct = base_config.get_text_config(), instruct_config.get_text_config()
+def check_compatible(
+    config: PretrainedConfig, instruct_config: PretrainedConfig, names: tuple[str, str] = ("base", "instruct")
+) -> None:
+    """Raise UserError when two models differ in a fact that makes their activations incomparable.
+
+    Args:
+        names: of the two, for the error.
+    """
+    first, second = config.get_text_config(), instruct_config.get_text_config()
     for fact in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        theirs, ours = getattr(base, fact, None), getattr(instruct, fact, None)
+        theirs, ours = getattr(first, fact, None), getattr(second, fact, None)
         if theirs != ours:
             raise UserError(
-                f"base and instruct differ in {fact}: {theirs} and {ours}; "
-                "the base must be the model the instruct model was trained from"
+                f"{names[0]} and {names[1]} differ in {fact}: {theirs} and {ours}; only models of one architecture and "
+                "size, one trained from the other, can be compared"
             )
 
 

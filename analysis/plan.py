@@ -9,8 +9,8 @@ from .models import LoadOptions
 from .probes import Conversation
 from .subspace_file import Subspace
 
-PROBE_FAMILIES = ("behavior", "divergence", "projection")
-FAMILIES = (*PROBE_FAMILIES, "choices")
+VARIANTS = ("corrected", "paper")
+STORE_LIMIT_GB = 50.0
 
 
 @dataclass(frozen=True)
@@ -18,25 +18,32 @@ class MeasurePlan:
     """What to measure, and against which references.
 
     instruct_path: the model that training started from; its tokenizer renders everything. base_path: None leaves what
-    needs base null, with that reason. probe_sets: conversations by name, for PROBE_FAMILIES. choices: rows of
-    `metrics.choices`. role: whose tokens are pooled and projected; None takes the subspace's, or completion.
-    references: folder for the references' readings, reused where weights, rows and options are the same; None keeps
-    them in memory alone. load: how every model is loaded.
+    needs base null, with that reason. probe_sets: conversations by name, for all families but choices. choices: rows of
+    `metrics.choices`. families: names of `families.FAMILIES`; none are all that apply. variant: "paper" follows
+    arXiv 2507.03662 where METRICS.md corrects it. role: whose tokens are pooled and projected; None takes the
+    subspace's, or completion. long_rows: "truncate" cuts rows to max_length tokens, "drop" leaves longer ones out.
+    references: folder of the store that keeps the references' readings; None keeps them in memory alone.
+    store_limit_gb: its bound, in 10^9 bytes. load: how every model is loaded. data_parallel: whether several ranks
+    share the references' rows out (each holds a whole model), instead of leaving them to the main one.
     """
 
     instruct_path: str
     base_path: str | None = None
     probe_sets: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
     choices: Sequence[ChoiceRow] = ()
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[str, ...] = ()
+    variant: str = "corrected"
     subspace: Subspace | None = None
     layers: str = "all"
     role: str | None = None
     batch_size: int = 16
     choices_batch_size: int = 256
     max_length: int | None = None
+    long_rows: str = "truncate"
     dtype: str = "float32"
     device: str | None = None
     seed: int = 0
     references: Path | None = None
+    store_limit_gb: float = STORE_LIMIT_GB
     load: LoadOptions = LoadOptions()
+    data_parallel: bool = False

@@ -1,19 +1,25 @@
 """Several processes (ranks of torch.distributed) that measure one model together.
 
-A live model is measured by every rank alike: ZeRO-3 gathers weights in each forward pass, so all ranks must run equally
-many. Files are the main rank's to write.
+Whole models share the batches out and gather what was read. Of a sharded one (ZeRO-3, FSDP) every rank runs all
+batches: weights are gathered in each forward pass, so all ranks must run equally many. Files are the main rank's to
+write.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed import distributed_c10d
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers.integrations import deepspeed as integration
 
 from .errors import UserError
+
+Item = TypeVar("Item")
 
 # The collectives of training give up after minutes, but reading two large references may take longer.
 _PATIENCE = timedelta(days=1)
@@ -28,6 +34,36 @@ def is_main() -> bool:
 
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def share_of(items: Sequence[Item]) -> list[Item]:
+    """This rank's share of a sequence that all ranks have: every n-th of n ranks."""
+    return list(items[distributed.get_rank() :: distributed.get_world_size()] if _several() else items)
+
+
+def gathered(value: Item) -> list[Item]:
+    """The values of all ranks, in their order, on every rank. All must call it."""
+    if not _several():
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def agreed(value: Item) -> Item:
+    """The main rank's value, on every rank. All must call it."""
+    values: list[Any] = [value]
+    if _several():
+        distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank holds only a part of the weights between forward passes (ZeRO-3, FSDP)."""
+    # DeepSpeed marks the parameters it has partitioned.
+    if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in model.parameters()):
+        return True
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 @contextmanager

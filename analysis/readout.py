@@ -4,22 +4,20 @@ Per-token log-probability and entropy come from chunks of the LM head at complet
 and projected inside the pass, as soon as a block has run, so that no layer's [B, T, d] waits for the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import length_batches, pad, select
-from .artifacts import load_aligned, staged_file
 from .hooks import observe
 from .layers import find_backbone
 from .lm_head import token_statistics
 from .probes import Rendered
+from .ranks import gathered, share_of
 from .subspace_file import Subspace
 
 
@@ -31,6 +29,7 @@ class Readout:
     counts: [R], tokens of the pooled role. pooled: {l: [R, d]}, mean activation over them (0 where there are none).
     projection_rows: [M], the row of each token of the role. projections: {l: [M, k]}, its coordinates V^T h.
     final: [K, d] in the model's dtype, final states at the positions that were to be kept, in the order of rows.
+    row_entropy: [R], mean next-token entropy after every token of a row, prompt included; empty unless asked for.
     """
 
     token_rows: Tensor
@@ -41,21 +40,21 @@ class Readout:
     projection_rows: Tensor
     projections: dict[int, Tensor] = field(default_factory=dict)
     final: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    row_entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for the store."""
         tensors = {name: getattr(self, name) for name in _FLAT}
         for name in _LAYERED:
             tensors.update({f"{name}.{layer}": value for layer, value in getattr(self, name).items()})
-        with staged_file(path) as staging:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, staging)
+        return tensors
 
     @classmethod
-    def load(cls, path: Path) -> "Readout":
-        """Read a file written by `save`."""
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Readout":
+        """The readout whose `tensors()` these are."""
         layered: dict[str, dict[int, Tensor]] = {name: {} for name in _LAYERED}
         flat: dict[str, Any] = {}
-        for key, value in load_aligned(path).items():
+        for key, value in tensors.items():
             name, _, layer = key.partition(".")
             if layer:
                 layered[name][int(layer)] = value
@@ -64,7 +63,7 @@ class Readout:
         return cls(**flat, pooled=layered["pooled"], projections=layered["projections"])
 
 
-_FLAT = ("token_rows", "log_prob", "entropy", "counts", "projection_rows", "final")
+_FLAT = ("token_rows", "log_prob", "entropy", "counts", "projection_rows", "final", "row_entropy")
 _LAYERED = ("pooled", "projections")
 
 
@@ -77,9 +76,11 @@ def read(
     role: str,
     subspace: Subspace | None = None,
     keep: Sequence[Sequence[int]] | None = None,
+    prompt_entropy: bool = False,
     batch_size: int = 16,
     max_length: int | None = None,
     padding: int = 0,
+    shared: bool = False,
     label: str = "reading",
 ) -> Readout:
     """One forward pass over the rows, in eval mode (the model's own mode is restored).
@@ -88,22 +89,37 @@ def read(
         layers: whose outputs are pooled over the tokens of `role`, per row.
         subspace: whose bases the same tokens are projected on, at its own layers.
         keep: per row, the positions whose final states are kept.
+        prompt_entropy: whether `row_entropy` is read, which costs a head pass over every token.
         max_length: rows are cut to it, in tokens.
+        shared: whether all ranks call it with the same rows; each then runs a share of the batches and gets all.
     """
-    reader = _Reader(model, rows, layers, role, subspace, keep, max_length, padding)
+    reader = _Reader(model, rows, layers, role, subspace, keep, prompt_entropy, max_length, padding)
     training = model.training
     model.eval()
     try:
         batches = length_batches([len(row.input_ids) for row in rows], batch_size)
-        for batch in tqdm(batches, desc=label, delay=5, leave=False):
+        for batch in tqdm(share_of(batches) if shared else batches, desc=label, delay=5, leave=False):
             reader.read_batch(batch)
     finally:
         model.train(training)
-    return reader.result()
+    # Batches are shared out whole, so that a row meets the same neighbours on one process and on several.
+    return reader.result([part for parts in gathered(reader.parts) for part in parts] if shared else reader.parts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What was read of one batch, on the CPU, tokens in the order of the batch's rows."""
+
+    rows: list[int]
+    statistics: tuple[Tensor, Tensor]
+    row_entropy: Tensor
+    pooled: dict[int, Tensor]
+    projected: dict[int, Tensor]
+    final: Tensor
 
 
 class _Reader:
-    """State of one pass: the positions wanted, and what has been read of them."""
+    """One pass: the positions wanted, and what has been read of them."""
 
     def __init__(
         self,
@@ -113,10 +129,11 @@ class _Reader:
         role: str,
         subspace: Subspace | None,
         keep: Sequence[Sequence[int]] | None,
+        prompt_entropy: bool,
         max_length: int | None,
         padding: int,
     ) -> None:
-        self.model, self.padding = model, padding
+        self.model, self.padding, self.prompt_entropy = model, padding, prompt_entropy
         self.device = next(model.parameters()).device
         self.selections = [select(row, role, max_length) for row in rows]
         self.targets = [
@@ -128,57 +145,69 @@ class _Reader:
         self.bases = (
             {} if subspace is None else {layer: basis.to(self.device) for layer, basis in subspace.bases.items()}
         )
-        self.order: list[int] = []
-        self.statistics: list[tuple[Tensor, Tensor]] = []
-        self.pooled: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-        self.projected: dict[int, list[Tensor]] = {layer: [] for layer in self.bases}
-        self.final: list[Tensor] = []
+        self.parts: list[_Part] = []
 
     def read_batch(self, batch: list[int]) -> None:
         ids, attention = pad([self.selections[row].input_ids for row in batch], self.padding, self.device)
         at, positions = _flat([self.selections[row].positions for row in batch])
-        counts = torch.tensor([len(self.selections[row].positions) for row in batch], device=self.device)
+        counts = torch.tensor([len(self.selections[row].positions) for row in batch])
+        pooled: dict[int, Tensor] = {}
+        projected: dict[int, Tensor] = {}
 
         def see(layer: int, hidden: Tensor) -> None:
             states = hidden[at, positions].float()
-            if layer in self.pooled:
+            if layer in self.layers:
                 sums = torch.zeros(len(batch), states.shape[1], device=states.device)
                 sums.index_add_(0, torch.tensor(at, device=states.device, dtype=torch.int64), states)
-                self.pooled[layer].append((sums / counts.clamp(min=1)[:, None]).cpu())
-            if layer in self.projected:
-                self.projected[layer].append((states @ self.bases[layer]).cpu())
+                pooled[layer] = sums.cpu() / counts.clamp(min=1)[:, None]
+            if layer in self.bases:
+                projected[layer] = (states @ self.bases[layer].to(states.device)).cpu()
 
         with observe(self.model, sorted({*self.layers, *self.bases}), see):
             final = find_backbone(self.model)(
                 input_ids=ids, attention_mask=attention, use_cache=False
             ).last_hidden_state
+        # A model spread over devices ends on another one than it starts on.
+        ids = ids.to(final.device)
         at, positions = _flat([self.targets[row] for row in batch])
+        statistics = torch.zeros(0), torch.zeros(0)
         if at:
             states, targets = final[at, [position - 1 for position in positions]], ids[at, positions]
             log_prob, entropy = token_statistics(self.model, states, targets)
-            self.statistics.append((log_prob.cpu(), entropy.cpu()))
-        self.final.append(final[_flat([self.keep[row] for row in batch])].cpu())
-        self.order.extend(batch)
+            statistics = log_prob.cpu(), entropy.cpu()
+        kept = final[_flat([self.keep[row] for row in batch])].cpu()
+        self.parts.append(_Part(batch, statistics, self._row_entropy(batch, final, ids), pooled, projected, kept))
 
-    def result(self) -> Readout:
+    def _row_entropy(self, batch: list[int], final: Tensor, ids: Tensor) -> Tensor:
+        """Mean entropy [B] over all tokens of each row of the batch."""
+        if not self.prompt_entropy:
+            return torch.zeros(0)
+        lengths = [len(self.selections[row].input_ids) for row in batch]
+        where = _flat([range(length) for length in lengths])
+        _, entropy = token_statistics(self.model, final[where], ids[where])
+        return torch.stack([part.mean() for part in entropy.cpu().split(lengths)])
+
+    def result(self, parts: Sequence[_Part]) -> Readout:
         """Everything in the order of rows instead of batches."""
-        rows_back = torch.tensor(self.order).argsort()
-        target_rows = torch.tensor([row for row in self.order for _ in self.targets[row]], dtype=torch.int64)
-        role_rows = torch.tensor([row for row in self.order for _ in self.selections[row].positions], dtype=torch.int64)
-        kept_rows = torch.tensor([row for row in self.order for _ in self.keep[row]], dtype=torch.int64)
+        order = [row for part in parts for row in part.rows]
+        rows_back = torch.tensor(order).argsort()
+        target_rows = torch.tensor([row for row in order for _ in self.targets[row]], dtype=torch.int64)
+        role_rows = torch.tensor([row for row in order for _ in self.selections[row].positions], dtype=torch.int64)
+        kept_rows = torch.tensor([row for row in order for _ in self.keep[row]], dtype=torch.int64)
         targets_back, roles_back = target_rows.argsort(stable=True), role_rows.argsort(stable=True)
-        empty = torch.zeros(0)
-        log_prob = torch.cat([pair[0] for pair in self.statistics]) if self.statistics else empty
-        entropy = torch.cat([pair[1] for pair in self.statistics]) if self.statistics else empty
+        row_entropy = torch.cat([part.row_entropy for part in parts])
         return Readout(
             token_rows=target_rows[targets_back],
-            log_prob=log_prob[targets_back],
-            entropy=entropy[targets_back],
+            log_prob=torch.cat([part.statistics[0] for part in parts])[targets_back],
+            entropy=torch.cat([part.statistics[1] for part in parts])[targets_back],
             counts=torch.tensor([len(selection.positions) for selection in self.selections]),
-            pooled={layer: torch.cat(parts)[rows_back] for layer, parts in self.pooled.items()},
+            pooled={layer: torch.cat([part.pooled[layer] for part in parts])[rows_back] for layer in self.layers},
             projection_rows=role_rows[roles_back],
-            projections={layer: torch.cat(parts)[roles_back] for layer, parts in self.projected.items()},
-            final=torch.cat(self.final)[kept_rows.argsort(stable=True)],
+            projections={
+                layer: torch.cat([part.projected[layer] for part in parts])[roles_back] for layer in self.bases
+            },
+            final=torch.cat([part.final for part in parts])[kept_rows.argsort(stable=True)],
+            row_entropy=row_entropy[rows_back] if self.prompt_entropy else row_entropy,
         )
 
 

@@ -1,21 +1,24 @@
-"""The references, instruct and base: read once, one model after the other, and kept under what they depend on."""
+"""The references, instruct and base: read once, one model after the other, and kept in the store."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .families import REGISTRY
 from .lm_head import StoredHead, prove_head
 from .metrics.divergence import keep_positions
 from .models import load_model, model_fingerprint
 from .plan import MeasurePlan
 from .probes import Rendered, document_key, role_mask
-from .ranks import is_main, main_first, whole_models
+from .ranks import gathered, is_main, main_first, whole_models
 from .readout import Readout, read
+from .store import Store
 
 
 @dataclass(frozen=True)
@@ -26,88 +29,149 @@ class Reference:
     head: StoredHead | None
 
 
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 class ProbeReader:
     """Reads probe sets with any model in the same way, and the references once.
 
     Args:
         rows: rendered probe sets by name. layers, role: what is pooled and projected. padding: a token id to pad with.
+        families: what will be computed, and so what is read.
     """
 
     def __init__(
-        self, plan: MeasurePlan, rows: Mapping[str, list[Rendered]], layers: list[int], role: str, padding: int
+        self,
+        plan: MeasurePlan,
+        rows: Mapping[str, list[Rendered]],
+        layers: list[int],
+        role: str,
+        padding: int,
+        families: tuple[str, ...],
     ) -> None:
         self.plan, self.rows, self.layers, self.role, self.padding = plan, rows, layers, role, padding
-        wanted = "divergence" in plan.families
-        self.kept = {name: keep_positions(found, plan.max_length) for name, found in rows.items()} if wanted else {}
+        self.parts = {part for family in families if family in REGISTRY for part in REGISTRY[family].reads}
+        self.kept = (
+            {name: keep_positions(found, plan.max_length) for name, found in rows.items()}
+            if "final" in self.parts
+            else {}
+        )
+        self._fingerprints: dict[str, str] = {}
 
-    def read(self, model: nn.Module, name: str) -> Readout:
-        """One forward pass over a probe set."""
-        plan, projecting = self.plan, "projection" in self.plan.families
+    def read(self, model: nn.Module, name: str, *, shared: bool = False) -> Readout:
+        """One forward pass over a probe set; `shared` as for `readout.read`."""
+        plan = self.plan
         return read(
             model,
             self.rows[name],
-            layers=self.layers if projecting else [],
+            layers=self.layers if "pooled" in self.parts else [],
             role=self.role,
-            subspace=plan.subspace if projecting else None,
+            subspace=plan.subspace if "projections" in self.parts else None,
             keep=self.kept[name].positions if self.kept else None,
+            prompt_entropy=self._prompt_entropy(),
             batch_size=plan.batch_size,
             max_length=plan.max_length,
             padding=self.padding,
+            shared=shared,
             label=name,
         )
+
+    def _prompt_entropy(self) -> bool:
+        return self.plan.variant == "paper" and "prompt_entropy" in self.parts
 
     def references(self) -> dict[str, Reference]:
         """ "instruct" and, where the plan names one, "base". Of several ranks the main one reads and writes first."""
         paths = {"instruct": self.plan.instruct_path}
         if self.plan.base_path is not None:
             paths["base"] = self.plan.base_path
+        if not self.rows:
+            return {name: Reference({}, None) for name in paths}
         # Without a folder there is nothing to take from the main rank, and no reason to wait for it.
         folder = self.plan.references
-        facts = [str(folder), paths, [self._key("", name) for name in self.rows]]
-        with main_first(f"references {json.dumps(facts)}") if folder is not None else nullcontext():
+        facts = [str(folder), paths, [self.data_hash(name) for name in self.rows], sorted(self.parts)]
+        alone = folder is None or self.plan.data_parallel
+        with nullcontext() if alone else main_first(f"references {json.dumps(facts)}"):
             return {name: self._reference(path) for name, path in paths.items()}
 
     def _reference(self, path: str) -> Reference:
-        """Readings of every probe set by one reference model, from the store where it has them."""
-        if not self.rows:
-            return Reference({}, None)
-        head_file, files = self._files(path)
-        if files and all(file.is_file() for file in (*files.values(), *head_file)):
-            readings = {name: Readout.load(file) for name, file in files.items()}
-            return Reference(readings, StoredHead.load(head_file[0]) if head_file else None)
+        """Readings of every probe set by one reference model; it is loaded for what the store lacks, then let go."""
+        store, fingerprint = self._store(), self.fingerprint(path)
+        keys = {name: self._key(fingerprint, name) for name in self.rows}
+        head_key = sha256_json(["head", fingerprint, self.plan.dtype])
+        found = {name: store.get(key) for name, key in keys.items()} if store is not None else {}
+        readings = {name: Readout.of_tensors(tensors) for name, tensors in found.items() if tensors is not None}
+        stored_head = store.get(head_key) if store is not None and self.kept else None
+        head = None if stored_head is None else head_of(stored_head)
+        complete = len(readings) == len(keys) and (head is not None or not self.kept)
+        # Ranks that read together must agree on whether there is something to read.
+        if all(gathered(complete)) if self.plan.data_parallel else complete:
+            return Reference(readings, head)
         with whole_models():
             model = load_model(path, dtype=self.plan.dtype, device=self.plan.device, options=self.plan.load)
         prove_head(model)
-        reference = Reference(
-            {name: self.read(model, name) for name in self.rows}, StoredHead.of(model) if self.kept else None
-        )
         # Ranks that do not share the main one's disk come here too; one writer a file is enough.
-        if files and is_main():
-            for name, file in files.items():
-                reference.readings[name].save(file)
-            if reference.head is not None:
-                reference.head.save(head_file[0])
-        return reference
+        writes = store if store is not None and is_main() else None
+        for name, key in keys.items():
+            if name not in readings or self.plan.data_parallel:
+                readings[name] = self.read(model, name, shared=self.plan.data_parallel)
+                if writes is not None:
+                    writes.put(key, readings[name].tensors())
+        if self.kept and head is None:
+            head = StoredHead.of(model)
+            if writes is not None:
+                writes.put(head_key, head_tensors(head))
+        return Reference({name: readings[name] for name in self.rows}, head)
 
-    def _files(self, path: str) -> tuple[list[Path], dict[str, Path]]:
-        """Where the head (if it is kept) and the readings of a model lie; nothing without a store."""
+    def _store(self) -> Store | None:
         folder = self.plan.references
-        if folder is None:
-            return [], {}
-        fingerprint = model_fingerprint(path)
-        head = hashlib.sha256(f"{fingerprint} {self.plan.dtype}".encode()).hexdigest()
-        files = {name: folder / f"{self._key(fingerprint, name)}.safetensors" for name in self.rows}
-        return [folder / f"{head}.head.safetensors"] if self.kept else [], files
+        return None if folder is None else Store(folder, self.plan.store_limit_gb)
 
-    def _key(self, fingerprint: str, name: str) -> str:
-        plan, bases = self.plan, hashlib.sha256()
-        for layer, basis in sorted(plan.subspace.bases.items()) if plan.subspace is not None else ():
-            bases.update(f"{layer} {tuple(basis.shape)}".encode() + basis.numpy().tobytes())
-        data = [
+    def fingerprint(self, path: str) -> str:
+        """`model_fingerprint` of a reference, whose files are read for it only once."""
+        if path not in self._fingerprints:
+            self._fingerprints[path] = model_fingerprint(path)
+        return self._fingerprints[path]
+
+    def data_hash(self, name: str) -> str:
+        """Of a probe set as every model reads it: token ids, completions, the role's tokens, the length limit."""
+        rows = [
             [document_key(row.input_ids), row.completion_mask, role_mask(row, self.role)] for row in self.rows[name]
         ]
+        return sha256_json([rows, self.plan.max_length])
+
+    def loading(self) -> list[Any]:
+        """What of the way models are loaded can change their numbers."""
+        return [self.plan.dtype, self.plan.load.attn_implementation, self.plan.load.layers_path]
+
+    def _key(self, fingerprint: str, name: str) -> str:
+        """Weights, data, positions, layers, options."""
         kept = self.kept[name].positions if self.kept else None
-        options = [self.layers, self.role, plan.max_length, plan.dtype, sorted(plan.families), kept]
-        if plan.load.attn_implementation is not None:
-            options.append(plan.load.attn_implementation)
-        return hashlib.sha256(json.dumps([fingerprint, data, options, bases.hexdigest()]).encode()).hexdigest()
+        pooled = self.layers if "pooled" in self.parts else []
+        bases = subspace_hash(self.plan) if "projections" in self.parts else None
+        options = [pooled, self.role, kept, bases, self._prompt_entropy(), self.loading()]
+        return sha256_json([fingerprint, self.data_hash(name), options])
+
+
+def subspace_hash(plan: MeasurePlan) -> str | None:
+    """Of the bases and scales of the plan's subspace, None without one."""
+    if plan.subspace is None:
+        return None
+    digest = hashlib.sha256()
+    for layer, basis in sorted(plan.subspace.bases.items()):
+        digest.update(
+            f"{layer} {tuple(basis.shape)} {plan.subspace.scales[layer]!r}".encode() + basis.numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def head_tensors(head: StoredHead) -> dict[str, Tensor]:
+    """An LM head as the store keeps it."""
+    shape = torch.tensor([head.scale, head.cap], dtype=torch.float64)
+    return {"weight": head.weight, "shape": shape, **({} if head.bias is None else {"bias": head.bias})}
+
+
+def head_of(tensors: Mapping[str, Tensor]) -> StoredHead:
+    """The head whose `head_tensors` these are."""
+    return StoredHead(tensors["weight"], tensors.get("bias"), *tensors["shape"].tolist())

@@ -8,8 +8,9 @@ from analysis_toys import CHATML, chat, save_toy, toy_model, toy_tokenizer
 from holdfast.analysis import measure as measuring
 from holdfast.analysis import references
 from holdfast.analysis.errors import UserError
-from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint, scalars, write_measurements
+from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint, scalars
 from holdfast.analysis.metrics.choices import score_choices
+from holdfast.analysis.results import ResultFiles
 from holdfast.analysis.subspace import SubspaceRequest, build_subspace
 from peft import LoraConfig, get_peft_model
 
@@ -66,7 +67,7 @@ def test_instruct_measures_as_itself_and_base_as_base(folders, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["checkpoint"] for line in lines] == ["instruct", "base"]
     assert {path.name for path in (tmp_path / "metrics" / "base").iterdir()} == {
-        "behavior.json", "projection.json", "choices.json", "divergence.json", "cost.json", "manifest.json",
+        "behavior.json", "projection.json", "choices.json", "divergence.json", "cost.json",
     }  # fmt: skip
     assert not list(tmp_path.rglob("*.staging"))
 
@@ -97,7 +98,7 @@ def test_a_live_model_measures_as_its_checkpoint(folders, tmp_path):
 def test_references_are_read_once_and_kept(folders, tmp_path, monkeypatch):
     plan = plan_of(folders, references=tmp_path / "store")
     fresh = Measurer(plan).measure(toy_model(seed=1))
-    assert len(list((tmp_path / "store").iterdir())) == 4  # a reading and a head of each
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 4  # a reading and a head of each
 
     def refuse(*_args, **_options):
         raise AssertionError("a reference was loaded again")
@@ -120,18 +121,21 @@ def test_without_base_what_needs_it_is_null_with_that_reason(folders):
     json.dumps(result, allow_nan=False)
 
 
-def test_measuring_again_replaces_the_checkpoint_whole(folders, tmp_path, monkeypatch):
-    results = {"choices": {"split": {"test": {"a": {"value": 0.5, "n": 1, "ci95": None}}}}}
-    write_measurements(tmp_path, "checkpoint-20", 20, results)
-    write_measurements(tmp_path, "checkpoint-3", 3, results)
-    results["choices"]["split"]["test"]["a"]["value"] = 0.25
-    write_measurements(tmp_path, "checkpoint-20", 20, results)
+def test_measuring_a_family_again_replaces_its_file_alone(tmp_path):
+    def rates(value):
+        return {"split": {"test": {"a": {"value": value, "n": 1, "ci95": None}}}}
+
+    twenty = ResultFiles(tmp_path, "checkpoint-20", 20)
+    twenty.write("choices", rates(0.5))
+    twenty.write("cost", {"seconds": 1.0})
+    ResultFiles(tmp_path, "checkpoint-3", 3).write("choices", rates(0.5))
+    twenty.write("choices", rates(0.25))
     with pytest.raises(ValueError, match="JSON"):
-        write_measurements(tmp_path, "checkpoint-20", 20, {"choices": {}, "cost": {"seconds": float("nan")}})
+        twenty.write("cost", {"seconds": float("nan")})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 20]
-    assert lines[1]["choices"]["split"]["test"]["a"]["value"] == 0.25
-    assert scalars(lines[1]) == {"choices/split/test/a": 0.25}
+    assert scalars(lines[1]) == {"choices/split/test/a": 0.25, "cost/seconds": 1.0}
+    assert twenty.line() == lines[1]
 
 
 def test_a_subspace_of_another_model_or_role_is_refused(folders):

@@ -9,6 +9,7 @@ from holdfast.analysis.errors import UserError
 from holdfast.analysis.layers import find_backbone
 from holdfast.analysis.probes import render, role_mask
 from holdfast.analysis.readout import Readout, read
+from holdfast.analysis.store import Store
 from holdfast.analysis.subspace_file import Provenance, Subspace
 from holdfast.analysis.subspace_methods import random_basis
 
@@ -86,12 +87,22 @@ def test_the_length_limit_cuts_rows_and_the_training_mode_returns(rows):
     assert len(readout.log_prob) == sum(sum(row.completion_mask[:limit]) for row in rows)
 
 
-def test_a_readout_survives_the_disk(rows, tmp_path):
+def test_a_readout_survives_the_store(rows, tmp_path):
     readout = read(toy_model(), rows, layers=[0, 2], role="all", subspace=subspace_of())
-    readout.save(tmp_path / "r.safetensors")
-    again = Readout.load(tmp_path / "r.safetensors")
+    Store(tmp_path, 1).put("key", readout.tensors())
+    again = Readout.of_tensors(Store(tmp_path, 1).get("key"))
     assert torch.equal(again.entropy, readout.entropy) and torch.equal(again.token_rows, readout.token_rows)
     assert again.pooled.keys() == {0, 2} and torch.equal(again.projections[1], readout.projections[1])
+
+
+def test_the_papers_entropy_counts_the_prompt(rows):
+    model = toy_model(scale=2)
+    readout = read(model, rows, layers=[], role="completion", prompt_entropy=True, batch_size=3)
+    expected = []
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].detach().double().log_softmax(-1)
+        expected.append(float(-(logits.exp() * logits).sum(-1).mean()))
+    np.testing.assert_allclose(readout.row_entropy, expected, rtol=1e-4)
 
 
 def test_an_unknown_head_is_refused(monkeypatch):

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 from analysis_toys import LAST_TURN_ONLY, chat, toy_model
-from holdfast.analysis.artifacts import verify_manifest, write_manifest
+from holdfast.analysis.artifacts import verify_manifest
 from holdfast.analysis.subspace import Subspace
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
-from holdfast.trainer.measuring import analyze
 from holdfast.trainer.parsing import parse
 from run_toys import recipe, toy_rows, write_model, write_rows
 

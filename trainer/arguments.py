@@ -7,8 +7,7 @@ Checks that need one field alone are here; checks that need files, models or row
 
 import json
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import trl
@@ -20,22 +19,10 @@ from transformers.integrations.integration_utils import (
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..analysis.errors import UserError
-from ..analysis.plan import FAMILIES
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
+from .options import option, require, sources
 from .refused import NOT_READ, QUANTIZATION, refuse_overridden
-
-
-def _option(default: Any, text: str, *choices: str) -> Any:
-    metadata: dict[str, Any] = {"help": text}
-    if choices:
-        metadata["choices"] = list(choices)
-    return field(default=default, metadata=metadata)
-
-
-def _require(condition: bool, flag: str, value: object, need: str) -> None:
-    if not condition:
-        raise UserError(f"--{flag} is {value}, but must be {need}")
 
 
 def _pattern(flag: str, value: dict[str, int] | str | None) -> dict[str, int] | None:
@@ -59,18 +46,18 @@ class ModelArguments(trl.ModelConfig):
 
     _argument_group_name = "model"
 
-    base_model_name_or_path: str | None = _option(
+    base_model_name_or_path: str | None = option(
         None,
         "Folder or Hub name of the base model the starting model was aligned from. Needed only by the subspace methods "
         "difference_in_means, svd and shared, and by the measures that compare with base. Default: none.",
     )
-    layers_path: str | None = _option(
+    layers_path: str | None = option(
         None, "Dotted path of the decoder blocks, where they are not found by shape. Default: found by shape."
     )
-    lora_alpha_pattern: dict[str, int] | str | None = _option(
+    lora_alpha_pattern: dict[str, int] | str | None = option(
         None, "LoRA alpha by module-name pattern (mapping or JSON), over --lora_alpha. Default: none."
     )
-    lora_rank_pattern: dict[str, int] | str | None = _option(
+    lora_rank_pattern: dict[str, int] | str | None = option(
         None, "LoRA rank by module-name pattern (mapping or JSON), over --lora_r. Default: none."
     )
 
@@ -80,7 +67,7 @@ class ModelArguments(trl.ModelConfig):
         # TRL unwraps a list of one, and PEFT takes text for a regular expression.
         if isinstance(self.lora_target_modules, str) and self.lora_target_modules != "all-linear":
             self.lora_target_modules = [self.lora_target_modules]
-        _require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
+        require(self.lora_r >= 1, "lora_r", self.lora_r, "at least 1")
         self.lora_alpha_pattern = _pattern("lora_alpha_pattern", self.lora_alpha_pattern)
         self.lora_rank_pattern = _pattern("lora_rank_pattern", self.lora_rank_pattern)
 
@@ -100,28 +87,28 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    train_dataset: str | None = _option(None, "Training rows (required by train). Default: none.")
-    train_split: str = _option("train", "Split of a Hub data set to train on. Default: train.")
-    train_rows: int | None = _option(None, "Use only the first N training rows. Default: all.")
-    held_out_dataset: str | None = _option(
+    train_dataset: str | None = option(None, "Training rows (required by train). Default: none.")
+    train_split: str = option("train", "Split of a Hub data set to train on. Default: train.")
+    train_rows: int | None = option(None, "Use only the first N training rows. Default: all.")
+    held_out_dataset: str | None = option(
         None, "Rows to measure and evaluate on, apart from training. Duplicates with it are reported. Default: none."
     )
-    held_out_rows: int = _option(
+    held_out_rows: int = option(
         0, "Set aside this many rows of the training set, after de-duplication, when no --held_out_dataset. Default: 0."
     )
-    anchor_dataset: str | None = _option(
+    anchor_dataset: str | None = option(
         None,
         "Ordinary prompts, with or without answers, whose activations the penalty holds in place. "
         "Default: 64 prompts that ship with Holdfast.",
     )
-    probe_dataset: str | None = _option(
+    probe_dataset: str | None = option(
         None,
         "Rows on which checkpoints are measured. Default: the held-out rows, else training rows.",
     )
-    choices_dataset: str | None = _option(
+    choices_dataset: str | None = option(
         None, "Prompts with enumerated answer classes, whose probability mass is measured exactly. Default: none."
     )
-    long_rows: str = _option(
+    long_rows: str = option(
         "error",
         "What to do with a row longer than --max_length tokens: stop with its file and line, cut its end, or leave it "
         "out (counted and printed). Default: error.",
@@ -131,8 +118,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        _require(self.train_rows is None or self.train_rows >= 1, "train_rows", self.train_rows, "at least 1")
-        _require(self.held_out_rows >= 0, "held_out_rows", self.held_out_rows, "0 or more rows")
+        require(self.train_rows is None or self.train_rows >= 1, "train_rows", self.train_rows, "at least 1")
+        require(self.held_out_rows >= 0, "held_out_rows", self.held_out_rows, "0 or more rows")
 
 
 @dataclass
@@ -141,39 +128,35 @@ class SubspaceArguments:
 
     _argument_group_name = "subspace"
 
-    subspace_path: str | None = _option(
+    subspace_path: str | None = option(
         None, "Where subspace writes and train reads the subspace. Default: <output_dir>/subspace.safetensors."
     )
-    subspace_method: str = _option(
+    subspace_method: str = option(
         "contrastive",
         "contrastive needs only the starting model; difference_in_means, svd and shared need the base too; random is "
         "the null. Default: contrastive.",
         *METHODS,
     )
-    subspace_rank: int = _option(1, "Directions per layer. Default: 1.")
-    subspace_layers: str = _option("all", "Decoder blocks from 0: all, a list (0,2,5) or a range (4-10). Default: all.")
-    subspace_positions: str = _option("all", "Token role the activations are read at. Default: all.", *ROLES)
-    subspace_dataset: str | None = _option(None, "Rows the activations are read on. Default: the anchors.")
-    subspace_contrast: str | None = _option(
+    subspace_rank: int = option(1, "Directions per layer. Default: 1.")
+    subspace_layers: str = option("all", "Decoder blocks from 0: all, a list (0,2,5) or a range (4-10). Default: all.")
+    subspace_positions: str = option("all", "Token role the activations are read at. Default: all.", *ROLES)
+    subspace_dataset: str | None = option(None, "Rows the activations are read on. Default: the anchors.")
+    subspace_contrast: str | None = option(
         None,
         "JSON Lines of contrast pairs: system prompts {aligned, misaligned}, or completions {prompt, chosen, "
         "rejected}. Default: the pairs that ship with Holdfast.",
     )
-    subspace_domains: dict[str, str] | str | None = _option(
+    subspace_domains: dict[str, str] | str | None = option(
         None, "For shared: domain name -> source of rows (mapping or JSON). Default: none."
     )
-    subspace_centred: bool = _option(
+    subspace_centred: bool = option(
         False, "For svd: subtract the mean residual first, as the paper did. Default: false."
     )
-    subspace_seed: int = _option(0, "Seed of the random method. Default: 0.")
+    subspace_seed: int = option(0, "Seed of the random method. Default: 0.")
 
     def __post_init__(self) -> None:
-        _require(self.subspace_rank >= 1, "subspace_rank", self.subspace_rank, "at least 1")
-        if isinstance(self.subspace_domains, str):
-            try:
-                self.subspace_domains = json.loads(self.subspace_domains)
-            except json.JSONDecodeError as error:
-                raise UserError(f"--subspace_domains is not JSON: {error.msg}") from None
+        require(self.subspace_rank >= 1, "subspace_rank", self.subspace_rank, "at least 1")
+        self.subspace_domains = sources("subspace_domains", self.subspace_domains)
         if self.subspace_method == "shared" and not self.subspace_domains:
             raise UserError(
                 "--subspace_method shared needs --subspace_domains: a mapping of at least two domains to rows"
@@ -186,32 +169,32 @@ class ProtectionArguments:
 
     _argument_group_name = "protection"
 
-    protection: str = _option(
+    protection: str = option(
         "none",
         "none: plain SFT. subspace: penalty in the alignment subspace. random_subspace: the null. Default: none.",
         "none",
         "subspace",
         "random_subspace",
     )
-    penalty_strength: float = _option(1.0, "Weight of the penalty against the cross-entropy, 0 or more. Default: 1.0.")
-    penalty_rank: int | None = _option(None, "Use only the first k directions of a layer. Default: all.")
-    penalty_layers: str | None = _option(
+    penalty_strength: float = option(1.0, "Weight of the penalty against the cross-entropy, 0 or more. Default: 1.0.")
+    penalty_rank: int | None = option(None, "Use only the first k directions of a layer. Default: all.")
+    penalty_layers: str | None = option(
         None, "Decoder blocks to penalise: all, a list (0,2,5) or a range (4-10). Default: all of the subspace's."
     )
-    penalty_inputs: str = _option("anchors", "Rows the penalty acts on. Default: anchors.", "task", "anchors", "both")
-    penalty_tokens: str | None = _option(
+    penalty_inputs: str = option("anchors", "Rows the penalty acts on. Default: anchors.", "task", "anchors", "both")
+    penalty_tokens: str | None = option(
         None, "Token role the penalty acts on; must be the role the subspace was built on. Default: that role.", *ROLES
     )
-    penalty_side: str = _option(
+    penalty_side: str = option(
         "both",
         "Penalise drift either way, or only towards base (needs a subspace that knows it). Default: both.",
         "both",
         "toward_base",
     )
-    penalty_warmup: int = _option(0, "Steps over which a stronger start falls linearly to 1 x strength. Default: 0.")
-    penalty_warmup_strength: float = _option(10.0, "Multiple of the strength at step 0 of that warm-up. Default: 10.0.")
-    penalty_task_weight: float = _option(0.5, "Weight of the task part for inputs `both`, in 0..1. Default: 0.5.")
-    reference: str = _option(
+    penalty_warmup: int = option(0, "Steps over which a stronger start falls linearly to 1 x strength. Default: 0.")
+    penalty_warmup_strength: float = option(10.0, "Multiple of the strength at step 0 of that warm-up. Default: 10.0.")
+    penalty_task_weight: float = option(0.5, "Weight of the task part for inputs `both`, in 0..1. Default: 0.5.")
+    reference: str = option(
         "auto",
         "Where the starting model's activations come from: cached on disk, the model with adapters off, a frozen copy, "
         "or auto: the first of these that works, said aloud. Default: auto.",
@@ -220,41 +203,18 @@ class ProtectionArguments:
         "adapter_off",
         "frozen",
     )
-    anchor_batch_size: int = _option(4, "Anchor rows per forward and process. Default: 4.")
-    anchor_every: int = _option(1, "Use anchors on every n-th optimiser step. Default: 1.")
-    null_seed: int = _option(0, "Seed of random_subspace. Default: 0.")
-    null_scale: str = _option(
-        "given", "Scale of random_subspace: as given, or its own. Default: given.", "given", "own"
-    )
+    anchor_batch_size: int = option(4, "Anchor rows per forward and process. Default: 4.")
+    anchor_every: int = option(1, "Use anchors on every n-th optimiser step. Default: 1.")
+    null_seed: int = option(0, "Seed of random_subspace. Default: 0.")
+    null_scale: str = option("given", "Scale of random_subspace: as given, or its own. Default: given.", "given", "own")
 
     def __post_init__(self) -> None:
         for name in ("penalty_strength", "penalty_warmup", "penalty_warmup_strength"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("anchor_batch_size", "anchor_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(0 <= self.penalty_task_weight <= 1, "penalty_task_weight", self.penalty_task_weight, "between 0 and 1")
-        _require(self.penalty_rank is None or self.penalty_rank >= 1, "penalty_rank", self.penalty_rank, "at least 1")
-
-
-@dataclass
-class AnalysisArguments:
-    """What is measured on each saved checkpoint, and by `holdfast analyze`."""
-
-    _argument_group_name = "analysis"
-
-    analysis_families: list[str] | None = _option(
-        None, "Families to measure. Default: behavior, projection, choices.", *FAMILIES
-    )
-    analysis_rows: int = _option(200, "At most this many rows of each set. Default: 200.")
-    analysis_batch_size: int = _option(8, "Rows per forward while measuring. Default: 8.")
-    analysis_checkpoints: list[str] | None = _option(
-        None, "Folders to measure. Default: every checkpoint and the final model of the output folder."
-    )
-    analysis_during_training: bool = _option(True, "Measure each checkpoint when it is saved. Default: true.")
-
-    def __post_init__(self) -> None:
-        _require(self.analysis_rows >= 1, "analysis_rows", self.analysis_rows, "at least 1")
-        _require(self.analysis_batch_size >= 1, "analysis_batch_size", self.analysis_batch_size, "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0 <= self.penalty_task_weight <= 1, "penalty_task_weight", self.penalty_task_weight, "between 0 and 1")
+        require(self.penalty_rank is None or self.penalty_rank >= 1, "penalty_rank", self.penalty_rank, "at least 1")
 
 
 @dataclass
@@ -263,19 +223,19 @@ class HoldfastConfig(trl.SFTConfig):
 
     _argument_group_name = "training"
 
-    output_dir: str | None = _option(None, "Folder of the run (required). Default: none.")
-    max_length: int | None = _option(2048, "Length limit of a row in tokens; see --long_rows. Default: 2048.")
-    completion_only_loss: bool | None = _option(True, "Loss on the assistant's tokens only. Default: true.")
-    gradient_checkpointing: bool = _option(
+    output_dir: str | None = option(None, "Folder of the run (required). Default: none.")
+    max_length: int | None = option(2048, "Length limit of a row in tokens; see --long_rows. Default: 2048.")
+    completion_only_loss: bool | None = option(True, "Loss on the assistant's tokens only. Default: true.")
+    gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward: less memory, about a fifth slower. Default: false."
     )
-    report_to: str = _option(
+    report_to: str = option(
         "tensorboard", "Where to log. Default: tensorboard.", *sorted(INTEGRATION_TO_CALLBACK), "none"
     )
-    ddp_find_unused_parameters: bool | None = _option(
+    ddp_find_unused_parameters: bool | None = option(
         False, "Several processes without DeepSpeed: look for parameters without gradient each step. Default: false."
     )
-    num_processes: int = _option(1, "Processes to train on, one per device (or CPU ranks). Default: 1.")
+    num_processes: int = option(1, "Processes to train on, one per device (or CPU ranks). Default: 1.")
 
     def __post_init__(self) -> None:
         refuse_overridden(self, trl.SFTConfig, NOT_READ)
@@ -284,14 +244,14 @@ class HoldfastConfig(trl.SFTConfig):
             possible = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
             self.bf16 = possible and not self.fp16
         for name in ("learning_rate", "seed", "save_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.max_steps != 0, "max_steps", 0, "at least 1 (or -1 for --num_train_epochs)")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.max_steps != 0, "max_steps", 0, "at least 1 (or -1 for --num_train_epochs)")
         if str(self.resume_from_checkpoint).lower() == "false":
             self.resume_from_checkpoint = None
-        _require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
-        _require(self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
+        require(self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         # The list of those installed leaves Flyte out.
         installed = {"none", *get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
         if self.report_to not in installed:

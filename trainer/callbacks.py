@@ -1,18 +1,23 @@
 """Measure each checkpoint as it is saved, with the model that is in memory already."""
 
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..analysis.measure import Measurer, Results, scalars, write_measurements
+from ..analysis.families import Results
+from ..analysis.measure import Measurer
+from ..analysis.results import ResultFiles, problems, scalars
 
 
 class MeasureCheckpoints(TrainerCallback):
     """Writes every saved checkpoint's metrics to `metrics.jsonl` and TensorBoard; training goes on as if it had not.
 
-    Every rank measures, since ZeRO-3 gathers weights in each forward pass; the main process alone writes.
+    All ranks measure: they share the rows out, or each runs all of them where weights are sharded (ZeRO-3). The main
+    process alone writes. The seconds spent are logged.
 
     Args:
         trainer: the trainer it belongs to.
@@ -22,6 +27,8 @@ class MeasureCheckpoints(TrainerCallback):
 
     def __init__(self, trainer: Trainer, measurer: Measurer, output_dir: Path) -> None:
         self.trainer, self.measurer, self.output_dir = trainer, measurer, output_dir
+        self.variant = measurer.plan.variant
+        self.seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -29,14 +36,23 @@ class MeasureCheckpoints(TrainerCallback):
         self.measurer.prepare()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        started = time.perf_counter()
+        files = ResultFiles(self.output_dir, f"checkpoint-{state.global_step}", state.global_step, self.variant)
         # The wrapped model: DeepSpeed's engine holds the hooks that gather weights.
-        results = self.measurer.measure(self.trainer.model_wrapped)
+        results: Results = {}
+        for family, found in self.measurer.measured(self.trainer.model_wrapped, self.measurer.families):
+            results[family] = found
+            if state.is_world_process_zero:
+                files.write(family, found)
         if state.is_world_process_zero:
-            write_measurements(self.output_dir, f"checkpoint-{state.global_step}", state.global_step, results)
             self._show(results, state.global_step)
         self.trainer.accelerator.wait_for_everyone()
+        self.seconds += time.perf_counter() - started
+        self.trainer.log({"analysis_seconds": time.perf_counter() - started, "analysis_seconds_in_all": self.seconds})
 
     def _show(self, results: Results, step: int) -> None:
+        for problem in problems(results):
+            print(f"holdfast: checkpoint-{step} not measured: {problem}", file=sys.stderr)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for name, value in scalars(results).items():

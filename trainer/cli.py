@@ -1,6 +1,7 @@
-"""The `holdfast` command: `holdfast <lab|subspace|train|analyze|quickstart> [--config recipe.yaml] [--flag value ...]`.
+"""The `holdfast` command: `holdfast <command> [--config recipe.yaml] [--flag value ...]`.
 
 Errors a user can cause are one line on stderr and exit code 2, with nothing written; an interrupt is exit code 130.
+Where a part could not be measured and the rest was, each such part is one line and the exit code is 3.
 """
 
 import difflib
@@ -11,9 +12,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..analysis.errors import UserError
 from .disk import disk_is_full
+
+if TYPE_CHECKING:
+    from .measuring import Analyzed
+
+PARTIAL = 3
 
 COMMANDS = {
     "quickstart": "build the lab, fine-tune without and with protection, and print one table",
@@ -21,6 +28,7 @@ COMMANDS = {
     "subspace": "find the alignment subspace of a model",
     "train": "fine-tune, with or without protection",
     "analyze": "measure checkpoints",
+    "watch": "measure a run's checkpoints as they appear: holdfast watch <output_dir>",
 }
 USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n" + "\n".join(
     f"  {name:<12}{text}" for name, text in COMMANDS.items()
@@ -28,7 +36,7 @@ USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 for a loss not finite, 2 for bad input, 130 for Ctrl-C."""
+    """Runs one command and returns its exit code: 0, 1 (loss not finite), 2 (bad input), 3 (in part), 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, "\n\nholdfast <command> --help lists the command's flags.")
@@ -54,7 +62,14 @@ def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0] if name else "quickstart"
         raise UserError(f"{'unknown command ' + repr(name) if name else 'no command'}; try `holdfast {near}`")
-    return {"quickstart": _quickstart, "lab": _lab, "subspace": _subspace, "train": _train, "analyze": _analyze}[name]
+    return {
+        "quickstart": _quickstart,
+        "lab": _lab,
+        "subspace": _subspace,
+        "train": _train,
+        "analyze": _analyze,
+        "watch": _watch,
+    }[name]
 
 
 def _complain(line: str, code: int) -> int:
@@ -103,12 +118,36 @@ def _subspace(arguments: Sequence[str]) -> int:
 
 
 def _analyze(arguments: Sequence[str]) -> int:
-    from .measuring import analyze
-    from .parsing import parse
+    from .launch import launch, must_launch
+    from .measuring import analyze, checked
+    from .parsing import build, parse_values
 
     _quiet_bars()
-    print(f"measures written to {analyze(parse(arguments))}")
-    return 0
+    # A recipe's DeepSpeed belongs to its training.
+    values = {**parse_values(arguments), "deepspeed": None}
+    if must_launch(values):
+        # One process checks everything first, so that a bad input is one line and not one per rank.
+        _, readable = checked(build(values))
+        return launch(arguments, values, "analyze") if readable else PARTIAL
+    return _report(analyze(build(values)))
+
+
+def _watch(arguments: Sequence[str]) -> int:
+    from .watching import watch, watched
+
+    _quiet_bars()
+    return _report(watch(watched(arguments)))
+
+
+def _report(found: "Analyzed") -> int:
+    """Says what was measured and what was not, on the main rank, whose exit code then counts."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    for problem in found.problems:
+        print(f"holdfast: not measured: {problem}", file=sys.stderr)
+    if found.metrics.is_file():
+        print(f"measures written to {found.metrics}")
+    return PARTIAL if found.problems else 0
 
 
 def _train(arguments: Sequence[str]) -> int:

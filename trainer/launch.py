@@ -1,4 +1,4 @@
-"""Several processes for one run: `holdfast train --num_processes N [--deepspeed zero2]` starts itself N times.
+"""Several processes for one command: `holdfast train --num_processes N [--deepspeed zero2]` starts itself N times.
 
 Under torchrun, srun or accelerate (which set LOCAL_RANK) nothing is started: each process is one rank already.
 """
@@ -43,11 +43,11 @@ def must_launch(values: Mapping[str, Any]) -> bool:
     return "LOCAL_RANK" not in os.environ and (values["num_processes"] > 1 or bool(values["deepspeed"]))
 
 
-def launch(arguments: Sequence[str], values: Mapping[str, Any]) -> int:
-    """Runs `holdfast train` on every rank of this machine; returns 0 or the exit code of the first failure.
+def launch(arguments: Sequence[str], values: Mapping[str, Any], command: str = "train") -> int:
+    """Runs a `holdfast` command on every rank of this machine; returns 0 or the exit code of the first failure.
 
     Args:
-        arguments: the flags after `train`, as given.
+        arguments: the flags after the command, as given.
         values: their parsed values.
     """
     if values["deepspeed"]:
@@ -65,7 +65,7 @@ def launch(arguments: Sequence[str], values: Mapping[str, Any]) -> int:
     logging.disable(logging.ERROR)
     os.environ.update(_environment(values))
     try:
-        elastic_launch(config, sys.executable)("-m", "holdfast.trainer.cli", "train", *arguments)
+        elastic_launch(config, sys.executable)("-m", "holdfast.trainer.cli", command, *arguments)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1

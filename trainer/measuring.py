@@ -1,110 +1,175 @@
-"""What is measured of a run, from its arguments: the plan shared by `holdfast analyze` and the training callback."""
+"""What is measured of a run, from its arguments: shared by `holdfast analyze`, `holdfast watch` and the callback."""
 
-from collections import Counter
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from ..analysis.artifacts import check_writable
 from ..analysis.errors import UserError
-from ..analysis.measure import Measurer, check_checkpoint, measure_checkpoint
+from ..analysis.measure import Measurer, UnreadableCheckpoint, check_checkpoint, measure_checkpoint
 from ..analysis.models import model_fingerprint, tokenizer_fingerprint
 from ..analysis.plan import MeasurePlan
 from ..analysis.probes import Conversation
+from ..analysis.results import VIEW, problems
+from ..analysis.store import default_folder
 from ..analysis.subspace import Subspace
+from .checkpoint_names import named_checkpoints
 from .data import Row, load_rows
 from .inputs import load_choices, load_options, read_starting_model, subspace_path, training_rows
 from .parsing import Arguments
+from .records import is_main
 
-# divergence costs passes of the references' heads for every checkpoint, so it is measured when asked for.
+# What a training run measures unasked: each costs one forward pass over the rows, or less.
 DEFAULT_FAMILIES = ("behavior", "projection", "choices")
 
 
-def measurer(arguments: Arguments) -> Measurer:
-    """A measurer of the run's probe sets, choices and subspace. Loads no weights; raises UserError for bad input."""
+@dataclass(frozen=True)
+class Analyzed:
+    """Where the results are, and what could not be measured ("checkpoint: family: reason")."""
+
+    metrics: Path
+    problems: list[str]
+
+
+def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Measurer:
+    """A measurer of the run's probe sets, choices and subspace. Loads no weights; raises UserError for bad input.
+
+    Args:
+        families: None are those of the training callback, an empty list all that apply.
+    """
     tokenizer, _ = read_starting_model(arguments)
     subspace, choices = _subspace(arguments, tokenizer), arguments.data.choices_dataset
+    asked = arguments.analysis
+    store = Path(asked.store_dir).expanduser() if asked.store_dir else default_folder()
+    check_writable(store, "--store_dir")
+    budget = asked.analysis_families or DEFAULT_FAMILIES
+    spread = families is not None and asked.device_map is not None
     plan = MeasurePlan(
         instruct_path=arguments.model.starting_model,
         base_path=arguments.model.base_model_name_or_path,
         probe_sets=_probe_sets(arguments),
         choices=load_choices(choices) if choices else (),
-        families=tuple(arguments.analysis.analysis_families or DEFAULT_FAMILIES),
+        families=tuple(budget if families is None else families),
+        variant=asked.variant,
         subspace=subspace,
         layers=",".join(map(str, sorted(subspace.bases))) if subspace else "all",
-        batch_size=arguments.analysis.analysis_batch_size,
+        batch_size=asked.analysis_batch_size,
         max_length=arguments.training.max_length,
+        long_rows="truncate" if arguments.data.long_rows == "truncate" else "drop",
         dtype=arguments.model.dtype or "auto",
-        device=str(arguments.training.device),
+        device=None if spread else str(arguments.training.device),
         seed=arguments.training.seed,
-        references=arguments.output_dir / "references",
-        load=load_options(arguments),
+        references=store,
+        store_limit_gb=asked.store_limit_gb,
+        load=replace(load_options(arguments), device_map=asked.device_map if spread else None),
+        data_parallel=families is not None,
     )
     return Measurer(plan, tokenizer)
 
 
-def analyze(arguments: Arguments) -> Path:
-    """Measures base (where named), the starting model and every checkpoint of the run into <output_dir>/metrics.jsonl.
+class Analysis:
+    """Measures models one after the other, and keeps what could not be measured.
 
-    Raises UserError when there is nothing to measure, or a checkpoint cannot be read.
+    Raises:
+        UserError: at construction, for everything wrong with the arguments; nothing has been written then.
     """
-    check_writable(arguments.output_dir, "--output_dir")
-    found = _checkpoints(arguments)
-    measure = measurer(arguments)
-    models: dict[str, tuple[str, int | None]] = {"instruct": (arguments.model.starting_model, 0)}
-    if arguments.model.base_model_name_or_path:
-        models["base"] = (arguments.model.base_model_name_or_path, None)
-    for name, folder in _names(found).items():
-        check_checkpoint(folder, measure.plan)
-        models[name] = (str(folder), None)
-    for name, (path, step) in models.items():
-        print(f"measuring {name}")
-        measure_checkpoint(measure, path, arguments.output_dir, name, step)
-    return arguments.output_dir / "metrics.jsonl"
+
+    def __init__(self, arguments: Arguments) -> None:
+        check_writable(arguments.output_dir, "--output_dir")
+        self.arguments = arguments
+        self.measurer = measurer(arguments, families=arguments.analysis.families or ())
+        self._found: dict[str, list[str]] = {}
+
+    def announce(self) -> None:
+        """Say how many rows the length limit leaves out."""
+        for name, count in self.measurer.too_long.items():
+            if count:
+                limit = self.measurer.plan.max_length
+                _say(f"{name}: {count} rows are longer than {limit} tokens, left out; --long_rows truncate cuts them")
+
+    def references(self) -> None:
+        """Measure the starting model and, where it is named, base."""
+        model = self.arguments.model
+        self._measure("instruct", model.starting_model, 0)
+        if model.base_model_name_or_path:
+            self._measure("base", model.base_model_name_or_path, None)
+
+    def checkpoint(self, name: str, path: Path) -> bool:
+        """Measure a checkpoint; one that cannot be read is said and left out, and the answer is False."""
+        try:
+            self._measure(name, str(path), None)
+        except UnreadableCheckpoint as error:
+            self.refuse(name, str(error))
+            return False
+        return True
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Say at once, and at the end, that a checkpoint is left out."""
+        _say(f"{name} is left out: {reason}")
+        self._found.setdefault(reason, []).append(name)
+
+    def _measure(self, name: str, path: str, step: int | None) -> None:
+        if is_main():
+            print(f"measuring {name}", flush=True)
+        line = measure_checkpoint(self.measurer, path, self.arguments.output_dir, name, step)
+        for problem in problems({family: line.get(family) for family in self.measurer.families}):
+            self._found.setdefault(problem, []).append(name)
+
+    def result(self) -> Analyzed:
+        """Each problem once, with the checkpoints it concerns."""
+        lines = [f"{', '.join(names)}: {problem}" for problem, names in self._found.items()]
+        return Analyzed(self.arguments.output_dir / VIEW, lines)
 
 
-def _names(found: Sequence[Path]) -> dict[str, Path]:
-    """A name for each checkpoint's results: its folder's, with the parent's before it where that is taken."""
-    taken = Counter(path.resolve().name for path in found) + Counter(("instruct", "base"))
-    names: dict[str, Path] = {}
-    for path in map(Path.resolve, found):
-        name = path.name if taken[path.name] == 1 else f"{path.parent.name}-{path.name}"
-        if name in names or name in ("instruct", "base"):
-            raise UserError(
-                f"--analysis_checkpoints {path} has the results' name of another ({name}); measure it in a command of "
-                "its own, with another --output_dir"
-            )
-        names[name] = path
-    return names
+def checked(arguments: Arguments) -> tuple[Analysis, dict[str, Path]]:
+    """All checks of `analyze` that need no weights in memory; the checkpoints that can be read, by name."""
+    analysis = Analysis(arguments)
+    readable: dict[str, Path] = {}
+    for name, (path, problem) in named_checkpoints(arguments).items():
+        try:
+            if path is None:
+                raise UserError(problem)
+            check_checkpoint(path, analysis.measurer.plan)
+            readable[name] = path
+        except UserError as error:
+            analysis.refuse(name, str(error))
+    return analysis, readable
 
 
-def _checkpoints(arguments: Arguments) -> list[Path]:
-    named = arguments.analysis.analysis_checkpoints
-    if named:
-        absent = [name for name in named if not Path(name).is_dir()]
-        if absent:
-            raise UserError(f"--analysis_checkpoints {absent[0]} is not a folder; name checkpoint folders")
-        return [Path(name) for name in named]
-    run = arguments.output_dir
-    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    found = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    found += [run / "final"] if (run / "final").is_dir() else []
-    if not found:
-        raise UserError(
-            f"--output_dir {run} holds no checkpoint; train first, or name some with --analysis_checkpoints"
-        )
-    return found
+def analyze(arguments: Arguments) -> Analyzed:
+    """Measures the starting model, base (where named) and every checkpoint into <output_dir>/metrics.
+
+    A checkpoint that cannot be read is left out, a family that cannot be computed is null; both are named. Raises
+    UserError when there is nothing to measure.
+    """
+    analysis, readable = checked(arguments)
+    if readable:
+        analysis.announce()
+        analysis.references()
+    for name, path in readable.items():
+        analysis.checkpoint(name, path)
+    return analysis.result()
+
+
+def _say(line: str) -> None:
+    if is_main():
+        print(f"holdfast: {line}", file=sys.stderr, flush=True)
 
 
 def _probe_sets(arguments: Arguments) -> Mapping[str, Sequence[Conversation]]:
-    sets: dict[str, list[Row]] = {}
+    named = arguments.analysis.named_sets
+    sets: dict[str, list[Row]] = {name: load_rows(source, prompts=True) for name, source in named.items()}
     if arguments.data.probe_dataset:
+        if "probes" in sets:
+            raise UserError("--probe_sets names a set `probes`, as --probe_dataset is called; give it another name")
         sets["probes"] = load_rows(arguments.data.probe_dataset, prompts=True)
     if arguments.data.train_dataset:
         train, held_out = training_rows(arguments)
         if held_out:
-            sets["held_out"] = held_out
+            sets.setdefault("held_out", held_out)
         elif not sets:
             sets["train"] = train
     rows = arguments.analysis.analysis_rows

@@ -17,8 +17,8 @@ import yaml
 from trl import TrlParser
 
 from ..analysis.errors import UserError
+from .analysis_arguments import AnalysisArguments
 from .arguments import (
-    AnalysisArguments,
     DataArguments,
     HoldfastConfig,
     ModelArguments,

@@ -1,7 +1,8 @@
 """Family 1, behavior (arXiv 2507.03662, section 4.1): how likely a checkpoint finds completions, and how sure it is.
 
 Per row of a probe set: the joint log-probability sum log p(completion), its mean per token, and the mean next-token
-entropy over completion positions (the paper averages over prompt tokens too, and reports sums that grow with length).
+entropy over completion positions. The paper averages entropy over prompt tokens too, and reports sums that grow with
+length alone: variant "paper" does so.
 Reversion rho = (x_checkpoint - x_instruct) / (x_base - x_instruct): 0 is like instruct, 1 like base.
 """
 
@@ -13,6 +14,7 @@ from ..readout import Readout
 from ..stats import Floats, Measurement, fieller, measurement, missing
 
 QUANTITIES = ("joint_log_prob", "token_log_prob", "entropy")
+_PAPER = ("joint_log_prob", "entropy")
 NO_BASE = "no base model was given"
 
 
@@ -22,18 +24,21 @@ def behavior(
     base: Readout | None,
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
+    variant: str = "corrected",
 ) -> dict[str, dict[str, Measurement]]:
     """{quantity: {"checkpoint", "instruct", "base", "reversion"}}, each a mean over rows with completions, in nats.
 
     Args:
         checkpoint, instruct, base: readings of the same rows; base may be missing, and with it reversion.
         clusters: a label per row, for the intervals.
+        variant: "paper" needs readings with `row_entropy`.
     """
     kept = np.flatnonzero(_lengths(checkpoint))
     labels = None if clusters is None else [clusters[int(row)] for row in kept]
     results = {}
-    for quantity in QUANTITIES:
-        ours, reference = _per_row(checkpoint, quantity)[kept], _per_row(instruct, quantity)[kept]
+    paper = variant == "paper"
+    for quantity in _PAPER if paper else QUANTITIES:
+        ours, reference = (_per_row(readout, quantity, paper)[kept] for readout in (checkpoint, instruct))
         results[quantity] = {
             "checkpoint": measurement(ours, labels, seed),
             "instruct": measurement(reference, labels, seed),
@@ -41,7 +46,7 @@ def behavior(
             "reversion": missing(NO_BASE, len(kept)),
         }
         if base is not None:
-            theirs = _per_row(base, quantity)[kept]
+            theirs = _per_row(base, quantity, paper)[kept]
             results[quantity]["base"] = measurement(theirs, labels, seed)
             results[quantity]["reversion"] = fieller(ours - reference, theirs - reference)
     return results
@@ -52,8 +57,10 @@ def _lengths(readout: Readout) -> Floats:
     return np.bincount(readout.token_rows.numpy(), minlength=len(readout.counts)).astype(np.float64)
 
 
-def _per_row(readout: Readout, quantity: str) -> Floats:
+def _per_row(readout: Readout, quantity: str, paper: bool) -> Floats:
     """One quantity [R] per row, 0 for rows without completion."""
+    if paper and quantity == "entropy":
+        return readout.row_entropy.double().numpy()
     values = (readout.entropy if quantity == "entropy" else readout.log_prob).double().numpy()
     sums = np.bincount(readout.token_rows.numpy(), values, len(readout.counts)).astype(np.float64)
     return sums if quantity == "joint_log_prob" else sums / np.maximum(_lengths(readout), 1)

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..layers import find_backbone, unwrap
 from ..lm_head import token_statistics
 from ..probes import render
+from ..ranks import gathered, share_of
 from ..stats import Measurement, measurement
 
 INCOHERENT = "incoherent"
@@ -92,17 +93,21 @@ def score_choices(
 
 
 @torch.no_grad()
-def score_prepared(model: nn.Module, prepared: PreparedChoices, batch_size: int = 256) -> list[dict[str, float]]:
+def score_prepared(
+    model: nn.Module, prepared: PreparedChoices, batch_size: int = 256, *, shared: bool = False
+) -> list[dict[str, float]]:
     """Per row {class: probability mass, "incoherent": the rest}, the prompt's keys and values computed once.
 
     Args:
         batch_size: completions in one forward pass, at least those of one prompt token length.
+        shared: whether all ranks call it with the same rows; each then scores a share of the prompts and gets all.
     """
     masses = [dict.fromkeys(names, 0.0) for names in prepared.classes]
     training = model.training
     model.eval()
     try:
-        for prompts in _equal_length_groups(prepared, batch_size):
+        groups = _equal_length_groups(prepared, batch_size)
+        for prompts in share_of(groups) if shared else groups:
             entries = [(at, entry) for at, prompt in enumerate(prompts) for entry in prepared.prompts[prompt]]
             # Neighbours of like length waste little on padding.
             entries.sort(key=lambda entry: len(entry[1][0]))
@@ -115,6 +120,9 @@ def score_prepared(model: nn.Module, prepared: PreparedChoices, batch_size: int 
                     masses[row][name] += score
     finally:
         model.train(training)
+    if shared:
+        ranks = gathered(masses)
+        masses = [{name: sum(rank[row][name] for rank in ranks) for name in mass} for row, mass in enumerate(masses)]
     return [{**mass, INCOHERENT: 1.0 - sum(mass.values())} for mass in masses]
 
 

@@ -1,0 +1,124 @@
+"""Results on disk: one file per checkpoint and family, written as it is done; `metrics.jsonl` is a view of them.
+
+`metrics/<checkpoint>/<family>.json`, or `<family>.paper.json` for the paper's variant, each with the key of what it
+depends on: an interrupted analysis continues after the last file, and a changed setting gives another key.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from .artifacts import staged_file
+from .families import Results, is_unmeasured
+
+FOLDER, VIEW = "metrics", "metrics.jsonl"
+
+
+class ResultFiles:
+    """The results of one checkpoint in one variant.
+
+    Args:
+        output_dir: where `metrics/` and `metrics.jsonl` lie.
+        name: the checkpoint's. step: its optimiser steps, or None.
+    """
+
+    def __init__(self, output_dir: Path, name: str, step: int | None, variant: str = "corrected") -> None:
+        self.output_dir, self.name, self.step, self.variant = output_dir, name, step, variant
+
+    def _path(self, family: str) -> Path:
+        ending = ".json" if self.variant == "corrected" else f".{self.variant}.json"
+        return self.output_dir / FOLDER / self.name / f"{family}{ending}"
+
+    def has(self, family: str, key: str) -> bool:
+        """Whether a family was measured under this key; one that could not be is tried again."""
+        try:
+            facts = json.loads(self._path(family).read_text(encoding="utf-8"))
+            return facts["key"] == key and not problems({family: facts["results"]})
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def write(self, family: str, results: Results, key: str | None = None) -> None:
+        """Write one family's file, whole or not at all, and renew the view. Of several ranks the main one calls it."""
+        facts = {
+            "checkpoint": self.name,
+            "step": self.step,
+            "family": family,
+            "variant": self.variant,
+            "key": key,
+            "results": results,
+        }
+        text = json.dumps(facts, indent=2, allow_nan=False)
+        metrics = self.output_dir / FOLDER
+        metrics.mkdir(parents=True, exist_ok=True)
+        # A training run and `holdfast watch` may write into one folder.
+        with FileLock(metrics / ".lock"):
+            with staged_file(self._path(family)) as staging:
+                staging.write_text(text + "\n", encoding="utf-8")
+            _renew_view(self.output_dir)
+
+    def line(self) -> Results:
+        """The checkpoint's line of `metrics.jsonl`."""
+        return _line(sorted((self.output_dir / FOLDER / self.name).glob("*.json")), self.variant) or {}
+
+
+def _renew_view(output_dir: Path) -> None:
+    lines = sorted(
+        _lines(output_dir / FOLDER), key=lambda line: (line["step"] is None, line["step"] or 0, line["checkpoint"])
+    )
+    with staged_file(output_dir / VIEW) as staging:
+        staging.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def _lines(metrics: Path) -> Iterator[Results]:
+    """One dict per checkpoint and variant; staged files start with a dot and are left out."""
+    for folder in sorted(metrics.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            files = sorted(folder.glob("*.json"))
+            for variant in ("corrected", "paper"):
+                line = _line(files, variant)
+                if line is not None:
+                    yield line
+
+
+def _line(files: list[Path], variant: str) -> Results | None:
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files if not file.name.startswith(".")]
+    facts = [each for each in read if each.get("variant", "corrected") == variant and "family" in each]
+    if not facts:
+        return None
+    families = {fact["family"]: fact["results"] for fact in facts}
+    return {"checkpoint": facts[0]["checkpoint"], "step": facts[0]["step"], "variant": variant, **families}
+
+
+def problems(results: Results) -> list[str]:
+    """What could not be computed, as "family: reason" or "family on set: reason"."""
+    found = []
+    for family, result in results.items():
+        if is_unmeasured(result):
+            found.append(f"{family}: {result['reason']}")
+        elif isinstance(result, Mapping):
+            nulls = {name: each["reason"] for name, each in result.items() if is_unmeasured(each)}
+            found += [f"{family} on {name}: {reason}" for name, reason in nulls.items()]
+    return found
+
+
+def scalars(results: Results, prefix: str = "") -> dict[str, float]:
+    """Every measured value under its path ("choices/split/test/misaligned"), for TensorBoard; nulls are left out."""
+    found: dict[str, float] = {}
+    for name, value in results.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(value, Mapping) and "value" in value:
+            if isinstance(value["value"], int | float):
+                found[path] = float(value["value"])
+        elif isinstance(value, Mapping):
+            found.update(scalars(dict(value), path))
+        elif isinstance(value, int | float) and prefix:
+            found[path] = float(value)
+    return found
+
+
+def reading(value: float) -> dict[str, Any]:
+    """One reading of an instrument (seconds, memory), which has no interval."""
+    return {"value": value, "n": 1, "ci95": None, "reason": "one run has no interval"}

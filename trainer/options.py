@@ -1,0 +1,36 @@
+"""What the dataclasses of flags are made of."""
+
+import json
+from dataclasses import field
+from typing import Any
+
+from ..analysis.errors import UserError
+
+
+def option(default: Any, text: str, *choices: str) -> Any:
+    """A dataclass field with its help text and, where there are any, its choices."""
+    metadata: dict[str, Any] = {"help": text}
+    if choices:
+        metadata["choices"] = list(choices)
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, flag: str, value: object, need: str) -> None:
+    """Raises UserError naming the flag, its value and what it must be."""
+    if not condition:
+        raise UserError(f"--{flag} is {value}, but must be {need}")
+
+
+def sources(flag: str, value: dict[str, str] | str | None) -> dict[str, str] | None:
+    """Reads a name -> source of rows mapping, given as a mapping or as JSON text."""
+    example = '{"medical": "medical.jsonl", "code": "org/rows"}'
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--{flag} is not JSON ({error.msg}); write it like {example}") from None
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(source, str) and name for name, source in value.items()):
+        raise UserError(f"--{flag} must map names to sources of rows, like {example}")
+    return value
