@@ -87,7 +87,7 @@ def paired_bootstrap(
         return _difference(first - second, clusters)
     result = _difference(first - second, clusters)
     if result["ci95"] is not None:
-        low, high = _square_and_add(cluster_sums(first, clusters), cluster_sums(second, clusters))
+        low, high = _square_and_add(first, second, clusters)
         result["ci95"] = [min(low, result["ci95"][0]), max(high, result["ci95"][1])]
     return result
 
@@ -98,20 +98,23 @@ def _difference(differences: Floats, clusters: Sequence[Hashable] | None) -> Mea
     return result if result.get("ci95") is None else {**result, "ci95": list(mean_ci(differences, clusters))}
 
 
-def _square_and_add(first: tuple[Floats, Floats], second: tuple[Floats, Floats]) -> Interval:
-    """Newcombe's interval of a difference of two correlated rates, from their sums and counts per cluster."""
-    counts = first[1]
-    rates = [float(sums.sum() / counts.sum()) for sums, _ in (first, second)]
-    rests = [sums - rate * counts for (sums, _), rate in zip((first, second), rates, strict=True)]
+def _square_and_add(first: Floats, second: Floats, clusters: Sequence[Hashable] | None) -> Interval:
+    """Newcombe's interval of a difference of two correlated rates."""
+    arms = [cluster_sums(values, clusters) for values in (first, second)]
+    rests = [sums - sums.sum() / counts.sum() * counts for sums, counts in arms]
     norms = float(np.sqrt(np.sum(rests[0] ** 2) * np.sum(rests[1] ** 2)))
     together = float(rests[0] @ rests[1]) / norms if norms > 0 else 0.0
-    (low_a, high_a), (low_b, high_b) = rate_bounds(*first), rate_bounds(*second)
-    gap = rates[0] - rates[1]
+    (low_a, high_a), (low_b, high_b) = (
+        wilson(float(sums.sum()), len(first)) if clusters is None else rate_bounds(sums, counts)
+        for sums, counts in arms
+    )
+    rate_a, rate_b = float(first.mean()), float(second.mean())
 
     def reach(one: float, other: float) -> float:
         return float(np.sqrt(max(one**2 - 2 * together * one * other + other**2, 0.0)))
 
-    return gap - reach(rates[0] - low_a, high_b - rates[1]), gap + reach(high_a - rates[0], rates[1] - low_b)
+    gap = rate_a - rate_b
+    return gap - reach(rate_a - low_a, high_b - rate_b), gap + reach(high_a - rate_a, rate_b - low_b)
 
 
 def non_inferiority(difference: Measurement, margin: float, higher_is_better: bool = True) -> Measurement:
