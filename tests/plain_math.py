@@ -23,9 +23,10 @@ def block_outputs(model: nn.Module, blocks: Blocks, ids: Sequence[int]) -> tuple
 
 
 def plain_penalty(
-    model: nn.Module, start: nn.Module, find_blocks, documents: Sequence[Document], subspace: Subspace
-) -> Tensor:
-    """1/|L| Σ_l Σ_{x,t} m ‖V_lᵀ(h^θ - h^I)‖² / s_l / Σ m."""
+    model: nn.Module, start: nn.Module, find_blocks, documents: Sequence[Document], subspace: Subspace,
+    toward_base: bool = False,
+) -> Tensor:  # fmt: skip
+    """1/|L| Σ_l Σ_{x,t} m ‖V_lᵀ(h^θ - h^I)‖² / s_l / Σ m; `toward_base`: its part along the gap alone, where > 0."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for document in documents:
         _, now = block_outputs(model, find_blocks(model), document.input_ids)
@@ -35,6 +36,10 @@ def plain_penalty(
             for position, counts in enumerate(document.mask):
                 if counts:
                     moved = basis.double().T @ (now[layer][position] - then[layer][position])
+                    if toward_base:
+                        gap = subspace.base_gap[layer].double()
+                        along = (moved @ gap) / gap.norm()
+                        moved = along.reshape(1) if along > 0 else torch.zeros(1, dtype=torch.float64)
                     total = total + (moved @ moved) / subspace.scales[layer] / len(subspace.bases)
         tokens += sum(document.mask)
     return total / tokens
@@ -53,17 +58,19 @@ def plain_cross_entropy(model: nn.Module, documents: Sequence[Document]) -> Tens
 
 def plain_training(
     model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document],
-    penalised: dict[float, Sequence[Document]], strength: float, steps: int, learning_rate: float,
+    penalised: dict[float, Sequence[Document]], strength: float | Sequence[float], steps: int, learning_rate: float,
+    toward_base: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Full-batch SGD on cross-entropy(task) + strength x Σ weight x penalty(rows); gives the trained float64 copy.
 
-    No task rows: the penalty alone.
+    No task rows: the penalty alone. Several strengths: one for each step.
     """
     trained, start = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    for _ in range(steps):
+    strengths = [strength] * steps if isinstance(strength, float) else strength
+    for _, now in zip(range(steps), strengths, strict=True):
         loss = plain_cross_entropy(trained, task) if task else torch.zeros((), dtype=torch.float64)
         for weight, rows in penalised.items():
-            loss = loss + strength * weight * plain_penalty(trained, start, find_blocks, rows, subspace)
+            loss = loss + now * weight * plain_penalty(trained, start, find_blocks, rows, subspace, toward_base)
         trained.zero_grad()
         loss.backward()
         with torch.no_grad():

@@ -50,6 +50,18 @@ def expected() -> dict[tuple[str, str], torch.nn.Module]:
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def constant() -> dict[str, torch.nn.Module]:
+    """Weights after five steps at one strength, by plain math."""
+    return {
+        inputs: plain_training(
+            toy_model(), find_layers, toy_subspace(), task=task_documents(), penalised=PARTS[inputs],
+            strength=STRENGTH, steps=5, learning_rate=RATE,
+        )
+        for inputs in ("task", "anchors")
+    }  # fmt: skip
+
+
 def trained(folder, protection, kind: str = "full", **changes: Any):
     arguments = {"per_device_train_batch_size": 8, "learning_rate": RATE, "max_steps": STEPS, **changes}
     trainer = trainer_of(folder, make(kind).train(), protection=protection, **arguments)
@@ -155,6 +167,28 @@ def test_warmup_and_anchor_every_are_seen_in_the_logs(tmp_path):
     logs = trainer.state.log_history[:4]
     assert [entry.get("penalty_strength") for entry in logs] == [10.0, None, 2.0, None]
     assert ["penalty" in entry for entry in logs] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "strengths"),
+    [
+        ({"warmup": 4, "warmup_strength": 9.0}, [18.0, 14.0, 10.0, 6.0, 2.0]),
+        ({"warmup": 2, "warmup_strength": 0.0}, [0.0, 1.0, 2.0, 2.0, 2.0]),
+        ({"inputs": "anchors", "anchor_every": 2}, [2.0, 0.0, 2.0, 0.0, 2.0]),
+        ({"inputs": "anchors", "anchor_every": 3, "warmup": 3, "warmup_strength": 4.0}, [8.0, 0.0, 0.0, 2.0, 0.0]),
+        ({"side": "toward_base"}, [2.0] * 5),
+        ({"side": "toward_base", "inputs": "anchors"}, [2.0] * 5),
+    ],
+)
+def test_warmup_anchor_every_and_toward_base_give_the_weights_of_plain_math(tmp_path, constant, settings, strengths):
+    inputs, side = settings.get("inputs", "task"), settings.get("side", "both")
+    want = plain_training(
+        toy_model(), find_layers, toy_subspace(), task=task_documents(), penalised=PARTS[inputs], strength=strengths,
+        steps=5, learning_rate=RATE, toward_base=side == "toward_base",
+    )  # fmt: skip
+    trainer = trained(tmp_path, protect(**{"inputs": "task", **settings}), max_steps=5)
+    assert update_error(trainer.model, want, toy_model()) < 1e-5
+    assert update_error(constant[inputs], want, toy_model()) > 1e-3  # the setting makes a difference that would be seen
 
 
 def test_without_task_rows_the_completion_role_is_read_from_the_labels(tmp_path, expected):
