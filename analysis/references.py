@@ -58,6 +58,7 @@ class ProbeReader:
             if "final" in self.parts
             else {}
         )
+        self.store = None if plan.references is None else Store(plan.references, plan.store_limit_gb)
         self._fingerprints: dict[str, str] = {}
 
     def read(self, model: nn.Module, name: str, *, shared: bool = False) -> Readout:
@@ -97,7 +98,7 @@ class ProbeReader:
 
     def _reference(self, path: str) -> Reference:
         """Readings of every probe set by one reference model; it is loaded for what the store lacks, then let go."""
-        store, fingerprint = self._store(), self.fingerprint(path)
+        store, fingerprint = self.store, self.fingerprint(path)
         keys = {name: self._key(fingerprint, name) for name in self.rows}
         head_key = sha256_json(["head", fingerprint, self.plan.dtype])
         found = {name: store.get(key) for name, key in keys.items()} if store is not None else {}
@@ -123,10 +124,6 @@ class ProbeReader:
             if writes is not None:
                 writes.put(head_key, head_tensors(head))
         return Reference({name: readings[name] for name in self.rows}, head)
-
-    def _store(self) -> Store | None:
-        folder = self.plan.references
-        return None if folder is None else Store(folder, self.plan.store_limit_gb)
 
     def fingerprint(self, path: str) -> str:
         """`model_fingerprint` of a reference, whose files are read for it only once."""

@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -97,19 +98,28 @@ class Store:
 
     def _make_room(self, size: int, key: str) -> bool:
         """Evict until `size` more bytes fit under the limit; under the folder's lock."""
-        for left in self.folder.glob(f".*{_STAGING}"):
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+        for left, stat in _facts(self.folder, f".*{_STAGING}"):
+            if time.time() - stat.st_mtime > _ABANDONED_SECONDS:
                 left.unlink(missing_ok=True)
-        facts = [(path, path.stat()) for path in self.folder.glob(f"*{SUFFIX}") if path != self._path(key)]
-        held = sum(stat.st_size for _, stat in facts)
         if size > self.limit:
             return False
-        for path, stat in sorted(facts, key=lambda fact: fact[1].st_mtime_ns):
+        others = [fact for fact in _facts(self.folder, f"*{SUFFIX}") if fact[0] != self._path(key)]
+        held = sum(stat.st_size for _, stat in others)
+        for path, stat in sorted(others, key=lambda fact: fact[1].st_mtime_ns):
             if held + size <= self.limit:
                 break
             if _evict(path):
                 held -= stat.st_size
         return held + size <= self.limit
+
+
+def _facts(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
+    """Files and what the system knows of them; another process may remove one at any time."""
+    found = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            found.append((path, path.stat()))
+    return found
 
 
 def _evict(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """`holdfast analyze` delivers whatever can be measured, names the rest, and continues where it stopped."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from analysis_toys import chat, toy_model, toy_tokenizer
 from holdfast.analysis import measure as measuring_models
-from holdfast.analysis import readout, references
+from holdfast.analysis import readout, references, store
 from holdfast.analysis.artifacts import write_manifest
 from holdfast.trainer.cli import main
 from huggingface_hub import constants
@@ -195,3 +196,23 @@ def test_a_checkpoint_may_be_a_hub_name_with_its_revision(folder: Path, monkeypa
     assert analyze(folder, ["org/organism@v2", "one"]) == 0
     found = lines(folder)
     assert found["organism@v2"]["behavior"] == found["one"]["behavior"]
+
+
+def test_a_store_on_a_full_disk_is_one_line_and_the_results_are_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"base_model_name_or_path": folder / "base"}
+    assert analyze(folder, ["one"], "behavior projection", **options) == 0
+    expected = lines(folder)["one"]
+    shutil.rmtree(folder / "run"), shutil.rmtree(folder / "cache")
+
+    def full(*_args: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", full)
+    capsys.readouterr()
+    assert analyze(folder, ["one"], "behavior projection", **options) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the disk of the store" in error
+    found = lines(folder)["one"]
+    assert found["behavior"] == expected["behavior"] and found["projection"] == expected["projection"]
