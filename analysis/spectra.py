@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
+from scipy import linalg, special
 from scipy import stats as scipy_stats
 from torch import Tensor
 
@@ -94,10 +94,13 @@ class Spectrum:
             yield rows, (block - self.centre) @ self.vectors
 
 
-def decompose(residuals: Residuals, centred: bool = False) -> Spectrum:
-    """All components of residuals; uncentred keeps the mean residual, `centred` removes it (the paper's choice).
+def decompose(residuals: Residuals, centred: bool = False, top: int | None = None) -> Spectrum:
+    """The components of residuals; uncentred keeps the mean residual, `centred` removes it (the paper's choice).
 
     No component is left (m = 0) where all residuals, less their mean if it is removed, are zero.
+
+    Args:
+        top: how many components are wanted; None is all of them, which influence needs.
     """
     n, width = len(residuals.rows), residuals.width
     total = np.zeros(width)
@@ -107,22 +110,22 @@ def decompose(residuals: Residuals, centred: bool = False) -> Spectrum:
     centre = total / max(n, 1)
     if n <= width:
         stacked = np.concatenate([block - centre for _, block in residuals.blocks()])
-        values, left = np.linalg.eigh(stacked @ stacked.T / n)
-        present = _present(values)
-        values, left = values[present][::-1], left[:, present][:, ::-1]
+        values, left = _eigen(stacked @ stacked.T / n, top)
         sizes = np.sqrt(n * values)
         return Spectrum(residuals, centre, values, stacked.T @ left / sizes, left * sizes)
     second = np.zeros((width, width))
     for _, block in residuals.blocks():
         second += (block - centre).T @ (block - centre)
-    values, vectors = np.linalg.eigh(second / n)
-    present = _present(values)
-    return Spectrum(residuals, centre, values[present][::-1], vectors[:, present][:, ::-1])
+    return Spectrum(residuals, centre, *_eigen(second / n, top))
 
 
-def _present(values: Floats) -> NDArray[np.bool_]:
-    top = float(values[-1]) if len(values) else 0.0
-    return np.asarray(values > max(top * _NOISE, 0.0))
+def _eigen(matrix: Floats, top: int | None) -> tuple[Floats, Floats]:
+    """Eigenvalues above rounding noise, largest first, and their eigenvectors as columns."""
+    size = len(matrix)
+    some = None if top is None or top >= size else (size - top, size - 1)
+    values, vectors = linalg.eigh(matrix, subset_by_index=some, check_finite=False)
+    present = values > max(float(values[-1]) * _NOISE, 0.0)
+    return values[present][::-1], vectors[:, present][:, ::-1]
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Estimate:
     def _half_width(self, scale: float) -> float:
         """Of the 95% interval of `scale` times the number."""
         error = math.sqrt(float((self.influence**2).sum()) * self.n / max(self.n - 1, 1)) * scale
-        return float(scipy_stats.t.ppf(0.975, max(self.n - 1, 1))) * error
+        return _quantile(max(self.n - 1, 1)) * error
 
     def difference(self) -> Measurement:
         """As a measurement of a number without bounds."""
@@ -180,6 +183,11 @@ class Estimate:
         half = self._half_width(scale / sine) if sine > 1e-9 else 0.0
         angle = math.acos(cosine)
         return max(angle - half, 0.0), min(angle + half, math.pi / 2)
+
+
+@lru_cache(maxsize=256)
+def _quantile(freedom: int) -> float:
+    return float(scipy_stats.t.ppf(0.975, freedom))
 
 
 def _cosine(angle: float) -> float:

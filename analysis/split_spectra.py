@@ -6,8 +6,10 @@ both sides.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .spectra import Comparison, Estimate, Ints, Residuals, Spectrum, compare, decompose, explained, mean_estimate
@@ -39,6 +41,15 @@ def halves(rows: Ints, seed: int) -> tuple[Ints, Ints]:
     return rows[first], rows[~first]
 
 
+def obstacle(left: Tensor, right: Tensor, rows: Ints, seed: int) -> str | None:
+    """Why residuals of these rows have no directions, or None."""
+    if min(map(len, halves(rows, seed))) < 2:
+        return "fewer than four rows have tokens of this role"
+    if not all(bool(torch.isfinite(states[rows]).all()) for states in (left, right)):
+        return "activations are not finite"
+    return "the two models' activations are identical" if torch.equal(left[rows], right[rows]) else None
+
+
 class SplitSet:
     """Residuals left - right of one probe set at one layer: two parts, their spectra, and shuffled ones.
 
@@ -53,13 +64,19 @@ class SplitSet:
             self.parts = [(whole, decompose(whole, options.centred))] * 2
         else:
             self.parts = self._decomposed([Residuals.of(left, right, half) for half in halves(rows, options.seed)])
-        self.shuffled: list[list[tuple[Residuals, Spectrum]]] = []
-        for draw in range(0 if options.in_sample else _SHUFFLES):
-            generator = np.random.default_rng([options.seed, draw])
-            self.shuffled.append(self._decomposed([part.shuffled(generator) for part, _ in self.parts]))
 
-    def _decomposed(self, parts: Sequence[Residuals]) -> list[tuple[Residuals, Spectrum]]:
-        return [(part, decompose(part, self.options.centred)) for part in parts]
+    @cached_property
+    def shuffled(self) -> list[list[tuple[Residuals, Spectrum]]]:
+        """The same parts with the pairing of rows broken, top components alone, by draw."""
+        draws = []
+        for draw in range(_SHUFFLES):
+            generator = np.random.default_rng([self.options.seed, draw])
+            broken = [part.shuffled(generator) for part, _ in self.parts]
+            draws.append(self._decomposed(broken, self.options.rank))
+        return draws
+
+    def _decomposed(self, parts: Sequence[Residuals], top: int | None = None) -> list[tuple[Residuals, Spectrum]]:
+        return [(part, decompose(part, self.options.centred, top)) for part in parts]
 
     @property
     def rank(self) -> int:
@@ -86,21 +103,21 @@ def within(one: SplitSet) -> Comparison:
     return Comparison(*(mean_estimate([each], n) for each in (found.cosines, found.principal, found.overlap)))
 
 
-def explained_across(one: SplitSet) -> tuple[Estimate, Floats]:
-    """Shares [k + 1] that one part's components, then their span, hold of the other part; the same shuffled [S, k + 1].
+def explained_across(one: SplitSet) -> Estimate:
+    """Shares [k + 1] that one part's components, then their span, hold of the other part; both ways averaged."""
+    return _shares(one, one.parts)
 
-    Draws whose residuals span fewer than k directions are left out.
-    """
 
-    def shares(parts: list[tuple[Residuals, Spectrum]]) -> Estimate:
-        options = one.options
-        found = [
-            explained(parts[at][1].basis(one.rank), parts[1 - at][0], options.centred, options.size) for at in range(2)
-        ]
-        return mean_estimate(found, len(one.rows))
+def shuffled_explained(one: SplitSet) -> Floats:
+    """`explained_across` by draw of broken pairs [S, k + 1]; those that span fewer than k directions are left out."""
+    draws = [_shares(one, parts).value for parts in one.shuffled if _reach(parts, one.rank)]
+    return np.reshape(draws, (len(draws), one.rank + 1))
 
-    draws = [shares(parts).value for parts in one.shuffled if _reach(parts, one.rank)]
-    return shares(one.parts), np.reshape(draws, (len(draws), one.rank + 1))
+
+def _shares(one: SplitSet, parts: list[tuple[Residuals, Spectrum]]) -> Estimate:
+    centred, size = one.options.centred, one.options.size
+    found = [explained(parts[at][1].basis(one.rank), parts[1 - at][0], centred, size) for at in range(2)]
+    return mean_estimate(found, len(one.rows))
 
 
 @dataclass(frozen=True)

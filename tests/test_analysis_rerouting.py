@@ -114,7 +114,7 @@ def test_what_cannot_be_computed_says_why():
     assert "no subspace" in alone["mean"]["inside"]["reason"]
     assert alone["layers"]["0"]["refit"]["held_out"]["value"] > 0.8
     still = rerouting(instruct, instruct, protected(E[0]))
-    assert "not moved" in still["layers"]["0"]["inside"]["reason"] and "not moved" in still["mean"]["inside"]["reason"]
+    assert "identical" in still["layers"]["0"]["inside"]["reason"] and "identical" in still["mean"]["inside"]["reason"]
     few = readout(np.zeros((1, ROWS, WIDTH)), counts=[1, 0] * 2 + [0] * (ROWS - 4))
     assert "fewer than four" in rerouting(few, few, protected(E[0]))["layers"]["0"]["refit"]["held_out"]["reason"]
     json.dumps([alone, still], allow_nan=False)

@@ -30,12 +30,11 @@ from ..spectra import (
     random_angles,
     random_overlap,
 )
-from ..split_spectra import Options, SplitSet, explained_across, halves
+from ..split_spectra import Options, SplitSet, explained_across, obstacle
 from ..stats import Floats, missing
 from ..subspace_file import Subspace
 
-_FEW = "fewer than four rows have tokens of this role"
-_STILL = "the checkpoint has not moved from instruct"
+_PARTLY = "one half of the rows has not moved from instruct"
 _NO_SUBSPACE = "no subspace at this layer"
 _AVERAGED = ("inside", "outside", "overlap")
 
@@ -83,14 +82,12 @@ def _layer(
     checkpoint: Tensor, instruct: Tensor, rows: Ints, basis: Floats | None, options: Options
 ) -> tuple[Results, dict[str, Estimate]]:
     """One layer's measurements, and the estimates that are averaged over layers."""
-    whole = Residuals.of(checkpoint, instruct, rows)
-    reason = _FEW if min(map(len, halves(rows, options.seed))) < 2 else None
-    if reason is None and not any(block.any() for _, block in whole.blocks()):
-        reason = _STILL
+    reason = obstacle(checkpoint, instruct, rows, options.seed)
     if reason is not None:
         gone = missing(reason, len(rows))
         refit = {"held_out": gone, "in_sample": gone}
         return {"inside": gone, "outside": gone, "refit": refit, "angles": [], "overlap": gone}, {}
+    whole = Residuals.of(checkpoint, instruct, rows)
     refitted = _refit(SplitSet(checkpoint, instruct, rows, options))
     if basis is None:
         gone = missing(_NO_SUBSPACE, len(rows))
@@ -115,11 +112,11 @@ def _layer(
 def _refit(drift: SplitSet) -> Results:
     """What the directions of each half hold of the other half's drift, and of their own; both ways averaged."""
     if drift.rank == 0:
-        gone = missing(_STILL, len(drift.rows))
+        gone = missing(_PARTLY, len(drift.rows))
         return {"held_out": gone, "in_sample": gone}
     k, size = drift.rank, drift.options.size
     own = [explained(spectrum.basis(k), part, False, size).at(k) for part, spectrum in drift.parts]
-    across, _ = explained_across(drift)
+    across = explained_across(drift)
     null = k / drift.width
     return {
         "held_out": {**across.at(k).share(), "null": null},

@@ -27,14 +27,22 @@ from torch import Tensor
 
 from ..readout import Readout
 from ..spectra import Comparison, Estimate, Ints, mean_estimate, random_angles, random_cosine, random_overlap
-from ..split_spectra import Options, SplitSet, crossed, explained_across, halves, shuffled_alike, within
+from ..split_spectra import (
+    Options,
+    SplitSet,
+    crossed,
+    explained_across,
+    obstacle,
+    shuffled_alike,
+    shuffled_explained,
+    within,
+)
 from ..stats import Floats, missing
 from .behavior import NO_BASE
 
 VARIANTS = ("corrected", "paper")
 PAIRS = (("checkpoint", "base"), ("instruct", "base"), ("checkpoint", "instruct"))
-_FEW = "fewer than four rows have tokens of this role"
-_STILL = "the two models' activations are identical (or differ by one constant, and the SVD is centred)"
+_CONSTANT = "the two models' activations differ by one constant, which the centred SVD removes"
 
 Results = dict[str, Any]
 
@@ -104,12 +112,10 @@ def _layer(
     sets: Results = {}
     usable: dict[str, SplitSet] = {}
     for name, (left, right) in states.items():
-        if min(map(len, halves(rows[name], options.seed))) < 2:
-            sets[name] = missing(_FEW, len(rows[name]))
-            continue
-        found = SplitSet(left, right, rows[name], options)
-        if found.rank == 0:
-            sets[name] = missing(_STILL, len(rows[name]))
+        reason = obstacle(left, right, rows[name], options.seed)
+        found = SplitSet(left, right, rows[name], options) if reason is None else None
+        if found is None or found.rank == 0:
+            sets[name] = missing(reason or _CONSTANT, len(rows[name]))
             continue
         usable[name], sets[name] = found, _explained(found)
     ceilings = {name: within(found) for name, found in usable.items()} if not options.in_sample else {}
@@ -129,11 +135,13 @@ def _layer(
 
 def _explained(one: SplitSet) -> Results:
     """Shares of the squared residuals along each component, and together."""
-    shares, draws = explained_across(one)
+    shares = explained_across(one)
     shown = [shares.at(at).share() for at in range(one.rank + 1)]
-    for at, measured in enumerate(shown if not one.options.in_sample else ()):
-        directions = one.rank if at == one.rank else 1
-        measured["null"] = {"random": directions / one.width, **_spread(draws[:, at])}
+    if not one.options.in_sample:
+        draws = shuffled_explained(one)
+        for at, measured in enumerate(shown):
+            directions = one.rank if at == one.rank else 1
+            measured["null"] = {"random": directions / one.width, **_spread(draws[:, at])}
     return {"explained": shown[-1], "components": shown[:-1]}
 
 
