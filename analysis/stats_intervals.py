@@ -135,7 +135,8 @@ def skewed_t(
     """
     n = len(influence)
     error = np.sqrt(_squared_error(influence))
-    if error <= 1e-12 * abs(value):
+    # Differences that are rounding alone, or too small for their cube.
+    if error <= max(1e-12 * abs(value), 1e-100):
         return value, value
     skew = float(np.mean(influence**3) / np.mean(influence**2) ** 1.5 / np.sqrt(n))
     quantile = scipy_stats.t.ppf(0.5 + confidence / 2, n - 1)

@@ -78,7 +78,7 @@ def _weights(
     weights = np.ones((n_boot, 1), dtype=np.int64)
     parents = np.zeros(n_rows, dtype=np.int64)
     for level in [*codes, np.arange(n_rows)]:
-        children = cluster_codes(list(zip(parents.tolist(), level.tolist(), strict=True)), n_rows)
+        children = np.unique(parents * (int(level.max()) + 1) + level, return_inverse=True)[1]
         n_children = int(children.max()) + 1
         drawn = np.zeros((n_boot, n_children), dtype=np.int64)
         for parent in range(int(parents.max()) + 1):
