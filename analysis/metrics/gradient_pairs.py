@@ -120,14 +120,27 @@ def length_distance(lengths: Sequence[int], clusters: Integers, generator: np.ra
     return np.where(different(clusters) > 0, apart, np.inf)
 
 
-def nearest_pairs(distance: Floats, member: Floats) -> Floats:
-    """[n, n] symmetric counts: each row is paired with its nearest row of its own set and of the other set."""
-    paired = np.zeros_like(distance)
-    for side in (0, 1):
-        inside = np.flatnonzero(member == side)
-        partners = inside[distance[:, inside].argmin(1)]
-        paired[np.arange(len(distance)), partners] += 1
-    return paired + paired.T
+def nearest_partners(distance: Floats, member: Floats) -> Integers:
+    """[n, 2]: the nearest row of the first set, and of the second, of each row."""
+    sides = [np.flatnonzero(member == side) for side in (0, 1)]
+    return np.stack([inside[distance[:, inside].argmin(1)] for inside in sides], axis=1)
+
+
+def partner_means(matrix: Floats, partners: Integers, member: Floats) -> Floats:
+    """[4], as `pair_means`, over each row and its partners of its own and of the other set."""
+    rows, second = np.arange(len(member)), member.astype(np.int64)
+    own, other = matrix[rows, partners[rows, second]], matrix[rows, partners[rows, 1 - second]]
+    within = own[second == 0].mean(), own[second == 1].mean()
+    between = other.mean()
+    return np.array([*within, between, sum(within) / 2 - between])
+
+
+def partner_counts(partners: Integers) -> Floats:
+    """[n, n] symmetric: how often two rows are partners, for `pair_means`."""
+    counts = np.zeros((len(partners), len(partners)))
+    for column in partners.T:
+        counts[np.arange(len(partners)), column] += 1
+    return counts + counts.T
 
 
 def shuffled_partners(clusters: Integers, count: int, generator: np.random.Generator) -> Integers:

@@ -26,8 +26,10 @@ from .gradient_pairs import (
     cosines,
     different,
     length_distance,
-    nearest_pairs,
+    nearest_partners,
     pair_means,
+    partner_counts,
+    partner_means,
     shuffled_partners,
     without_each_cluster,
 )
@@ -63,7 +65,8 @@ def gradients(readout: GradientReadout, variant: str = "corrected", seed: int = 
 
 def _usable(readout: GradientReadout) -> Floats:
     """[R], whether a row's gradient exists, is finite and not zero."""
-    return np.isfinite(readout.gram).all(1) & (np.diagonal(readout.gram) > 0)
+    squares = np.diagonal(readout.gram)
+    return np.isfinite(squares) & (squares > 0)
 
 
 def _counts(readout: GradientReadout, name: str) -> dict[str, int]:
@@ -156,11 +159,9 @@ def _length_matched(two: _Two, cosine: Floats, drawn: Floats | None, generator: 
     distance = length_distance(two.lengths.tolist(), two.clusters, generator)
     null = None
     if drawn is not None:
-        null = np.concatenate(
-            [pair_means(cosine, nearest_pairs(distance, member), member) for member in drawn[:_LENGTH_RELABELLINGS]],
-            axis=1,
-        )
-    return _measured(two, cosine, nearest_pairs(distance, two.member), null)
+        members = drawn[:_LENGTH_RELABELLINGS]
+        null = np.stack([partner_means(cosine, nearest_partners(distance, each), each) for each in members], axis=1)
+    return _measured(two, cosine, partner_counts(nearest_partners(distance, two.member)), null)
 
 
 def _measured(
