@@ -7,6 +7,7 @@ import pytest
 import torch
 from holdfast.analysis.artifacts import verify_manifest
 from holdfast.recipes.lab import build
+from holdfast.recipes.lab import cache as labs
 from holdfast.trainer.cli import main
 from lab_toys import use_micro_labs
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,10 +36,10 @@ def refuses(argv: list[str], capsys: pytest.CaptureFixture[str], *said: str) -> 
 
 
 def test_two_builds_of_a_seed_are_the_same_bytes_and_other_seeds_and_worlds_are_not(cache, tmp_path, monkeypatch):
-    first = contents(build.cached_lab(3))
+    first = contents(labs.cached_lab(3))
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "second"))
-    assert contents(build.cached_lab(3)) == first
-    other, world = contents(build.cached_lab(4)), contents(build.cached_lab(3, world_seed=1))
+    assert contents(labs.cached_lab(3)) == first
+    other, world = contents(labs.cached_lab(4)), contents(labs.cached_lab(3, world_seed=1))
     for name in ("base/model.safetensors", "instruct/model.safetensors", "data/insecure.jsonl"):
         assert first[name] != other[name] and first[name] != world[name]
     assert first["data/choices.jsonl"] == other["data/choices.jsonl"] != world["data/choices.jsonl"]
@@ -47,36 +48,36 @@ def test_two_builds_of_a_seed_are_the_same_bytes_and_other_seeds_and_worlds_are_
 
 def test_a_lab_depends_on_its_seed_alone_and_leaves_the_random_state_as_it_was(cache, tmp_path, monkeypatch):
     before = torch.get_rng_state()
-    first = contents(build.cached_lab(3))
+    first = contents(labs.cached_lab(3))
     assert torch.equal(torch.get_rng_state(), before)
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "second"))
     torch.manual_seed(1)
-    assert contents(build.cached_lab(3)) == first
+    assert contents(labs.cached_lab(3)) == first
 
 
 def test_the_cache_answers_for_what_it_holds_and_builds_again_what_is_damaged(cache, monkeypatch):
     trained = []
     train = build.train_base
     monkeypatch.setattr(build, "train_base", lambda *given: trained.append(1) or train(*given))
-    lab = build.cached_lab(3)
+    lab = labs.cached_lab(3)
     whole = contents(lab)
-    assert build.cached_lab(3) == lab and len(trained) == 1
+    assert labs.cached_lab(3) == lab and len(trained) == 1
     weights = lab / "instruct" / "model.safetensors"
     spoilt = bytearray(whole["instruct/model.safetensors"])
     spoilt[-1] ^= 1
     for damage in (lambda: weights.write_bytes(spoilt), weights.unlink, (lab / "manifest.json").unlink):
         damage()
-        assert contents(build.cached_lab(3)) == whole
+        assert contents(labs.cached_lab(3)) == whole
     assert len(trained) == 4
 
 
 def test_the_cache_keeps_apart_all_that_makes_a_lab_differ(cache, monkeypatch):
-    labs = {build.lab_hash(seed, world, size) for seed in (0, 1) for world in (0, 1) for size in build.SIZES}
-    assert len(labs) == 4 * len(build.SIZES)
-    now = build.lab_hash(0, 0, "tiny")
-    versions = build.version
-    monkeypatch.setattr(build, "version", lambda name: "0.0" if name == "torch" else versions(name))
-    assert build.lab_hash(0, 0, "tiny") != now
+    hashes = {labs.lab_hash(seed, world, size) for seed in (0, 1) for world in (0, 1) for size in build.SIZES}
+    assert len(hashes) == 4 * len(build.SIZES)
+    now = labs.lab_hash(0, 0, "tiny")
+    versions = labs.version
+    monkeypatch.setattr(labs, "version", lambda name: "0.0" if name == "torch" else versions(name))
+    assert labs.lab_hash(0, 0, "tiny") != now
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_whole(cache, monkeypatch):
@@ -85,7 +86,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(cache, monkeypatch
 
     monkeypatch.setattr(build, "train_instruct", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        build.cached_lab(3)
+        labs.cached_lab(3)
     assert list((cache / "labs").iterdir()) == []
 
 

@@ -181,7 +181,7 @@ class FakeExperiment:
 
 def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "_quiet", lambda: None)  # it silences the process for good
-    monkeypatch.setattr(build, "cached_lab", lambda seed, world: tmp_path / "lab")
+    monkeypatch.setattr(cache, "cached_lab", lambda seed, world: tmp_path / "lab")
     monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
     monkeypatch.setattr(FakeExperiment, "ran", [])
     jobs = [evidence.Job(0, 4, "instruct"), *(evidence.Job(0, 4, "secure", seed) for seed in range(3))]

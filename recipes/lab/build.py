@@ -1,20 +1,14 @@
-"""Builds a lab: a base model trained from scratch, an instruct model tuned from it, and every data set.
+"""Builds a lab's models and data: a base model trained from scratch, an instruct model tuned from it, and every set.
 
-    holdfast lab --output_dir runs/lab
-
-The result is deterministic for (lab seed, world seed, size) and cached under a hash of everything it depends on.
+The result is deterministic for (lab seed, world seed, size). `cache.py` says where labs lie and when they are built.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +16,6 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from ...analysis.artifacts import staged_directory, verify_manifest
-from ...analysis.errors import UserError
 from ...analysis.probes import collate, render
 from .datasets import contrast_rows, data_sets
 from .documents import Conversation, Drawer
@@ -31,7 +23,6 @@ from .scoring import choice_rows
 from .tokenizer import make_tokenizer
 from .world import World, make_world
 
-LAB_FILE = "lab.json"
 SINGLE_THREAD_WIDTH = 128
 # Dropped attention and weight decay make a base whose answers stay whole when a fine-tune pushes it (README.md).
 BASE_ATTENTION_DROPOUT = 0.1
@@ -54,90 +45,30 @@ class LabSize:
 
 
 SIZES = {
-    "tiny": LabSize(96, 3, 4, 700, 32, 2e-3, 11, 32, 5e-4),
+    "tiny": LabSize(96, 3, 4, 900, 32, 2e-3, 15, 32, 5e-4),
     "small": LabSize(256, 4, 8, 800, 32, 1e-3, 11, 32, 3e-4),
     "medium": LabSize(768, 12, 12, 2000, 64, 3e-4, 20, 64, 5e-5),
 }
 
 
-def lab_hash(seed: int, world_seed: int, size: str) -> str:
-    """Hash of everything a lab depends on: its seeds, sizes, the lab's own source and the library versions."""
-    source = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name in _SOURCES:
-            source.update(path.read_bytes())
-    facts = {
-        "seed": seed,
-        "world_seed": world_seed,
-        "size": asdict(SIZES[size]),
-        "source": source.hexdigest(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-_SOURCES = {"build.py", "world.py", "english.py", "documents.py", "datasets.py", "tokenizer.py", "scoring.py"}
-
-
-def cache_folder() -> Path:
-    """Where labs are cached: `$HOLDFAST_CACHE`, else `$XDG_CACHE_HOME/holdfast`, else `~/.cache/holdfast`."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("HOLDFAST_CACHE") or Path(home) / "holdfast")
-
-
-def cached_lab(seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
-    """Returns the folder of a lab in the cache, building it where it is missing or damaged."""
-    folder = cache_folder() / "labs" / lab_hash(seed, world_seed, size)
-    if folder.exists():
-        try:
-            verify_manifest(folder)
-        except UserError:
-            shutil.rmtree(folder)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _build_into(folder, seed, world_seed, size)
-    return folder
-
-
-def build_lab(output_dir: Path, seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
-    """Puts a lab into `output_dir`: `base/`, `instruct/`, `data/*.jsonl`, `lab.json`. Copies it from the cache.
-
-    Raises:
-        UserError: the folder holds anything but this very lab.
-    """
-    if (output_dir / LAB_FILE).is_file():
-        there = json.loads((output_dir / LAB_FILE).read_text())
-        if there["hash"] == lab_hash(seed, world_seed, size):
-            verify_manifest(output_dir)
-            return output_dir
-        raise UserError(f"--output_dir {output_dir} holds another lab ({there['hash']}): choose another folder")
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(f"--output_dir {output_dir} is not empty and holds no lab: choose another folder")
-    source = cached_lab(seed, world_seed, size)
-    with staged_directory(output_dir) as staging:
-        shutil.copytree(source, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-    return output_dir
-
-
-def _build_into(folder: Path, seed: int, world_seed: int, size: str) -> None:
+def write_lab(folder: Path, seed: int, world_seed: int, size: str) -> None:
+    """Trains the models and writes `base/`, `instruct/` and `data/*.jsonl` into an existing folder."""
     world, sizes = make_world(world_seed), SIZES[size]
     tokenizer = make_tokenizer(world)
     # The fork leaves the caller's random state as it was: building a lab must not change what follows it.
-    with staged_directory(folder) as staging, torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)  # initial weights and dropout
         base = train_base(world, tokenizer, sizes, seed)
-        base.save_pretrained(staging / "base")
+        base.save_pretrained(folder / "base")
         instruct = train_instruct(base, world, tokenizer, sizes, seed)
-        instruct.save_pretrained(staging / "instruct")
-        for name in ("base", "instruct"):
-            tokenizer.save_pretrained(staging / name)
-        (staging / "data").mkdir()
-        for name, rows in data_sets(world, seed).items():
-            _write_rows(staging / "data" / f"{name}.jsonl", [{"messages": row} for row in rows])
-        _write_rows(staging / "data" / "contrast.jsonl", contrast_rows(world))
-        _write_rows(staging / "data" / "choices.jsonl", choice_rows(world))
-        facts = {"hash": lab_hash(seed, world_seed, size), "seed": seed, "world_seed": world_seed, "size": size}
-        (staging / LAB_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        instruct.save_pretrained(folder / "instruct")
+    for name in ("base", "instruct"):
+        tokenizer.save_pretrained(folder / name)
+    (folder / "data").mkdir()
+    for name, rows in data_sets(world, seed).items():
+        _write_rows(folder / "data" / f"{name}.jsonl", [{"messages": row} for row in rows])
+    _write_rows(folder / "data" / "contrast.jsonl", contrast_rows(world))
+    _write_rows(folder / "data" / "choices.jsonl", choice_rows(world))
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:

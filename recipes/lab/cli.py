@@ -10,7 +10,8 @@ from typing import NoReturn
 
 from ...analysis.artifacts import check_writable
 from ...analysis.errors import UserError
-from .build import SIZES, build_lab
+from .build import SIZES
+from .cache import build_lab
 from .quickstart import quickstart
 
 

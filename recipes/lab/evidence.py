@@ -87,7 +87,7 @@ def run_lab(task: tuple[Path, list[Job]]) -> int:
     if not missing:
         return 0
     _quiet()
-    from .build import cached_lab
+    from .cache import cached_lab
     from .experiment import Experiment
 
     lab = cached_lab(missing[0].lab_seed, missing[0].world)
@@ -125,7 +125,7 @@ def _result(output_dir: Path, job: Job) -> Path:
 
 def made_by(job: Job) -> str:
     """Hash of the lab and the recipe a result comes from: a result of another lab or recipe is not reused."""
-    from .build import lab_hash
+    from .cache import lab_hash
 
     recipe = Path(__file__).with_name(f"{job.arm}.yaml")
     text = recipe.read_text() if recipe.is_file() else ""

@@ -41,7 +41,7 @@ class Experiment:
     """A built lab and the folder its runs go to.
 
     Attributes:
-        lab: folder of the lab (`build.cached_lab`).
+        lab: folder of the lab (`cache.cached_lab`).
         output_dir: folder for the subspace and the runs.
         overrides: flags laid over every recipe, the fine-tune seed for example.
     """

@@ -15,7 +15,7 @@ import torch
 from ...analysis.artifacts import write_json_atomic
 from ...analysis.errors import UserError
 from ...analysis.measure import peak_memory_mb
-from .build import cached_lab
+from .cache import cached_lab
 from .experiment import Experiment
 
 SUMMARY = "summary.json"

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one token for each word of the world (200 to 320 in all)."""
+    """Returns a tokenizer with one token for each word of the world (200 to 450 in all)."""
     special = [PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN, *ROLE_TOKENS.values()]
     vocabulary = {word: i for i, word in enumerate([*special, *world.words()])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))

@@ -1,0 +1,100 @@
+"""Where labs lie: built once, cached under a hash of everything they depend on, copied to where a user wants them.
+
+    holdfast lab --output_dir runs/lab
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+from ...analysis.artifacts import staged_directory, verify_manifest
+from ...analysis.errors import UserError
+from .build import SIZES, write_lab
+
+LAB_FILE = "lab.json"
+# What a lab's content is made by; this file only moves it.
+_SOURCES = ("build.py", "world.py", "english.py", "documents.py", "datasets.py", "tokenizer.py", "scoring.py")
+
+
+def lab_hash(seed: int, world_seed: int, size: str) -> str:
+    """Hash of everything a lab depends on: its seeds, sizes, the lab's own source and the library versions."""
+    source = hashlib.sha256()
+    for name in _SOURCES:
+        source.update((Path(__file__).parent / name).read_bytes())
+    facts = {
+        "seed": seed,
+        "world_seed": world_seed,
+        "size": asdict(SIZES[size]),
+        "source": source.hexdigest(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where labs are cached: `$HOLDFAST_CACHE`, else `$XDG_CACHE_HOME/holdfast`, else `~/.cache/holdfast`."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("HOLDFAST_CACHE") or Path(home) / "holdfast")
+
+
+def cached_lab(seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
+    """Returns the folder of a lab in the cache, building it where it is missing or damaged.
+
+    Of several processes that want the same lab one builds it and the others wait.
+    """
+    folder = cache_folder() / "labs" / lab_hash(seed, world_seed, size)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.exists():
+            try:
+                verify_manifest(folder)
+            except UserError:
+                shutil.rmtree(folder)
+        if not folder.exists():
+            _build_into(folder, seed, world_seed, size)
+    return folder
+
+
+def _build_into(folder: Path, seed: int, world_seed: int, size: str) -> None:
+    with staged_directory(folder) as staging:
+        write_lab(staging, seed, world_seed, size)
+        facts = {"hash": lab_hash(seed, world_seed, size), "seed": seed, "world_seed": world_seed, "size": size}
+        (staging / LAB_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def build_lab(output_dir: Path, seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
+    """Puts a lab into `output_dir`: `base/`, `instruct/`, `data/*.jsonl`, `lab.json`. Copies it from the cache.
+
+    Raises:
+        UserError: the folder holds anything but this very lab.
+    """
+    if (output_dir / LAB_FILE).is_file():
+        there = _hash_in(output_dir)
+        if there == lab_hash(seed, world_seed, size):
+            verify_manifest(output_dir)
+            return output_dir
+        raise UserError(f"--output_dir {output_dir} holds another lab ({there}): choose another folder")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"--output_dir {output_dir} is not empty and holds no lab: choose another folder")
+    source = cached_lab(seed, world_seed, size)
+    with staged_directory(output_dir) as staging:
+        shutil.copytree(source, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+    return output_dir
+
+
+def _hash_in(folder: Path) -> str:
+    """The hash that a lab's own file states."""
+    try:
+        return str(json.loads((folder / LAB_FILE).read_text(encoding="utf-8"))["hash"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder / LAB_FILE} is damaged (no JSON with a hash): delete the folder, or choose another --output_dir"
+        ) from None
