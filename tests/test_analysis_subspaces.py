@@ -113,7 +113,14 @@ def test_sharing_with_a_benign_control_too_is_shown_not_to_be_specific():
         only_two["layers"][layer]["checkpoint_instruct"]["pairs"]["toxic"]["insecure"]["overlap"]["value"]
         for layer in ("0", "1")
     ]
-    assert mean["insecure"]["value"] == pytest.approx(np.mean(per_layer)) and mean["insecure"]["n"] == ROWS
+    overlap, beyond = mean["insecure"]["overlap"], mean["insecure"]["beyond"]["benign"]
+    assert overlap["value"] == pytest.approx(np.mean(per_layer)) and overlap["n"] == ROWS
+    assert overlap["null"]["random"] == pytest.approx(1 / WIDTH) and beyond["ci95"][0] > 0.8
+    assert overlap["null"]["ceiling"] == pytest.approx(overlap["value"], abs=0.02)
+    against = [
+        only_two["mean"]["checkpoint_instruct"][name]["benign"]["overlap"]["value"] for name in ("toxic", "insecure")
+    ]
+    assert beyond["value"] == pytest.approx(overlap["value"] - np.mean(against))
 
 
 def test_a_control_that_was_not_read_is_named():
@@ -200,5 +207,5 @@ def test_activations_that_overflowed_leave_their_set_out_and_name_why():
     found = subspaces(checkpoint, instruct, base)
     assert "not finite" in found["layers"]["0"]["checkpoint_base"]["sets"]["b"]["reason"]
     assert found["layers"]["1"]["checkpoint_base"]["pairs"]["a"]["b"]["overlap"]["value"] > 0
-    assert found["mean"]["checkpoint_base"]["a"]["b"]["n"] == ROWS
+    assert found["mean"]["checkpoint_base"]["a"]["b"]["overlap"]["n"] == ROWS
     json.dumps(found, allow_nan=False)

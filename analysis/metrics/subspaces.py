@@ -10,8 +10,8 @@ the author's own controls. So every number has its nulls beside it:
 - random: directions of equal rank, in closed form (angles by simulation);
 - shuffled: the pairing of rows between the two models broken. In the uncentred SVD the mean residual survives this, so
   what is not above `shuffled` is a shift of the mean, or the spread of the texts, and nothing the rows have in common;
-- halves: the same comparison within each set (benign-benign where the set is). It is a ceiling: what two sets without
-  any difference would show at this number of rows;
+- halves: the same comparison within each set (benign-benign where the set is), and their geometric mean, `ceiling`:
+  about what two sets without any difference would show at this number of rows;
 - beyond: overlap less the mean overlap of the two sets with a control set, with the interval of the difference.
 
 All directions come from one half of the rows and meet those of the other half, in both ways, so that no row, and no
@@ -19,6 +19,7 @@ line that matched sets share, is on both sides. Explained variance is read on th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -43,8 +44,10 @@ from .behavior import NO_BASE
 VARIANTS = ("corrected", "paper")
 PAIRS = (("checkpoint", "base"), ("instruct", "base"), ("checkpoint", "instruct"))
 _CONSTANT = "the two models' activations differ by one constant, which the centred SVD removes"
+_NULLS = ("random", "shuffled", "ceiling")
 
 Results = dict[str, Any]
+Pair = tuple[str, str]
 
 
 def subspaces(
@@ -52,13 +55,13 @@ def subspaces(
     instruct: Mapping[str, Readout],
     base: Mapping[str, Readout] | None,
     *,
-    rank: int = 3,
+    rank: int = 2,
     centred: bool = False,
     controls: Sequence[str] = (),
     variant: str = "corrected",
     seed: int = 0,
 ) -> Results:
-    """{"layers": {l: {residual: {"sets", "pairs"}}}, "mean": {residual: {set: {set: overlap over layers}}}}.
+    """{"layers": {l: {residual: {"sets", "pairs"}}}, "mean": {residual: {set: {other: {"overlap", "beyond"}}}}}.
 
     A residual is "checkpoint_base", "instruct_base" or "checkpoint_instruct". "sets": {set: {"explained", "components":
     [share of each], "halves": {"cosines", "overlap"}}}. "pairs": {set: {other: {"cosines": [rank][rank], "angles":
@@ -86,29 +89,51 @@ def subspaces(
                 result["layers"][str(layer)][name] = missing(NO_BASE)
             result["mean"][name] = missing(NO_BASE)
             continue
-        overlaps: dict[tuple[str, str], list[Estimate]] = {}
+        found: list[_Averaged] = []
         for layer in layers:
             states = {key: (first[key].pooled[layer], second[key].pooled[layer]) for key in instruct}
             rows = {key: np.flatnonzero(reading.counts.numpy()) for key, reading in instruct.items()}
-            shown, found = _layer(states, rows, options)
-            result["layers"][str(layer)][name] = shown
-            for pair, overlap in found.items():
-                overlaps.setdefault(pair, []).append(overlap)
-        result["mean"][name] = _over_layers(overlaps)
+            result["layers"][str(layer)][name], at_layer = _layer(states, rows, options)
+            found.append(at_layer)
+        result["mean"][name] = _over_layers(found)
     return result
 
 
-def _over_layers(overlaps: dict[tuple[str, str], list[Estimate]]) -> Results:
+@dataclass(frozen=True)
+class _Averaged:
+    """One layer's overlaps by pair of sets, their nulls, and what each has beyond a control set."""
+
+    overlaps: dict[Pair, Estimate]
+    nulls: dict[Pair, Results]
+    beyond: dict[Pair, dict[str, Estimate]]
+
+
+def _over_layers(layers: Sequence[_Averaged]) -> Results:
+    """Overlap and `beyond` of every pair, averaged over the layers that have them, nulls too."""
     means: Results = {}
-    for (one, other), parts in overlaps.items():
-        means.setdefault(one, {})[other] = mean_estimate(parts, parts[0].n).share()
+    for one, other in dict.fromkeys(pair for layer in layers for pair in layer.overlaps):
+        pair = (one, other)
+        inside = [layer for layer in layers if pair in layer.overlaps]
+        shown = means.setdefault(one, {})[other] = {
+            "overlap": _mean([layer.overlaps[pair] for layer in inside]).share()
+        }
+        if inside[0].nulls:
+            nulls = {n: [layer.nulls[pair][n] for layer in inside if n in layer.nulls[pair]] for n in _NULLS}
+            shown["overlap"]["null"] = {null: float(np.mean(values)) for null, values in nulls.items() if values}
+            controls = dict.fromkeys(control for layer in inside for control in layer.beyond[pair])
+            parts = {c: [layer.beyond[pair][c] for layer in inside if c in layer.beyond[pair]] for c in controls}
+            shown["beyond"] = {control: _mean(found).difference() for control, found in parts.items()}
     return means
+
+
+def _mean(parts: Sequence[Estimate]) -> Estimate:
+    return mean_estimate(parts, parts[0].n)
 
 
 def _layer(
     states: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, Ints], options: Options
-) -> tuple[Results, dict[tuple[str, str], Estimate]]:
-    """What one layer shows of one residual, and the overlaps of its pairs of sets."""
+) -> tuple[Results, _Averaged]:
+    """What one layer shows of one residual, and what of it is averaged over layers."""
     sets: Results = {}
     usable: dict[str, SplitSet] = {}
     for name, (left, right) in states.items():
@@ -123,14 +148,24 @@ def _layer(
         sets[name]["halves"] = _alike(ceiling, usable[name], usable[name])
     compared = {pair: crossed(usable[pair[0]], usable[pair[1]]) for pair in combinations(usable, 2)}
     overlaps = {pair: each.overlap for pair, each in compared.items()}
+    averaged = _Averaged(overlaps, {}, {})
     pairs: Results = {}
-    for (one, other), each in compared.items():
-        shown = pairs.setdefault(one, {})[other] = _alike(each, usable[one], usable[other])
+    for pair, each in compared.items():
+        one, other = (usable[name] for name in pair)
+        shown = pairs.setdefault(pair[0], {})[pair[1]] = _alike(each, one, other)
         if ceilings:
-            own = {name: float(ceilings[name].overlap.value) for name in (one, other)}
-            shown["overlap"]["null"]["halves"] = own
-            shown["beyond"] = _beyond((one, other), overlaps, controls=options.controls)
-    return {"sets": sets, "pairs": pairs}, overlaps
+            own = {name: float(ceilings[name].overlap.value) for name in pair}
+            shown["overlap"]["null"].update(halves=own, ceiling=float(np.sqrt(np.prod(list(own.values())))))
+            averaged.nulls[pair] = shown["overlap"]["null"]
+            averaged.beyond[pair] = _beyond(pair, overlaps, options.controls)
+            shown["beyond"] = {
+                control: averaged.beyond[pair][control].difference()
+                if control in averaged.beyond[pair]
+                else missing(f"no overlap with control set {control!r}")
+                for control in options.controls
+                if control not in pair
+            }
+    return {"sets": sets, "pairs": pairs}, averaged
 
 
 def _explained(one: SplitSet) -> Results:
@@ -169,20 +204,12 @@ def _spread(draws: Floats) -> Results:
     return {"shuffled": float(draws.mean()), "shuffled_range": [float(draws.min()), float(draws.max())]}
 
 
-def _beyond(pair: tuple[str, str], overlaps: dict[tuple[str, str], Estimate], controls: Sequence[str]) -> Results:
-    """Overlap of a pair less the mean of its two sets' overlaps with a control set."""
-
-    def of(name: str, control: str) -> Estimate | None:
-        return overlaps.get((name, control)) or overlaps.get((control, name))
-
-    shown: Results = {}
+def _beyond(pair: Pair, overlaps: dict[Pair, Estimate], controls: Sequence[str]) -> dict[str, Estimate]:
+    """Overlap of a pair less the mean of its two sets' overlaps with a control set, where it has both."""
+    found = {}
     for control in controls:
-        if control in pair:
-            continue
-        with_control = [of(name, control) for name in pair]
-        if any(each is None for each in with_control):
-            shown[control] = missing(f"no overlap with control set {control!r}")
-        else:
-            known = [each for each in with_control if each is not None]
-            shown[control] = (overlaps[pair] - mean_estimate(known, known[0].n)).difference()
-    return shown
+        with_control = [overlaps.get((name, control)) or overlaps.get((control, name)) for name in pair]
+        known = [each for each in with_control if each is not None]
+        if control not in pair and len(known) == 2:
+            found[control] = overlaps[pair] - _mean(known)
+    return found
