@@ -87,7 +87,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(cache, monkeypatch
     monkeypatch.setattr(build, "train_instruct", interrupt)
     with pytest.raises(KeyboardInterrupt):
         labs.cached_lab(3)
-    assert list((cache / "labs").iterdir()) == []
+    assert [path.suffix for path in (cache / "labs").iterdir()] in ([], [".lock"])
 
 
 def test_the_lab_command_leaves_ordinary_folders_and_conversational_data(cache, tmp_path, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from holdfast.recipes.lab import build, evidence, experiment
+from holdfast.recipes.lab import cache, evidence, experiment
 from holdfast.recipes.lab.evidence_table import at_equal_strength, matched, rate, tables
 
 RECIPES = Path(evidence.__file__).parent
@@ -177,6 +177,20 @@ class FakeExperiment:
 
     def measure(self, model: Path) -> dict[str, Any]:
         return {"of": {"value": model.parent.name if model.name == "final" else model.name, "n": 1}}
+
+
+def test_a_null_is_also_run_on_the_other_side_of_the_protected_runs_task(tmp_path):
+    (tmp_path / "results").mkdir()
+    jobs = evidence.null_jobs(0, 4, draws=2)
+    for job, task in zip([evidence.Job(0, 4, "protected"), *jobs], (0.95, 0.97, 0.94, 0.99, 0.90), strict=True):
+        content = {"measured": {"narrow_task_learned": {"value": task}}}
+        (tmp_path / "results" / f"{job.name}.json").write_text(json.dumps(content))
+    brackets = evidence.bracketing_jobs(tmp_path, jobs)
+    # What learned more than the protected run is held harder, what learned less is held less.
+    assert [job.flags["penalty_strength"] for job in brackets] == [30.0, 0.2, 30.0, 0.2]
+    same = [{key: job.flags[key] for key in ("null_scale", "null_seed")} for job in jobs]
+    assert [{key: job.flags[key] for key in ("null_scale", "null_seed")} for job in brackets] == same
+    assert evidence.bracketing_jobs(tmp_path, evidence.arm_jobs(0, 4)) == []
 
 
 def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Where labs lie: built once, cached under a hash of everything they depend on, copied to where a user wants them.
 
-    holdfast lab --output_dir runs/lab
+holdfast lab --output_dir runs/lab
 """
 
 from __future__ import annotations

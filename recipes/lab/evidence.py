@@ -17,18 +17,21 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from ...analysis.artifacts import write_json_atomic
+from .evidence_table import PROTECTED_STRENGTH, tables
 
 FINE_TUNE_SEEDS = (0, 1, 2)
 NULL_DRAWS = 5
-# The protected run's own strength (equal strength), and a higher one (to read both at equal task).
-NULL_STRENGTHS = {"given": (1.0, 30.0), "own": (1.0, 3.0)}
+NULL_SCALES = ("given", "own")
+# Beside the protected run's own strength, a null is run where its task lies on the other side of the protected run's:
+# at the lower strength where it learned less, at the higher one where it learned more.
+LOWER_STRENGTH, HIGHER_STRENGTH = 0.2, 30.0
 ARMS = ("unprotected", "protected", "ordinary", "educational", "secure", "benign")
 
 
@@ -65,24 +68,43 @@ def arm_jobs(world: int, lab_seed: int) -> list[Job]:
 
 
 def null_jobs(world: int, lab_seed: int, draws: int) -> list[Job]:
-    """The random nulls at the first fine-tune seed: both scales, every strength and draw."""
+    """The random nulls at the first fine-tune seed: both scales and every draw, at the protected run's strength."""
     return [
         Job(
             world,
             lab_seed,
             "random_subspace",
             0,
-            {"null_scale": scale, "null_seed": draw, "penalty_strength": strength},
+            {"null_scale": scale, "null_seed": draw, "penalty_strength": PROTECTED_STRENGTH},
         )
-        for scale, strengths in NULL_STRENGTHS.items()
+        for scale in NULL_SCALES
         for draw in range(draws)
-        for strength in strengths
     ]
 
 
+def bracketing_jobs(output_dir: Path, jobs: list[Job]) -> list[Job]:
+    """For each null among the jobs the strength whose task, with the null's own, brackets the protected run's."""
+    found = []
+    for job in jobs:
+        if job.arm == "random_subspace":
+            held = _task_learned(output_dir, Job(job.world, job.lab_seed, "protected"))
+            strength = HIGHER_STRENGTH if _task_learned(output_dir, job) > held else LOWER_STRENGTH
+            found.append(replace(job, flags={**job.flags, "penalty_strength": strength}))
+    return found
+
+
+def _task_learned(output_dir: Path, job: Job) -> float:
+    return float(json.loads(_result(output_dir, job).read_text())["measured"]["narrow_task_learned"]["value"])
+
+
 def run_lab(task: tuple[Path, list[Job]]) -> int:
-    """Runs the jobs of one lab that have no result yet, in this process on one thread; returns their number."""
+    """Runs the jobs of one lab that have no result yet, then what brackets its nulls; returns their number."""
     output_dir, jobs = task
+    return _run_missing(output_dir, jobs) + _run_missing(output_dir, bracketing_jobs(output_dir, jobs))
+
+
+def _run_missing(output_dir: Path, jobs: list[Job]) -> int:
+    """Runs the jobs that have no result yet, in this process on one thread; returns their number."""
     missing = [job for job in jobs if not _is_done(output_dir, job)]
     if not missing:
         return 0
@@ -166,8 +188,6 @@ def main() -> int:
     with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
         for _ in tqdm(pool.imap_unordered(run_lab, tasks), total=len(tasks), desc="evidence", unit="lab"):
             pass
-    from .evidence_table import tables
-
     text = tables(load_results(arguments.output_dir))
     (arguments.output_dir / "EVIDENCE.md").write_text(text)
     print(text)

@@ -16,7 +16,7 @@ from ...analysis.stats import hierarchical_bootstrap, holm, sign_flip_test
 Result = dict[str, Any]
 Lab = tuple[int, int]
 Pair = tuple[Lab, float, float, bool]
-PROTECTED_STRENGTH = 1.0  # penalty_strength of protected.yaml
+PROTECTED_STRENGTH = 2.0  # penalty_strength of protected.yaml
 CONTROLS = ("educational", "secure", "benign")
 SPLIT_RATES = ("misaligned_anchor", "misaligned_validation", "misaligned_test")
 
