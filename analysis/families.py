@@ -1,6 +1,6 @@
-"""The families of METRICS.md: what each needs, what it reads of a pass, and the one call that computes it.
+"""What a family of metrics is to `measure.py`: what it needs, what it reads of a pass, and how it may fail.
 
-`measure.py` loops over this table. A new family is one file of pure functions in `metrics/` and one entry here.
+The families themselves stand in `registry.py`.
 """
 
 import json
@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError
-from .metrics.behavior import NO_BASE, behavior
-from .metrics.choices import PreparedChoices, choice_rates, score_prepared
-from .metrics.divergence import Between, Kept, Side, divergence
-from .metrics.projection import projection
+from .metrics.behavior import NO_BASE
+from .metrics.choices import PreparedChoices
+from .metrics.divergence import Between, Kept, Side
+from .patching import Donor, PatchRows
 from .plan import MeasurePlan
 from .probes import Rendered
 from .readout import Readout
@@ -38,8 +38,9 @@ class Subject:
     """One checkpoint beside its references, all on the same rows.
 
     model: the checkpoint, in memory. checkpoint, instruct, base: what each shows on each probe set; base may be
-    missing. sides, between: heads and final states of the references by probe set, and how they differ. shared:
-    whether several ranks hold the whole model and share the rows out.
+    missing. layers: where the plan reads directions, of those that are pooled. sides, between: heads and final states
+    of the references by probe set, and how they differ. patch_rows, donors: what is patched of each set, and base's
+    states there. shared: whether several ranks hold the whole model and share the rows out.
     """
 
     plan: MeasurePlan
@@ -49,7 +50,11 @@ class Subject:
     checkpoint: Mapping[str, Readout]
     instruct: Mapping[str, Readout]
     base: Mapping[str, Readout] | None
+    layers: list[int]
+    padding: int
     choices: PreparedChoices | None
+    patch_rows: Mapping[str, PatchRows]
+    donors: Mapping[str, Donor]
     kept: Mapping[str, Kept]
     sides: Callable[[str, torch.device], dict[str, Side]]
     between: Callable[[str], Between]
@@ -62,8 +67,8 @@ class Family:
 
     compute: all results of a subject. needs: some of "base", "direction" (a base or a subspace), "choices"; without
     them the family is null with that reason and no model is loaded for it. reads: the parts of a readout it uses beside
-    the statistics of tokens, some of "pooled", "projections", "final", "prompt_entropy". subspace: whether its results
-    depend on the subspace. paper: whether the paper's variant differs.
+    the statistics of tokens, some of "pooled", "projections", "final", "prompt_entropy", "donor". subspace: whether its
+    results depend on the subspace. paper: whether the paper's variant differs.
     """
 
     compute: Callable[[Subject], Results]
@@ -87,12 +92,12 @@ class Family:
 
 def unmeasured(reason: str) -> Results:
     """The result of a family, or of one of its sets, that could not be computed."""
-    return missing(reason)
+    return {**missing(reason), "measured": False}
 
 
 def is_unmeasured(result: Any) -> bool:
     """Whether this is `unmeasured`'s."""
-    return isinstance(result, Mapping) and result.keys() == {"value", "n", "reason"}
+    return isinstance(result, Mapping) and result.get("measured") is False
 
 
 def each_set(compute: Callable[[Subject, str], Results]) -> Callable[[Subject], Results]:
@@ -115,45 +120,3 @@ def attempt(compute: Callable[..., Results], *arguments: Any) -> Results:
     except _OBSTACLES as error:
         return unmeasured(" ".join(str(error).split()) or type(error).__name__)
     return results
-
-
-def _behavior(subject: Subject, name: str) -> Results:
-    plan, base = subject.plan, (subject.base or {}).get(name)
-    ours, theirs = subject.checkpoint[name], subject.instruct[name]
-    return dict(behavior(ours, theirs, base, seed=plan.seed, variant=plan.variant))
-
-
-def _projection(subject: Subject, name: str) -> Results:
-    plan, base = subject.plan, (subject.base or {}).get(name)
-    ours, theirs = subject.checkpoint[name], subject.instruct[name]
-    return dict(projection(ours, theirs, base, plan.subspace, plan.seed, plan.variant))
-
-
-def _divergence(subject: Subject, name: str) -> Results:
-    sides = subject.sides(name, next(subject.model.parameters()).device)
-    known, kept, rows = subject.between(name), subject.kept[name], subject.rows[name]
-    states = subject.checkpoint[name].final
-    return divergence(subject.model, states, sides, known, kept, rows, subject.tokenizer, subject.plan.seed)
-
-
-def _choices(subject: Subject) -> Results:
-    assert subject.choices is not None  # `needs` says so
-    plan = subject.plan
-    masses = score_prepared(subject.model, subject.choices, plan.choices_batch_size, shared=subject.shared)
-    return dict(choice_rates(plan.choices, masses, plan.seed))
-
-
-REGISTRY: dict[str, Family] = {
-    "behavior": Family(each_set(_behavior), reads=frozenset({"prompt_entropy"}), paper=True),
-    "divergence": Family(each_set(_divergence), reads=frozenset({"final"})),
-    "projection": Family(
-        each_set(_projection),
-        needs=("direction",),
-        reads=frozenset({"pooled", "projections"}),
-        subspace=True,
-        paper=True,
-    ),
-    "choices": Family(_choices, needs=("choices",)),
-}
-COST = "cost"
-FAMILIES = (*REGISTRY, COST)

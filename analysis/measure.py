@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .activations import pad_id
 from .artifacts import MANIFEST, verify_manifest
 from .errors import UserError
-from .families import COST, FAMILIES, REGISTRY, Results, Subject, attempt, unmeasured
+from .families import Results, Subject, attempt, unmeasured
 from .layers import parse_layers
 from .lm_head import prove_head
 from .metrics.choices import PreparedChoices, prepare_choices
@@ -30,6 +30,7 @@ from .probes import Conversation, Rendered, render
 from .ranks import agreed, is_main, is_sharded
 from .readout import Readout
 from .references import ProbeReader, Reference, sha256_json, subspace_hash
+from .registry import COST, FAMILIES, REGISTRY
 from .results import ResultFiles, reading, scalars
 
 __all__ = [
@@ -91,7 +92,8 @@ class Measurer:
         wanted = "choices" in self.families and plan.choices
         self.choices: PreparedChoices | None = prepare_choices(self.tokenizer, plan.choices) if wanted else None
         possible = tuple(name for name in self.families if name not in self.obstacles)
-        self.reader = ProbeReader(plan, self.rows, layers, self.role, pad_id(self.tokenizer), possible)
+        self.layers, depth = layers, config.get_text_config().num_hidden_layers
+        self.reader = ProbeReader(plan, self.rows, depth, self.role, pad_id(self.tokenizer), possible)
         self._references: dict[str, Reference] | None = None
         self._between: dict[str, Between] = {}
 
@@ -191,7 +193,11 @@ class Measurer:
             checkpoint=readings,
             instruct=instruct.readings,
             base=None if base is None else base.readings,
+            layers=self.layers,
+            padding=self.reader.padding,
             choices=self.choices,
+            patch_rows=self.reader.patch_rows,
+            donors={} if base is None else base.donors,
             kept=self.reader.kept,
             sides=self._sides,
             between=partial(self._known, torch.device(self.plan.device or "cpu")),
@@ -222,9 +228,19 @@ class Measurer:
         data = (
             {name: self.reader.data_hash(name) for name in self.rows} if "choices" not in needs.needs else plan.choices
         )
-        subspace = [subspace_hash(plan), self.reader.layers, self.role] if needs.subspace else []
+        subspace = [subspace_hash(plan), self.layers, self.role] if needs.subspace else []
         options = [plan.variant if needs.paper else None, plan.seed, self.reader.loading(), self.empty]
+        options += own_options(family, plan)
         return sha256_json([_FORMAT, family, weights, data, subspace, options, self._tokenizer_hash])
+
+
+def own_options(family: str, plan: MeasurePlan) -> list[Any]:
+    """The options of a plan that one family alone depends on."""
+    return {
+        "subspaces": [plan.control_sets],
+        "gradients": [plan.gradient_block, plan.gradient_weight],
+        "patching": [plan.patching_rows],
+    }.get(family, [])
 
 
 def check_checkpoint(path: str | Path, plan: MeasurePlan) -> None:

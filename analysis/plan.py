@@ -11,6 +11,7 @@ from .subspace_file import Subspace
 
 VARIANTS = ("corrected", "paper")
 STORE_LIMIT_GB = 50.0
+PATCHING_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class MeasurePlan:
     arXiv 2507.03662 where METRICS.md corrects it. role: whose tokens are pooled and projected; None takes the
     subspace's, or completion. long_rows: "truncate" cuts rows to max_length tokens, "drop" leaves longer ones out.
     references: folder of the store that keeps the references' readings; None keeps them in memory alone.
-    store_limit_gb: its bound, in 10^9 bytes. load: how every model is loaded. data_parallel: whether several ranks
+    store_limit_gb: its bound, in 10^9 bytes. control_sets: names of probe sets whose sharing of directions means
+    nothing. gradient_block, gradient_weight: where gradients are read, as for `read_gradients`. patching_rows: of each
+    set, as each costs two passes a layer. load: how every model is loaded. data_parallel: whether several ranks
     share the references' rows out (each holds a whole model), instead of leaving them to the main one.
     """
 
@@ -45,5 +48,9 @@ class MeasurePlan:
     seed: int = 0
     references: Path | None = None
     store_limit_gb: float = STORE_LIMIT_GB
+    control_sets: tuple[str, ...] = ()
+    gradient_block: int | None = None
+    gradient_weight: str | None = None
+    patching_rows: int = PATCHING_ROWS
     load: LoadOptions = LoadOptions()
     data_parallel: bool = False

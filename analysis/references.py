@@ -4,29 +4,32 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .families import REGISTRY
+from .kept_donor import KeptDonor
 from .lm_head import StoredHead, prove_head
 from .metrics.divergence import keep_positions
 from .models import load_model, model_fingerprint
+from .patching import patch_rows
 from .plan import MeasurePlan
 from .probes import Rendered, document_key, role_mask
 from .ranks import gathered, is_main, main_first, whole_models
 from .readout import Readout, read
+from .registry import REGISTRY
 from .store import Store
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One reference model's readings by probe set, and its LM head where divergence needs it."""
+    """One reference model's readings by probe set, its LM head where divergence needs it, its states for patching."""
 
     readings: dict[str, Readout]
     head: StoredHead | None
+    donors: dict[str, KeptDonor] = field(default_factory=dict)
 
 
 def sha256_json(value: Any) -> str:
@@ -38,7 +41,8 @@ class ProbeReader:
     """Reads probe sets with any model in the same way, and the references once.
 
     Args:
-        rows: rendered probe sets by name. layers, role: what is pooled and projected. padding: a token id to pad with.
+        rows: rendered probe sets by name. depth: of the models; all layers are pooled. role: whose tokens are pooled
+            and projected. padding: a token id to pad with.
         families: what will be computed, and so what is read.
     """
 
@@ -46,18 +50,24 @@ class ProbeReader:
         self,
         plan: MeasurePlan,
         rows: Mapping[str, list[Rendered]],
-        layers: list[int],
+        depth: int,
         role: str,
         padding: int,
         families: tuple[str, ...],
     ) -> None:
-        self.plan, self.rows, self.layers, self.role, self.padding = plan, rows, layers, role, padding
+        self.plan, self.rows, self.layers, self.role, self.padding = plan, rows, list(range(depth)), role, padding
         self.parts = {part for family in families if family in REGISTRY for part in REGISTRY[family].reads}
         self.kept = (
             {name: keep_positions(found, plan.max_length) for name, found in rows.items()}
             if "final" in self.parts
             else {}
         )
+        self.patch_rows = {
+            name: patch_rows(
+                found[: plan.patching_rows], batch_size=plan.batch_size, max_length=plan.max_length, padding=padding
+            )
+            for name, found in (rows.items() if "donor" in self.parts else ())
+        }
         self.store = None if plan.references is None else Store(plan.references, plan.store_limit_gb)
         self._fingerprints: dict[str, str] = {}
 
@@ -94,9 +104,9 @@ class ProbeReader:
         facts = [str(folder), paths, [self.data_hash(name) for name in self.rows], sorted(self.parts)]
         alone = folder is None or self.plan.data_parallel
         with nullcontext() if alone else main_first(f"references {json.dumps(facts)}"):
-            return {name: self._reference(path) for name, path in paths.items()}
+            return {name: self._reference(path, donor=name == "base") for name, path in paths.items()}
 
-    def _reference(self, path: str) -> Reference:
+    def _reference(self, path: str, donor: bool) -> Reference:
         """Readings of every probe set by one reference model; it is loaded for what the store lacks, then let go."""
         store, fingerprint = self.store, self.fingerprint(path)
         keys = {name: self._key(fingerprint, name) for name in self.rows}
@@ -105,10 +115,12 @@ class ProbeReader:
         readings = {name: Readout.of_tensors(tensors) for name, tensors in found.items() if tensors is not None}
         stored_head = store.get(head_key) if store is not None and self.kept else None
         head = None if stored_head is None else head_of(stored_head)
+        donors = self._stored_donors(fingerprint) if donor else {}
         complete = len(readings) == len(keys) and (head is not None or not self.kept)
+        complete = complete and (not donor or len(donors) == len(self.patch_rows))
         # Ranks that read together must agree on whether there is something to read.
         if all(gathered(complete)) if self.plan.data_parallel else complete:
-            return Reference(readings, head)
+            return Reference(readings, head, donors)
         with whole_models():
             model = load_model(path, dtype=self.plan.dtype, device=self.plan.device, options=self.plan.load)
         prove_head(model)
@@ -123,7 +135,23 @@ class ProbeReader:
             head = StoredHead.of(model)
             if writes is not None:
                 writes.put(head_key, head_tensors(head))
-        return Reference({name: readings[name] for name in self.rows}, head)
+        for name, rows in self.patch_rows.items() if donor else ():
+            donors[name] = KeptDonor.of(model, rows, self.layers)
+            if writes is not None:
+                writes.put(self._donor_key(fingerprint, name), donors[name].tensors())
+        return Reference({name: readings[name] for name in self.rows}, head, donors)
+
+    def _donor_key(self, fingerprint: str, name: str) -> str:
+        rows = self.patch_rows[name]
+        data = [rows.batches, [[row.input_ids, row.positions, row.targets] for row in rows.rows]]
+        return sha256_json(["donor", fingerprint, data, self.layers, self.loading()])
+
+    def _stored_donors(self, fingerprint: str) -> dict[str, KeptDonor]:
+        """Base's states for patching, of the sets whose entry is in the store."""
+        if self.store is None:
+            return {}
+        found = {name: self.store.get(self._donor_key(fingerprint, name)) for name in self.patch_rows}
+        return {name: KeptDonor.of_tensors(tensors) for name, tensors in found.items() if tensors is not None}
 
     def fingerprint(self, path: str) -> str:
         """`model_fingerprint` of a reference, whose files are read for it only once."""

@@ -21,11 +21,12 @@ CHOICES = [
     {"messages": chat(f"soup {word}"), "classes": {"good": ["help", "be honest"], "bad": ["run"]}, "split": "test"}
     for word in "ab"
 ]
+FAMILIES = ("behavior", "divergence", "projection", "choices")
 
 
 def measurer_of(models: Path, store: Path | None, base: str = "base") -> Measurer:
     paths = str(models / "instruct"), str(models / base)
-    return Measurer(MeasurePlan(*paths, {"rows": ROWS}, CHOICES, batch_size=3, references=store))
+    return Measurer(MeasurePlan(*paths, {"rows": ROWS}, CHOICES, FAMILIES, batch_size=3, references=store))
 
 
 def without_cost(results: Results) -> Results:

@@ -10,6 +10,7 @@ from holdfast.analysis import references
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint, scalars
 from holdfast.analysis.metrics.choices import score_choices
+from holdfast.analysis.registry import FAMILIES
 from holdfast.analysis.results import ResultFiles
 from holdfast.analysis.subspace import SubspaceRequest, build_subspace
 from peft import LoraConfig, get_peft_model
@@ -67,7 +68,7 @@ def test_instruct_measures_as_itself_and_base_as_base(folders, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["checkpoint"] for line in lines] == ["instruct", "base"]
     assert {path.name for path in (tmp_path / "metrics" / "base").iterdir()} == {
-        "behavior.json", "projection.json", "choices.json", "divergence.json", "cost.json",
+        f"{family}.json" for family in FAMILIES
     }  # fmt: skip
     assert not list(tmp_path.rglob("*.staging"))
 
@@ -98,7 +99,7 @@ def test_a_live_model_measures_as_its_checkpoint(folders, tmp_path):
 def test_references_are_read_once_and_kept(folders, tmp_path, monkeypatch):
     plan = plan_of(folders, references=tmp_path / "store")
     fresh = Measurer(plan).measure(toy_model(seed=1))
-    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 4  # a reading and a head of each
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 5  # a reading and a head of each, base's states for patching
 
     def refuse(*_args, **_options):
         raise AssertionError("a reference was loaded again")

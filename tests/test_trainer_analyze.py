@@ -156,7 +156,7 @@ def test_a_family_that_cannot_be_computed_is_null_with_the_reason(
     assert "choices: no choices were given" in error
     line = lines(folder)["one"]
     assert line["projection"] == {
-        "value": None, "n": 0, "reason": "neither a base model nor a subspace was given"
+        "value": None, "n": 0, "reason": "neither a base model nor a subspace was given", "measured": False
     }  # fmt: skip
     found = line["behavior"]["probes"]["entropy"]
     assert found["checkpoint"]["value"] > 0 and found["reversion"]["reason"] == "no base model was given"

@@ -126,7 +126,7 @@ def measurer_of(instruct: Path, references: Path | None) -> Measurer:
     )  # fmt: skip
     plan = MeasurePlan(
         str(instruct), None, {"rows": ROWS}, choices, subspace=dataclasses.replace(subspace, provenance=provenance),
-        batch_size=3, references=references,
+        families=("behavior", "divergence", "projection", "choices"), batch_size=3, references=references,
     )  # fmt: skip
     return Measurer(plan, toy_tokenizer())
 

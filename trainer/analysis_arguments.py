@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..analysis.families import FAMILIES
-from ..analysis.plan import STORE_LIMIT_GB, VARIANTS
+from ..analysis.plan import PATCHING_ROWS, STORE_LIMIT_GB, VARIANTS
+from ..analysis.registry import FAMILIES
 from .options import option, require, sources
 
 
@@ -37,6 +37,18 @@ class AnalysisArguments:
     analysis_rows: int = option(200, "At most this many rows of each set. Default: 200.")
     analysis_batch_size: int = option(8, "Rows per forward while measuring. Default: 8.")
     analysis_during_training: bool = option(True, "Measure each checkpoint when it is saved. Default: true.")
+    control_sets: list[str] | None = option(
+        None, "Names of probe sets (benign ones) whose sharing of directions means nothing. Default: none."
+    )
+    gradient_block: int | None = option(
+        None, "Block whose attention output projection the gradients family differentiates. Default: the last."
+    )
+    gradient_weight: str | None = option(
+        None, "Path of another linear layer in that block, like mlp.down_proj. Default: the attention's output."
+    )
+    patching_rows: int = option(
+        PATCHING_ROWS, f"Rows of each set for patching, two passes a layer each. Default: {PATCHING_ROWS}."
+    )
     store_dir: str | None = option(
         None,
         "Folder that keeps what the starting model and base show, for all analyses. Default: $HOLDFAST_CACHE/store, or "
@@ -53,6 +65,7 @@ class AnalysisArguments:
     def __post_init__(self) -> None:
         require(self.analysis_rows >= 1, "analysis_rows", self.analysis_rows, "at least 1")
         require(self.analysis_batch_size >= 1, "analysis_batch_size", self.analysis_batch_size, "at least 1")
+        require(self.patching_rows >= 1, "patching_rows", self.patching_rows, "at least 1")
         require(self.store_limit_gb >= 0, "store_limit_gb", self.store_limit_gb, "0 or more")
         require(self.watch_interval > 0, "watch_interval", self.watch_interval, "more than 0 seconds")
         self.probe_sets = sources("probe_sets", self.probe_sets)

@@ -64,6 +64,10 @@ def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Mea
         seed=arguments.training.seed,
         references=store,
         store_limit_gb=asked.store_limit_gb,
+        control_sets=tuple(asked.control_sets or ()),
+        gradient_block=asked.gradient_block,
+        gradient_weight=asked.gradient_weight,
+        patching_rows=asked.patching_rows,
         load=replace(load_options(arguments), device_map=asked.device_map if spread else None),
         data_parallel=families is not None,
     )
