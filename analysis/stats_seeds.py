@@ -13,18 +13,24 @@ _FEWEST_UNITS = 5
 
 
 def hierarchical_bootstrap(
-    values: ArrayLike, levels: Sequence[Sequence[Hashable]], seed: int = 0, n_boot: int = 2000, confidence: float = 0.95
+    values: ArrayLike,
+    levels: Sequence[Sequence[Hashable]],
+    seed: int = 0,
+    n_boot: int = 2000,
+    confidence: float = 0.95,
+    rate: bool = False,
 ) -> Interval:
     """Bootstrap-t interval of the mean when every level is resampled within the one above it.
 
     Each resampled mean is measured in standard errors of its own outermost units (Efron and Tibshirani 1993, 12.5);
     percentiles, which this replaces, cover 0.74-0.91 with 5 to 10 seeds that differ. Under 5 outermost units it is
-    Student's t over them. Values that all lie in [0, 1] get an interval inside it (`stats_intervals.rate_bounds`).
+    Student's t over them. Values that all lie in [0, 1] and differ get an interval inside it (`rate_bounds`).
 
     Args:
         values: [n].
         levels: outermost first, each with a label per value: (model seed, fine-tune seed, question, …); what lies
             below the last level is resampled too. Labels are nested: question 3 of one seed is not that of another.
+        rate: the values are rates: even if none of them shows an event, the interval says how many there may be.
 
     Raises:
         ValueError: a single outermost unit; the claim is about several.
@@ -43,7 +49,7 @@ def hierarchical_bootstrap(
         spread = errors > 1e-9 * error
         quantiles = np.quantile((means[spread] - mean) / errors[spread], tails)
     interval = mean - float(quantiles[1]) * error, mean - float(quantiles[0]) * error
-    if rows.min() >= 0 and rows.max() <= 1 and np.ptp(rows) > 0:
+    if rate or (rows.min() >= 0 and rows.max() <= 1 and np.ptp(rows) > 0):
         return rate_bounds(sums, counts, interval, confidence)
     return interval
 

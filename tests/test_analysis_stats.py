@@ -185,6 +185,8 @@ def test_hierarchical_interval_with_few_seeds_and_with_rates():
     assert stats.hierarchical_bootstrap(values, [seeds]) == pytest.approx((5 - half, 5 + half))
     low, high = stats.hierarchical_bootstrap([0.0, 0.001, 0.002, 0.0, 0.004, 0.01], [list("abcdef")])
     assert 0 <= low < 0.003 < high < 0.1
+    none = stats.hierarchical_bootstrap([0.0] * 600, [[row // 100 for row in range(600)]], rate=True)
+    assert none[0] == 0 and 3 / 600 < none[1] < 10 / 600
     with pytest.raises(ValueError, match="outermost"):
         stats.hierarchical_bootstrap([1.0, 2.0], [["a", "a"]])
 

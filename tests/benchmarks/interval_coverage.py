@@ -1,0 +1,249 @@
+"""How often the 95% intervals of `analysis.stats` cover the truth on simulated data.
+
+    python tests/benchmarks/interval_coverage.py [--repetitions 4000] > tests/benchmarks/COVERAGE.md
+
+Every setting calls the public function as the metrics do. `held` settings are promised to cover in 93-97% of 1,000
+repetitions (tests/test_analysis_stats_coverage.py); the others are where no interval does, printed all the same.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from holdfast.analysis import stats
+from numpy.random import Generator
+
+SAMPLES = 60
+Draw = Callable[[Generator], tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One kind of data and one interval; `draw` gives (low, high, truth) of one repetition.
+
+    held: "both" for coverage in 93-97%, "below" for at least 93% (few events leave no choice but
+    more), "" for neither.
+    """
+
+    group: str
+    name: str
+    draw: Draw
+    held: str = "both"
+
+
+def measured(result: stats.Measurement, truth: float) -> tuple[float, float, float]:
+    low, high = result["ci95"]
+    return low, high, truth
+
+
+def settings() -> Iterator[Setting]:
+    yield from means()
+    yield from answers()
+    yield from questions()
+    yield from seeds()
+    yield from comparisons()
+    yield from statistics()
+
+
+def means() -> Iterator[Setting]:
+    """`measurement` of independent rows or clusters, symmetric and skewed."""
+    for n in (5, 10, 30):
+        yield Setting("mean", f"normal, {n} rows", lambda g, n=n: measured(stats.measurement(g.normal(size=n)), 0))
+    for n, held in ((5, ""), (10, "both"), (30, "both"), (256, "both")):
+        draw = lambda g, n=n: measured(stats.measurement(1 + g.exponential(size=n)), 2)  # noqa: E731
+        yield Setting("mean", f"exponential, {n} rows", draw, held)
+    for n in (10, 30):
+        draw = lambda g, n=n: measured(stats.measurement(2 * g.lognormal(size=n)), 2 * np.exp(0.5))  # noqa: E731
+        yield Setting("mean", f"lognormal of log-sd 1, {n} rows", draw, "")
+    for n_clusters in (5, 10, 24):
+        labels = np.repeat(np.arange(n_clusters), 20).tolist()
+
+        def clustered(g: Generator, k: int = n_clusters, labels: list[int] = labels) -> tuple[float, float, float]:
+            values = g.normal(size=(k, 1)) + g.normal(size=(k, 20))
+            return measured(stats.measurement(values.ravel(), labels), 0)
+
+        yield Setting("mean", f"{n_clusters} clusters of 20, intraclass correlation 0.5", clustered)
+
+
+def _rate(rate: float | None, g: Generator) -> float:
+    return float(g.uniform(0, 0.02)) if rate is None else rate
+
+
+def _named(rate: float | None) -> str:
+    return "0-2%, uniform" if rate is None else f"{100 * rate:g}%"
+
+
+def answers() -> Iterator[Setting]:
+    """`measurement(rate=True)` of independent answers: Wilson."""
+    for n in (400, 1505):
+        # With so few events expected that no set of counts has a probability in 93-97%, nothing can cover that often.
+        held = {None: "both", 0.0: "below", 0.001: "", 0.0025: "", 0.005: "both", 0.01: "both", 0.02: "both"}
+        for rate, promise in held.items():
+
+            def draw(g: Generator, n: int = n, rate: float | None = rate) -> tuple[float, float, float]:
+                truth = _rate(rate, g)
+                return measured(stats.measurement(g.random(n) < truth, rate=True), truth)
+
+            yield Setting("rate, independent answers", f"{n} answers, {_named(rate)}", draw, promise)
+
+
+def questions() -> Iterator[Setting]:
+    """`measurement(rate=True)` of answers in questions whose own rates differ by a gamma of the given variation."""
+    for n_questions, size in ((5, 50), (8, 50), (10, 200), (24, 50), (50, 50)):
+        labels = np.repeat(np.arange(n_questions), size).tolist()
+        for variation in (0.0, 1.0, 2.0):
+            for rate in (None, 0.005, 0.02):
+
+                def draw(
+                    g: Generator,
+                    shape: tuple[int, int] = (n_questions, size),
+                    labels: list[int] = labels,
+                    variation: float = variation,
+                    rate: float | None = rate,
+                ) -> tuple[float, float, float]:
+                    truth = _rate(rate, g)
+                    own = np.full(shape[0], truth)
+                    if variation:
+                        own *= g.gamma(1 / variation**2, variation**2, size=shape[0])
+                    events = g.random(shape) < own[:, None]
+                    return measured(stats.measurement(events.ravel(), labels, rate=True), truth)
+
+                name = f"{n_questions} questions of {size}, {_named(rate)}, variation {variation:g}"
+                held = "" if variation > 1 else ("both" if n_questions > 8 else "below")
+                yield Setting("rate, clustered answers", name, draw, held)
+
+
+def seeds() -> Iterator[Setting]:
+    """`hierarchical_bootstrap` over labs and fine-tune seeds."""
+    for n_labs in (5, 10):
+        levels = [np.repeat(np.arange(n_labs), 3).tolist(), np.arange(3 * n_labs).tolist()]
+        for spread in (0.0, 0.5, 1.0, 2.0):
+
+            def normal(
+                g: Generator, k: int = n_labs, spread: float = spread, levels: list[list[int]] = levels
+            ) -> tuple[float, float, float]:
+                values = 10 + spread * g.normal(size=(k, 1)) + g.normal(size=(k, 3))
+                return *stats.hierarchical_bootstrap(values.ravel(), levels, seed=int(g.integers(1 << 30))), 10
+
+            yield Setting("seeds", f"{n_labs} labs x 3 seeds, normal, labs {spread:g} times as far apart", normal)
+        for spread in (0.5, 1.0):
+
+            def skewed(
+                g: Generator, k: int = n_labs, spread: float = spread, levels: list[list[int]] = levels
+            ) -> tuple[float, float, float]:
+                values = 0.01 * np.exp(spread * g.normal(size=(k, 1)) + 0.3 * g.normal(size=(k, 3)))
+                truth = 0.01 * float(np.exp(spread**2 / 2 + 0.045))
+                interval = stats.hierarchical_bootstrap(np.minimum(values, 1).ravel(), levels, int(g.integers(1 << 30)))
+                return *interval, truth
+
+            name = f"{n_labs} labs x 3 seeds, exact rates near 1%, lognormal of log-sd {spread:g}"
+            yield Setting("seeds", name, skewed, "")
+        for rate in (None, 0.01):
+            rows = [np.repeat(level, SAMPLES).tolist() for level in levels]
+
+            def sampled(
+                g: Generator, k: int = n_labs, rate: float | None = rate, rows: list[list[int]] = rows
+            ) -> tuple[float, float, float]:
+                truth = _rate(rate, g)
+                own = np.repeat(truth * g.gamma(4, 0.25, size=k), 3 * SAMPLES)
+                events = (g.random(3 * SAMPLES * k) < own).astype(float)
+                drawn = int(g.integers(1 << 30))
+                return *stats.hierarchical_bootstrap(events, rows, drawn, n_boot=500, rate=True), truth
+
+            yield Setting(
+                "seeds", f"{n_labs} labs x 3 seeds x {SAMPLES} answers, {_named(rate)}, variation 0.5", sampled, ""
+            )
+
+
+def comparisons() -> Iterator[Setting]:
+    """`paired_bootstrap` and `fieller`."""
+    for n in (5, 10, 30):
+
+        def paired(g: Generator, n: int = n) -> tuple[float, float, float]:
+            shared = 3 * g.normal(size=n)
+            return measured(stats.paired_bootstrap(shared + g.normal(size=n) + 0.5, shared + g.normal(size=n)), 0.5)
+
+        yield Setting("paired difference", f"normal, {n} pairs", paired)
+    for n, left, right in ((400, 0.02, 0.01), (400, 0.01, 0.0), (1505, 0.05, 0.03), (1505, 0.01, 0.005)):
+
+        def rates(g: Generator, n: int = n, left: float = left, right: float = right) -> tuple[float, float, float]:
+            first, second = g.random(n) < left, g.random(n) < right
+            return measured(stats.paired_bootstrap(first, second), left - right)
+
+        yield Setting("paired difference", f"{n} answers an arm, {_named(left)} against {_named(right)}", rates, "")
+    for n_questions, size in ((10, 200), (24, 50)):
+        labels = np.repeat(np.arange(n_questions), size).tolist()
+        for left, right in ((0.02, 0.01), (0.01, 0.01)):
+
+            def arms(
+                g: Generator,
+                shape: tuple[int, int] = (n_questions, size),
+                labels: list[int] = labels,
+                left: float = left,
+                right: float = right,
+            ) -> tuple[float, float, float]:
+                own = g.gamma(1, 1, size=shape[0])[:, None]
+                first, second = g.random(shape) < left * own, g.random(shape) < right * own
+                return measured(stats.paired_bootstrap(first.ravel(), second.ravel(), labels), left - right)
+
+            name = f"{n_questions} questions of {size}, variation 1, {_named(left)} against {_named(right)}"
+            yield Setting("paired difference", name, arms, "")
+    for n in (5, 10, 30):
+
+        def ratio(g: Generator, n: int = n) -> tuple[float, float, float]:
+            below = 4 + g.normal(size=n)
+            return measured(stats.fieller(0.5 * below + 0.5 * g.normal(size=n), below), 0.5)
+
+        yield Setting("ratio of means (Fieller)", f"normal, {n} rows, denominator 4 sd from 0", ratio)
+
+
+def statistics() -> Iterator[Setting]:
+    """`bootstrap_ci` of a cosine of two mean vectors and of a separation."""
+    one, two = np.array([3.0, 1, 0, 0]), np.array([3.0, -1, 1, 0])
+    truth = float(one @ two / np.sqrt(one @ one * (two @ two)))
+
+    def cosine(rows: stats.Floats) -> float:
+        a, b = rows[:, :4].mean(0), rows[:, 4:].mean(0)
+        return float(a @ b / np.sqrt(a @ a * (b @ b)))
+
+    def separation(rows: stats.Floats) -> float:
+        return float((rows[:, 0].mean() - rows[:, 1].mean()) / rows.std(0, ddof=1).sum())
+
+    for n in (10, 29, 64):
+
+        def of_means(g: Generator, n: int = n) -> tuple[float, float, float]:
+            rows = g.normal(size=(n, 8)) + np.concatenate([one, two])
+            return *stats.bootstrap_ci(rows, statistic=cosine, n_boot=400, bounds=(-1, 1)), truth
+
+        def apart(g: Generator, n: int = n) -> tuple[float, float, float]:
+            return *stats.bootstrap_ci(g.normal([2, 0], size=(n, 2)), statistic=separation, n_boot=400), 1.0
+
+        yield Setting("other statistics", f"cosine of means, {n} rows", of_means, "")
+        yield Setting("other statistics", f"separation, {n} rows", apart, "")
+
+
+def coverage(setting: Setting, repetitions: int, seed: int = 0) -> tuple[float, float]:
+    """Share of repetitions whose interval holds the truth, and the mean width."""
+    generator, hits, width = np.random.default_rng(seed), 0, 0.0
+    for _ in range(repetitions):
+        low, high, truth = setting.draw(generator)
+        hits += low - 1e-12 <= truth <= high + 1e-12
+        width += high - low
+    return hits / repetitions, width / repetitions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=4000)
+    parser.add_argument("--only", default="", help="settings whose group and name contain this")
+    args = parser.parse_args()
+    for setting in settings():
+        if args.only in f"{setting.group}: {setting.name}":
+            share, width = coverage(setting, args.repetitions)
+            inside = "" if 0.93 <= share <= 0.97 else ("above" if share > 0.97 else "**below**")
+            print(f"| {setting.group} | {setting.name} | {share:.3f} | {width:.3g} | {inside} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
