@@ -194,7 +194,7 @@ def test_a_null_is_also_run_on_the_other_side_of_the_protected_runs_task(tmp_pat
 
 
 def test_what_has_a_result_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "_quiet", lambda: None)  # it silences the process for good
+    monkeypatch.setattr(evidence, "quiet", lambda: None)  # it silences the process for good
     monkeypatch.setattr(cache, "cached_lab", lambda seed, world: tmp_path / "lab")
     monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
     monkeypatch.setattr(FakeExperiment, "ran", [])

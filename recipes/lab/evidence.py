@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def _run_missing(output_dir: Path, jobs: list[Job]) -> int:
     missing = [job for job in jobs if not _is_done(output_dir, job)]
     if not missing:
         return 0
-    _quiet()
+    quiet()
     from .cache import cached_lab
     from .experiment import Experiment
 
@@ -129,7 +130,7 @@ def _run_missing(output_dir: Path, jobs: list[Job]) -> int:
     return len(missing)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """One thread for each worker, and no library chatter: hundreds of runs share one screen."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -147,11 +148,16 @@ def _result(output_dir: Path, job: Job) -> Path:
 
 def made_by(job: Job) -> str:
     """Hash of the lab and the recipe a result comes from: a result of another lab or recipe is not reused."""
+    return made_by_recipes(job.world, job.lab_seed, (job.arm,))
+
+
+def made_by_recipes(world: int, lab_seed: int, recipes: Sequence[str]) -> str:
+    """Hash of a lab and of recipes on it."""
     from .cache import lab_hash
 
-    recipe = Path(__file__).with_name(f"{job.arm}.yaml")
-    text = recipe.read_text() if recipe.is_file() else ""
-    return hashlib.sha256(f"{lab_hash(job.lab_seed, job.world, 'tiny')}{text}".encode()).hexdigest()[:16]
+    paths = [Path(__file__).with_name(f"{recipe}.yaml") for recipe in recipes]
+    text = "".join(path.read_text() for path in paths if path.is_file())
+    return hashlib.sha256(f"{lab_hash(lab_seed, world, 'tiny')}{text}".encode()).hexdigest()[:16]
 
 
 def _is_done(output_dir: Path, job: Job) -> bool:
@@ -164,7 +170,7 @@ def load_results(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((output_dir / "results").glob("*.json"))]
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
     """ "0-3" -> [0, 1, 2, 3]; "5" -> [5]; "" -> []."""
     low, _, high = text.partition("-")
     return list(range(int(low), int(high or low) + 1)) if text else []
@@ -174,8 +180,8 @@ def main() -> int:
     """Runs what is missing, then prints the tables and writes them to `<output_dir>/EVIDENCE.md`."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--lab_seeds", type=_numbers, default=_numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
-    parser.add_argument("--worlds", type=_numbers, default=_numbers("1-3"), help="Other worlds, each with lab seed 0.")
+    parser.add_argument("--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
+    parser.add_argument("--worlds", type=numbers, default=numbers("1-3"), help="Other worlds, each with lab seed 0.")
     parser.add_argument("--null_draws", type=int, default=NULL_DRAWS, help="Draws of each null. Default: 5.")
     parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each. Default: 2.")
     arguments = parser.parse_args()
