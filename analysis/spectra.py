@@ -77,10 +77,6 @@ class Spectrum:
     vectors: Floats
     kept: Floats | None = None
 
-    @property
-    def n(self) -> int:
-        return len(self.residuals.rows)
-
     def basis(self, rank: int) -> Floats:
         """The top components [d, k], k <= rank: fewer where the rows span fewer directions."""
         return self.vectors[:, :rank]
@@ -153,6 +149,14 @@ class Estimate:
         error = math.sqrt(float((self.influence**2).sum()) * self.n / max(self.n - 1, 1)) * scale
         return _quantile(max(self.n - 1, 1)) * error
 
+    def bounded(self) -> "Estimate":
+        """The same for numbers in 0..1, whose standard error is at most 1/2 however close two components come.
+
+        The linear term knows no bound; one unseparated layer would drown a mean over layers.
+        """
+        errors = np.sqrt((self.influence**2).sum(0) * self.n / max(self.n - 1, 1))
+        return Estimate(self.value, self.influence / np.maximum(2 * errors, 1), self.n)
+
     def difference(self) -> Measurement:
         """As a measurement of a number without bounds."""
         value, half = float(self.value), self._half_width(1.0)
@@ -172,8 +176,7 @@ class Estimate:
 
     def share(self) -> Measurement:
         """As a measurement of a squared cosine: an overlap, a share of variance."""
-        value = float(np.clip(self.value, 0.0, 1.0))
-        cosine = math.sqrt(value)
+        cosine = math.sqrt(value := float(np.clip(self.value, 0.0, 1.0)))
         low, high = self._angles(cosine, 1 / (2 * cosine) if cosine > 0 else 0.0)
         return {"value": value, "n": self.n, "ci95": [_cosine(high) ** 2, _cosine(low) ** 2]}
 
@@ -209,6 +212,10 @@ class Comparison:
     principal: Estimate
     overlap: Estimate
 
+    def bounded(self) -> "Comparison":
+        """With standard errors that numbers in 0..1 can have."""
+        return Comparison(self.cosines.bounded(), self.principal.bounded(), self.overlap.bounded())
+
 
 def compare(left: Spectrum, right: Spectrum | Floats, rank: int, size: int) -> Comparison:
     """The top components of two sets of residuals, or of one set and a fixed orthonormal basis [d, k].
@@ -222,11 +229,11 @@ def compare(left: Spectrum, right: Spectrum | Floats, rank: int, size: int) -> C
     two = right if isinstance(right, np.ndarray) else right.basis(rank)
     signed = one.T @ two
     single, outside = _influence(left, two, rank, size)
-    n = left.n
+    n = len(left.residuals.rows)
     if not isinstance(right, np.ndarray):
         more, beyond = _influence(right, one, rank, size)
         single, outside = single + more.transpose(0, 2, 1), outside + beyond.transpose(0, 2, 1)
-        n = min(left.n, right.n)
+        n = min(n, len(right.residuals.rows))
     smaller = max(min(signed.shape), 1)
     first, principal, second = np.linalg.svd(signed, full_matrices=False)
     return Comparison(
@@ -247,7 +254,7 @@ def _influence(spectrum: Spectrum, other: Floats, rank: int, size: int) -> tuple
             tied = np.abs(gaps) < _NOISE * values[0]
             weights = 1 / np.where(tied, _NOISE * values[0], gaps)
             weights[i] = 0
-            pull = coordinates[:, i : i + 1] / spectrum.n
+            pull = coordinates[:, i : i + 1] / len(spectrum.residuals.rows)
             single[rows, i] = pull * ((coordinates * weights) @ onto)
             outside[rows, i] = pull * ((coordinates[:, k:] * weights[k:]) @ onto[k:])
     return single, outside

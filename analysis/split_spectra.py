@@ -93,14 +93,15 @@ def crossed(one: SplitSet, other: SplitSet) -> Comparison:
         mean_estimate([each.cosines for each in found], n),
         mean_estimate([each.principal for each in found], n),
         mean_estimate([each.overlap for each in found], n),
-    )
+    ).bounded()
 
 
 def within(one: SplitSet) -> Comparison:
     """A set's first part against its own second."""
     found = compare(one.parts[0][1], one.parts[1][1], one.rank, one.options.size)
     n = len(one.rows)
-    return Comparison(*(mean_estimate([each], n) for each in (found.cosines, found.principal, found.overlap)))
+    parts = (found.cosines, found.principal, found.overlap)
+    return Comparison(*(mean_estimate([each], n) for each in parts)).bounded()
 
 
 def explained_across(one: SplitSet) -> Estimate:

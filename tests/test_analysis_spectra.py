@@ -105,3 +105,23 @@ def test_memory_of_the_svd_does_not_grow_with_rows():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert max(peaks) < 1.1 * min(peaks)
+
+
+def test_one_unseparated_layer_does_not_drown_the_mean_over_layers():
+    generator = np.random.default_rng(0)
+    rows = np.arange(60)
+
+    def overlap(second):
+        sizes = np.array([3, second] + [0.1] * 6)
+        pair = [torch.tensor(generator.standard_normal((60, 8)) * sizes) for _ in range(2)]
+        return compare(*(decompose(Residuals.of(x, torch.zeros_like(x), rows)) for x in pair), rank=1, size=60).overlap
+
+    clear, unclear = overlap(0.5), overlap(3)
+    unbounded = np.sqrt((unclear.influence**2).sum() * 60 / 59)
+    assert np.sqrt((unclear.bounded().influence ** 2).sum() * 60 / 59) == pytest.approx(min(unbounded, 0.5))
+    np.testing.assert_array_equal(clear.bounded().influence, clear.influence)
+    huge = spectra.Estimate(unclear.value, 100 * unclear.influence, 60)
+    low, high = spectra.mean_estimate([clear.bounded()] * 9 + [huge.bounded()], 60).share()["ci95"]
+    assert high - low < 0.25
+    low, high = huge.bounded().share()["ci95"]
+    assert high - low > 0.7

@@ -95,7 +95,7 @@ def _layer(
     width, k = basis.shape
     inside = explained(basis, whole, False, options.size).at(k)
     outside = Estimate(1 - inside.value, -inside.influence, inside.n)
-    against = compare(decompose(whole), basis, options.rank, options.size)
+    against = compare(decompose(whole), basis, options.rank, options.size).bounded()
     refit_rank = against.cosines.value.shape[0]
     angles = [against.principal.at(at).degrees() for at in range(min(refit_rank, k))]
     for angle, null in zip(angles, random_angles(width, refit_rank, k), strict=True):

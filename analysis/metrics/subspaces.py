@@ -68,7 +68,7 @@ def subspaces(
     [rank] in degrees, "overlap", "beyond": {control: difference}}}}.
 
     Args:
-        checkpoint, instruct, base: readings by probe set, the same rows for all models.
+        checkpoint, instruct, base: readings by probe set, at least one, of the same rows for all models.
         rank: components of each set; fewer where its rows span fewer.
         controls: names of sets whose sharing means nothing (benign ones); `beyond` compares with them.
         variant: "paper" takes the centred SVD of all rows, in-sample and without nulls. Its readings are to be pooled
@@ -76,23 +76,21 @@ def subspaces(
     """
     if variant not in VARIANTS:
         raise ValueError(f"subspaces: variant {variant!r} is none of {', '.join(VARIANTS)}")
-    paper = variant == "paper"
-    size = max((len(reading.counts) for reading in instruct.values()), default=0)
+    paper, size = variant == "paper", max(len(reading.counts) for reading in instruct.values())
     options = Options(rank, centred or paper, paper, seed, size, tuple(controls))
     models = {"checkpoint": checkpoint, "instruct": instruct, "base": base}
-    layers = sorted(set.intersection(*(set(reading.pooled) for reading in instruct.values()))) if instruct else []
+    layers = sorted(set.intersection(*(set(reading.pooled) for reading in instruct.values())))
+    rows = {key: np.flatnonzero(reading.counts.numpy()) for key, reading in instruct.items()}
     result: Results = {"layers": {str(layer): {} for layer in layers}, "mean": {}}
     for left, right in PAIRS:
         name, first, second = f"{left}_{right}", models[left], models[right]
         if first is None or second is None:
-            for layer in layers:
-                result["layers"][str(layer)][name] = missing(NO_BASE)
-            result["mean"][name] = missing(NO_BASE)
+            for place in (*result["layers"].values(), result["mean"]):
+                place[name] = missing(NO_BASE)
             continue
         found: list[_Averaged] = []
         for layer in layers:
             states = {key: (first[key].pooled[layer], second[key].pooled[layer]) for key in instruct}
-            rows = {key: np.flatnonzero(reading.counts.numpy()) for key, reading in instruct.items()}
             result["layers"][str(layer)][name], at_layer = _layer(states, rows, options)
             found.append(at_layer)
         result["mean"][name] = _over_layers(found)
