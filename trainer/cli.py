@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "fine-tune, with or without protection",
     "analyze": "measure checkpoints",
     "watch": "measure a run's checkpoints as they appear: holdfast watch <output_dir>",
+    "compare": "measured runs side by side: holdfast compare <output_dir> <other output_dir>",
 }
 USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n" + "\n".join(
     f"  {name:<12}{text}" for name, text in COMMANDS.items()
@@ -69,6 +70,7 @@ def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
         "train": _train,
         "analyze": _analyze,
         "watch": _watch,
+        "compare": _compare,
     }[name]
 
 
@@ -137,6 +139,13 @@ def _watch(arguments: Sequence[str]) -> int:
 
     _quiet_bars()
     return _report(watch(watched(arguments)))
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from .comparing import compare_main
+
+    print(compare_main(arguments), end="")
+    return 0
 
 
 def _report(found: "Analyzed") -> int:

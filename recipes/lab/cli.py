@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from ...analysis.artifacts import check_writable
 from ...analysis.errors import UserError
+from ...trainer.flags import FlagParser
 from .build import SIZES
 from .cache import build_lab
 from .quickstart import quickstart
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad flag as one line, with the nearest known flag."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments, with an --output_dir that can be written. Raises UserError."""
-        found, rest = self.parse_known_args(argv)
-        unknown = [text.split("=")[0] for text in rest if text.startswith("-")]
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown flag {unknown[0]}; the nearest known one is {near}")
-        if rest:
-            raise UserError(f"unexpected {rest[0]!r}; flags are written --name value")
-        # Asked for only now: a mistyped --output_dir is to be named, not missed.
-        if found.output_dir is None:
-            raise UserError("no --output_dir; write where the lab goes, like --output_dir runs/lab")
-        check_writable(found.output_dir, "--output_dir")
-        return found
+def _read(parser: FlagParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The flags, with an --output_dir that can be written. Raises UserError."""
+    found = parser.read(argv)
+    # Asked for only now: a mistyped --output_dir is to be named, not missed.
+    if found.output_dir is None:
+        raise UserError("no --output_dir; write where the lab goes, like --output_dir runs/lab")
+    check_writable(found.output_dir, "--output_dir")
+    return found
 
 
 def _seed(text: str) -> int:
@@ -50,12 +36,12 @@ def _seed(text: str) -> int:
 
 def lab_main(argv: Sequence[str]) -> int:
     """`holdfast lab`: builds a lab into a folder. Raises UserError."""
-    parser = _Parser(prog="holdfast lab", description=lab_main.__doc__, allow_abbrev=False)
+    parser = FlagParser("holdfast lab", lab_main.__doc__)
     parser.add_argument("--output_dir", type=Path, help="Folder for the lab (required).")
     parser.add_argument("--seed", type=_seed, default=0, help="Lab seed: initial weights and text. Default: 0.")
     parser.add_argument("--world_seed", type=_seed, default=0, help="World: 0 is English, others are drawn.")
     parser.add_argument("--lab_size", choices=list(SIZES), default="tiny", help="Model size. Default: tiny.")
-    arguments = parser.read(argv)
+    arguments = _read(parser, argv)
     folder = build_lab(arguments.output_dir, arguments.seed, arguments.world_seed, arguments.lab_size)
     print(f"lab written to {folder}: base, instruct, data")
     return 0
@@ -63,10 +49,10 @@ def lab_main(argv: Sequence[str]) -> int:
 
 def quickstart_main(argv: Sequence[str]) -> int:
     """`holdfast quickstart`: lab, subspace, fine-tunes without and with protection, one table. Raises UserError."""
-    parser = _Parser(prog="holdfast quickstart", description=quickstart_main.__doc__, allow_abbrev=False)
+    parser = FlagParser("holdfast quickstart", quickstart_main.__doc__)
     parser.add_argument("--full", action="store_true", help="Also the nulls, the controls and the ordinary organism.")
     parser.add_argument("--seed", type=_seed, default=0, help="Lab and fine-tune seed. Default: 0.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="Default: runs/quickstart.")
-    arguments = parser.read(argv)
+    arguments = _read(parser, argv)
     quickstart(arguments.output_dir, arguments.seed, arguments.full)
     return 0

@@ -1,0 +1,51 @@
+"""`holdfast compare RUN OTHER …`: measured runs side by side, and what is specific to the first.
+
+holdfast compare runs/insecure runs/secure
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..analysis.artifacts import check_writable, write_json_atomic
+from ..analysis.comparison import compare, read_line, table
+from ..analysis.errors import UserError
+from .flags import FlagParser
+
+
+def compare_main(argv: Sequence[str]) -> str:
+    """The table of the runs named first; `--output_file` gets the same as JSON. Raises UserError."""
+    parser = FlagParser("holdfast compare", compare_main.__doc__)
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="Output folders of measured runs; the first is compared with each other one."
+    )
+    parser.add_argument("--checkpoint", help="Checkpoint to read in every run. Default: final, else the last step.")
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        default=[],
+        help="Paths to show, with * for any text, like 'choices/*'. Default: all but single layers and cost.",
+    )
+    parser.add_argument("--output_file", type=Path, help="JSON file for the comparison. Default: none.")
+    arguments = parser.read(argv)
+    runs: list[Path] = arguments.runs
+    if len(runs) < 2:
+        raise UserError("compare needs two runs or more; write holdfast compare <run> <other run> …")
+    if arguments.output_file is not None:
+        check_writable(arguments.output_file.parent, "--output_file")
+    found = compare([read_line(run, arguments.checkpoint) for run in runs], arguments.measures)
+    if not found:
+        raise UserError("the runs share no measure; measure them with the same --probe_sets and --families")
+    names = _names(runs)
+    if arguments.output_file is not None:
+        write_json_atomic(
+            arguments.output_file, {"runs": [str(run) for run in runs], "measures": list(map(asdict, found))}
+        )
+    return table(names, found)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' own names, or as they were written where two are alike."""
+    taken = Counter(run.resolve().name for run in runs)
+    return [run.resolve().name if taken[run.resolve().name] == 1 else str(run) for run in runs]
