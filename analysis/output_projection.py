@@ -47,11 +47,8 @@ def find_output_projection(model: nn.Module, block: int | None = None, override:
 
 def _linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Linear layers of a block by path; what an adapter wraps is part of the adapted layer."""
-    found: dict[str, nn.Module] = {}
-    for path, module in block.named_modules():
-        if isinstance(module, _LINEAR) and not any(path.startswith(f"{outer}.") for outer in found):
-            found[path] = module
-    return found
+    linear = {path: module for path, module in block.named_modules() if isinstance(module, _LINEAR)}
+    return {path: module for path, module in linear.items() if not any(path.startswith(f"{o}.") for o in linear)}
 
 
 @torch.no_grad()

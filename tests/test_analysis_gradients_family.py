@@ -192,7 +192,7 @@ def foreign_pairs(generator, n=12):
 def test_p_values_are_uniform_when_the_set_means_nothing(make, monkeypatch):
     monkeypatch.setattr(family, "_RELABELLINGS", 99)
     monkeypatch.setattr(family, "_LENGTH_RELABELLINGS", 49)
-    found = _p_values(make, 250)
+    found = _p_values(make, 300)
     if make is not foreign_pairs:
         found.pop("matched_pairs", None)  # there pairs do share something
     assert len(found) == (4 if make is foreign_pairs else 3)

@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..gradients import GradientReadout
 from ..stats import Floats, Interval, Measurement, jackknife_ci, mean_ci, missing, permutation_p, wilson
@@ -63,7 +64,7 @@ def gradients(readout: GradientReadout, variant: str = "corrected", seed: int = 
     return results
 
 
-def _usable(readout: GradientReadout) -> Floats:
+def _usable(readout: GradientReadout) -> NDArray[np.bool_]:
     """[R], whether a row's gradient exists, is finite and not zero."""
     squares = np.diagonal(readout.gram)
     return np.isfinite(squares) & (squares > 0)
