@@ -63,16 +63,16 @@ def subspaces(
 ) -> Results:
     """{"layers": {l: {residual: {"sets", "pairs"}}}, "mean": {residual: {set: {other: {"overlap", "beyond"}}}}}.
 
-    A residual is "checkpoint_base", "instruct_base" or "checkpoint_instruct". "sets": {set: {"explained", "components":
-    [share of each], "halves": {"cosines", "overlap"}}}. "pairs": {set: {other: {"cosines": [rank][rank], "angles":
-    [rank] in degrees, "overlap", "beyond": {control: difference}}}}.
+    A residual is checkpoint_base, instruct_base or checkpoint_instruct. "sets": {set: {"explained", "components": [share
+    of each], "halves": as of a pair}}. "pairs": {set: {other: {"cosines": [k][k], "angles": [k] in degrees, "overlap",
+    "beyond": {control: difference}}}}.
 
     Args:
         checkpoint, instruct, base: readings by probe set, at least one, of the same rows for all models.
         rank: components of each set; fewer where its rows span fewer.
         controls: names of sets whose sharing means nothing (benign ones); `beyond` compares with them.
-        variant: "paper" takes the centred SVD of all rows, in-sample and without nulls. Its readings are to be pooled
-            over the last token alone, which is the paper's position.
+        variant: "paper" takes the centred SVD of all rows, in-sample and without nulls, of readings that are to be
+            pooled over the last token alone.
     """
     if variant not in VARIANTS:
         raise ValueError(f"subspaces: variant {variant!r} is none of {', '.join(VARIANTS)}")
@@ -88,12 +88,13 @@ def subspaces(
             for place in (*result["layers"].values(), result["mean"]):
                 place[name] = missing(NO_BASE)
             continue
-        found: list[_Averaged] = []
-        for layer in layers:
-            states = {key: (first[key].pooled[layer], second[key].pooled[layer]) for key in instruct}
-            result["layers"][str(layer)][name], at_layer = _layer(states, rows, options)
-            found.append(at_layer)
-        result["mean"][name] = _over_layers(found)
+        found = [
+            _layer({key: (first[key].pooled[layer], second[key].pooled[layer]) for key in instruct}, rows, options)
+            for layer in layers
+        ]
+        for layer, (shown, _) in zip(layers, found, strict=True):
+            result["layers"][str(layer)][name] = shown
+        result["mean"][name] = _over_layers([averaged for _, averaged in found])
     return result
 
 
