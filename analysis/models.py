@@ -27,7 +27,8 @@ from .layers import set_layers_path
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 _ADAPTER_CONFIG = "adapter_config.json"
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, HFValidationError)
+# ImportError: an attention implementation whose package is not installed.
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, HFValidationError)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,10 @@ def require_tokens(selections: list[Selection], role: str) -> list[Selection]:
     """
     kept = [selection for selection in selections if selection.positions]
     if not kept:
-        raise UserError(f"no row has tokens of role {role}: choose another role, or pass rows that have such a turn")
+        raise UserError(
+            f"no row has tokens of role {role} within the length limit: choose another role, or pass rows that have "
+            "such a turn"
+        )
     if role == "completion" and len(kept) < len(selections):
         raise UserError(
             f"{len(selections) - len(kept)} of {len(selections)} rows have no completion token within the length "

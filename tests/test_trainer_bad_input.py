@@ -18,6 +18,7 @@ from holdfast.analysis.subspace import Subspace
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
 from holdfast.trainer.parsing import parse
+from huggingface_hub import constants
 from run_toys import recipe, toy_rows, write_model, write_rows
 
 Keys = dict[str, Any]
@@ -240,11 +241,37 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
         ["lora_rank_pattern", "qproj"],
     ),
     "unknown DeepSpeed configuration": (_keys(deepspeed="zero4"), ["zero4", "zero"]),
+    "DeepSpeed configuration cut short": (_keys(deepspeed='{"zero_optimization":'), ["--deepspeed is not JSON"]),
+    "DeepSpeed configuration of rows": (
+        lambda folder: {"deepspeed": folder / "rows.jsonl"},
+        ["rows.jsonl", "not JSON"],
+    ),
+    "seed that is too large": (_keys(seed=10**20), ["--seed is 1", "between 0 and 4294967295"]),
+    "null of a negative seed": (_keys(null_seed=-1), ["--null_seed is -1"]),
+    "no layers": (_protected(penalty_layers=""), ["layers ''", "write all"]),
+    "evaluation without rows": (_keys(eval_strategy="steps"), ["--eval_strategy steps", "--held_out_rows"]),
+    "schedule without its keys": (_keys(lr_scheduler_type="cosine_with_min_lr"), ["min_lr", "--lr_scheduler_kwargs"]),
+    "schedule with an unknown key": (
+        _keys(lr_scheduler_type="polynomial", lr_scheduler_kwargs='{"powr": 2}'),
+        ["powr", "--lr_scheduler_kwargs"],
+    ),
+    "optimiser that is not installed": (_keys(optim="adamw_bnb_8bit"), ["--optim adamw_bnb_8bit", "bitsandbytes"]),
+    "kernels that are not installed": (_keys(use_liger_kernel="true"), ["liger-kernel", "install it"]),
+    "attention that is not installed": (_keys(attn_implementation="flash_attention_2"), ["FlashAttention2"]),
+    "push without a login": (_keys(push_to_hub="true"), ["--push_to_hub", "login"]),
+    "fewer rows than a whole batch": (
+        _keys(dataloader_drop_last="true", per_device_train_batch_size=64),
+        ["--dataloader_drop_last", "12 rows", "batch of 64"],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", TRAIN)
-def test_train_refuses(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_refuses(
+    case: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
     make, words = TRAIN[case]
     line = complaint(folder, capsys, recipe(folder, **make(folder)))
     assert all(word in line for word in words), line

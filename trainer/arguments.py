@@ -7,6 +7,7 @@ Checks that need one field alone are here; checks that need files, models or row
 
 import json
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,18 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     is_flytekit_available,
 )
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_available
 
 from ..analysis.errors import UserError
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
 from .options import option, require, sources
 from .refused import NOT_READ, QUANTIZATION, refuse_overridden
+
+
+def require_seed(seed: int | None, flag: str) -> None:
+    """Raises UserError for a seed that numpy or torch would not take."""
+    require(seed is None or 0 <= seed < 2**32, flag, seed, f"between 0 and {2**32 - 1}")
 
 
 def _pattern(flag: str, value: dict[str, int] | str | None) -> dict[str, int] | None:
@@ -155,6 +161,7 @@ class SubspaceArguments:
     subspace_seed: int = option(0, "Seed of the random method. Default: 0.")
 
     def __post_init__(self) -> None:
+        require_seed(self.subspace_seed, "subspace_seed")
         require(self.subspace_rank >= 1, "subspace_rank", self.subspace_rank, "at least 1")
         self.subspace_domains = sources("subspace_domains", self.subspace_domains)
         if self.subspace_method == "shared" and not self.subspace_domains:
@@ -211,6 +218,7 @@ class ProtectionArguments:
     def __post_init__(self) -> None:
         for name in ("penalty_strength", "penalty_warmup", "penalty_warmup_strength"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require_seed(self.null_seed, "null_seed")
         for name in ("anchor_batch_size", "anchor_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(0 <= self.penalty_task_weight <= 1, "penalty_task_weight", self.penalty_task_weight, "between 0 and 1")
@@ -243,8 +251,14 @@ class HoldfastConfig(trl.SFTConfig):
         if self.bf16 is None:
             possible = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
             self.bf16 = possible and not self.fp16
-        for name in ("learning_rate", "seed", "save_steps"):
+        for name in ("learning_rate", "save_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("seed", "data_seed"):
+            require_seed(getattr(self, name), name)
+        if self.output_dir is not None:
+            self.output_dir = os.path.expanduser(self.output_dir)
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise UserError("--use_liger_kernel true needs the package liger-kernel; install it, or leave the flag out")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_processes"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.max_steps != 0, "max_steps", 0, "at least 1 (or -1 for --num_train_epochs)")

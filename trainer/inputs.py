@@ -137,7 +137,8 @@ def render_set(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], argument
 
 def subspace_path(arguments: Arguments) -> Path:
     """Where the subspace is written and read."""
-    return Path(arguments.subspace.subspace_path or arguments.output_dir / "subspace.safetensors")
+    path = Path(arguments.subspace.subspace_path or arguments.output_dir / "subspace.safetensors")
+    return path.expanduser()
 
 
 def load_subspace(
@@ -158,7 +159,7 @@ def load_subspace(
             f"{given or 'none given'}: write the same, or build the subspace again"
         )
     depth = config.get_text_config().num_hidden_layers
-    layers = parse_layers(asked.penalty_layers, depth) if asked.penalty_layers else sorted(subspace.bases)
+    layers = parse_layers(asked.penalty_layers, depth) if asked.penalty_layers is not None else sorted(subspace.bases)
     subspace.check(
         instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

@@ -4,6 +4,7 @@ Under torchrun, srun or accelerate (which set LOCAL_RANK) nothing is started: ea
 """
 
 import difflib
+import json
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ def find_deepspeed_config(given: str) -> str:
     Raises UserError naming the nearest shipped one when there is neither.
     """
     if given.startswith("{") or Path(given).is_file():
+        _require_json(given)
         return given
     shipped = {path.stem: path for path in DEEPSPEED_CONFIGS.glob("*.json")}
     name = given.removesuffix(".json")
@@ -36,6 +38,18 @@ def find_deepspeed_config(given: str) -> str:
         return str(shipped[name])
     near = difflib.get_close_matches(name, sorted(shipped), n=1, cutoff=0.0)
     raise UserError(f"--deepspeed {given} is neither a file nor a shipped configuration; the nearest is {near[0]}")
+
+
+def _require_json(config: str) -> None:
+    """Raises UserError for a DeepSpeed configuration, a path or JSON text, that is not a JSON object."""
+    inline = config.startswith("{")
+    name = "--deepspeed" if inline else f"--deepspeed {config}"
+    try:
+        read = json.loads(config if inline else Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is not JSON ({error}); write a configuration like those in ds_configs") from None
+    if not isinstance(read, dict):
+        raise UserError(f"{name} must hold a JSON object, not {type(read).__name__}; see those in ds_configs")
 
 
 def must_launch(values: Mapping[str, Any]) -> bool:

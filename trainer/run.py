@@ -3,7 +3,6 @@
 `holdfast train|subspace` and the lab call these. Everything is checked before anything is written.
 """
 
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ import datasets
 import deepspeed
 import trl
 from peft import LoraConfig
-from torch import nn
 from torch.distributed import get_backend
 from transformers import PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -28,6 +26,7 @@ from ..analysis.models import load_model
 from ..analysis.subspace import SubspaceRequest, build_subspace
 from .arguments import ModelArguments
 from .callbacks import MeasureCheckpoints
+from .checks import check_flags, check_lora, check_optimizer, check_steps
 from .contrast import load_contrast
 from .data import Row, load_rows, to_dataset
 from .documents import Document, documents_of
@@ -59,16 +58,10 @@ def check(arguments: Arguments) -> tuple[TrainingInputs, Measurer | None]:
     """
     check_writable(arguments.output_dir, "--output_dir")
     inputs = load_inputs(arguments)
-    _check_reference(arguments)
+    check_flags(arguments, evaluates=inputs.held_out is not None)
     check_output_dir(arguments, inputs.facts)
     measured = arguments.analysis.analysis_during_training and arguments.training.save_strategy != SaveStrategy.NO
     return inputs, measurer(arguments) if measured else None
-
-
-def _check_reference(arguments: Arguments) -> None:
-    asked = arguments.protection
-    if asked.protection != "none" and asked.reference == "adapter_off" and not arguments.model.use_peft:
-        raise UserError("--reference adapter_off needs LoRA; add --use_peft, or write cached or frozen")
 
 
 def train(arguments: Arguments) -> TrainResult:
@@ -81,7 +74,10 @@ def train(arguments: Arguments) -> TrainResult:
     newest = newest_checkpoint(arguments)
     model = _load(arguments)
     check_lora(arguments.model, model)
+    check_optimizer(arguments.training, model)
     trainer = _trainer(arguments, inputs, model)
+    assert isinstance(trainer.train_dataset, datasets.Dataset)  # packed by TRL, where packing is asked for
+    check_steps(arguments.training, len(trainer.train_dataset))
     if measure is not None:
         trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
@@ -154,22 +150,6 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
     for name in ("alpha_pattern", "rank_pattern"):
         setattr(config, name, getattr(model, f"lora_{name}") or {})
     return config
-
-
-def check_lora(arguments: ModelArguments, model: nn.Module) -> None:
-    """Raises UserError for a target or a pattern that names no module: PEFT passes over all but the last in silence."""
-    if not arguments.use_peft:
-        return
-    names = [name for name, _ in model.named_modules()]
-    targets = arguments.lora_target_modules
-    for target in targets if isinstance(targets, list) else ():
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UserError(f"--lora_target_modules {target} is no module of {type(model).__name__}; check the name")
-    for flag in ("lora_alpha_pattern", "lora_rank_pattern"):
-        for pattern in getattr(arguments, flag) or {}:
-            # As peft.utils.other.get_pattern_key matches.
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-                raise UserError(f"--{flag} {pattern} matches no module of {type(model).__name__}; check the name")
 
 
 def _load(arguments: Arguments) -> PreTrainedModel:
