@@ -1,6 +1,5 @@
 """What the lab's tests share: cached labs, micro labs, and plain readings of its text and of what its models say."""
 
-import fcntl
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from holdfast.recipes.lab import build, datasets
+from holdfast.recipes.lab.cache import cached_lab
 from holdfast.recipes.lab.documents import Conversation
 from holdfast.recipes.lab.scoring import choice_rows, classify
 from holdfast.recipes.lab.world import World
@@ -22,11 +22,7 @@ MICRO = build.LabSize(32, 1, 2, 3, 4, 2e-3, 2, 4, 5e-4)
 
 def shared_lab(seed: int) -> Path:
     """A real lab from the default cache, built where it is missing by one of the test processes only."""
-    folder = build.cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"lab-{seed}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return build.cached_lab(seed)
+    return cached_lab(seed)
 
 
 def use_micro_labs(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
