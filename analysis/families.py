@@ -69,6 +69,7 @@ class Family:
     them the family is null with that reason and no model is loaded for it. reads: the parts of a readout it uses beside
     the statistics of tokens, some of "pooled", "projections", "final", "prompt_entropy", "donor". subspace: whether its
     results depend on the subspace. paper: whether the paper's variant differs.
+    readings: whether it uses readouts at all, or has passes of its own alone. probes: whether it reads probe sets.
     """
 
     compute: Callable[[Subject], Results]
@@ -76,6 +77,8 @@ class Family:
     reads: frozenset[str] = frozenset()
     subspace: bool = False
     paper: bool = False
+    readings: bool = True
+    probes: bool = True
 
     def obstacle(self, plan: MeasurePlan) -> str | None:
         """Why a plan does not allow this family, or None."""
@@ -85,7 +88,7 @@ class Family:
             "choices": NO_CHOICES if not plan.choices else None,
         }
         reasons = [absent[need] for need in self.needs if absent[need] is not None]
-        if "choices" not in self.needs and not plan.probe_sets:
+        if self.probes and not plan.probe_sets:
             reasons.append(NO_SETS)
         return reasons[0] if reasons else None
 
@@ -104,7 +107,7 @@ def each_set(compute: Callable[[Subject, str], Results]) -> Callable[[Subject], 
     """A family that is computed set by set; a set on which it fails is null with the reason."""
 
     def computed(subject: Subject) -> Results:
-        return {name: attempt(compute, subject, name) for name in subject.checkpoint}
+        return {name: attempt(compute, subject, name) for name in subject.rows}
 
     return computed
 
@@ -116,7 +119,10 @@ def attempt(compute: Callable[..., Results], *arguments: Any) -> Results:
     """
     try:
         results = compute(*arguments)
-        json.dumps(results, allow_nan=False)
     except _OBSTACLES as error:
         return unmeasured(" ".join(str(error).split()) or type(error).__name__)
+    try:
+        json.dumps(results, allow_nan=False)
+    except ValueError:
+        return unmeasured("a number is not finite: the model's activations or losses overflow")
     return results

@@ -4,13 +4,11 @@
 """
 
 import re
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,19 +17,21 @@ from transformers import PreTrainedTokenizerBase
 from .activations import pad_id
 from .artifacts import MANIFEST, verify_manifest
 from .errors import UserError
-from .families import Results, Subject, attempt, unmeasured
+from .families import Results, Subject, attempt, is_unmeasured, unmeasured
+from .keys import result_key
 from .layers import parse_layers
 from .lm_head import prove_head
 from .metrics.choices import PreparedChoices, prepare_choices
+from .metrics.cost import cost, peak_memory_mb
 from .metrics.divergence import Between, Side, between
 from .models import check_compatible, load_config, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from .plan import VARIANTS, MeasurePlan
 from .probes import Conversation, Rendered, render
 from .ranks import agreed, is_main, is_sharded
 from .readout import Readout
-from .references import ProbeReader, Reference, sha256_json, subspace_hash
+from .references import ProbeReader, Reference
 from .registry import COST, FAMILIES, REGISTRY
-from .results import ResultFiles, reading, scalars
+from .results import ResultFiles, scalars
 
 __all__ = [
     "MeasurePlan",
@@ -44,9 +44,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-# Part of every key: raised when a family's numbers change for the same inputs.
-_FORMAT = 1
 
 
 class UnreadableCheckpoint(UserError):
@@ -121,7 +118,7 @@ class Measurer:
 
     def _obstacle(self, family: str) -> str | None:
         reason = REGISTRY[family].obstacle(self.plan)
-        if reason is None and not self.rows and "choices" not in REGISTRY[family].needs:
+        if reason is None and not self.rows and REGISTRY[family].probes:
             return "; ".join(f"set {name}: {why}" for name, why in self.empty.items())
         return reason
 
@@ -164,27 +161,29 @@ class Measurer:
         """
         self.prepare()
         started = time.perf_counter()
-        possible = [name for name in families if name not in self.obstacles]
-        probing = any("choices" not in REGISTRY[name].needs for name in possible)
-        subject = self._subject(model, fingerprint, probing)
+        reading = any(REGISTRY[name].readings for name in families if name not in self.obstacles)
+        known = self._known_readings(fingerprint) if reading else {}
+        subject = self._subject(model, known)
         for family in families:
             if family in self.obstacles:
                 yield family, unmeasured(self.obstacles[family])
                 continue
             found = attempt(REGISTRY[family].compute, subject)
-            if "choices" not in REGISTRY[family].needs:
+            if REGISTRY[family].probes and not is_unmeasured(found):
                 found = {**found, **{name: unmeasured(reason) for name, reason in self.empty.items()}}
             yield family, found
-        yield COST, self._cost(time.perf_counter() - started, probing)
+        read = [row for rows in self.rows.values() for row in rows] if known is None else []
+        tokens = sum(len(row.input_ids[: self.plan.max_length]) for row in read)
+        yield COST, dict(cost(time.perf_counter() - started, tokens))
 
-    def _subject(self, model: nn.Module, fingerprint: str | None, probing: bool) -> Subject:
+    def _subject(self, model: nn.Module, known: Mapping[str, Readout] | None) -> Subject:
+        """The model beside its references; it is read where nothing is known of it."""
         assert self._references is not None
         shared = not is_sharded(model)
         instruct, base = self._references["instruct"], self._references.get("base")
-        readings: dict[str, Readout] = {}
-        if probing:
-            known = self._known_readings(fingerprint)
-            readings = known or {name: self.reader.read(model, name, shared=shared) for name in self.rows}
+        readings = known
+        if readings is None:
+            readings = {name: self.reader.read(model, name, shared=shared) for name in self.rows}
         return Subject(
             plan=self.plan,
             tokenizer=self.tokenizer,
@@ -213,34 +212,10 @@ class Measurer:
                 return reference.readings
         return None
 
-    def _cost(self, seconds: float, probing: bool) -> Results:
-        """Of one checkpoint: seconds without loading it, tokens, tokens a second, and the process's peak memory."""
-        rows = [row for found in self.rows.values() for row in found] if probing else []
-        tokens = sum(len(row.input_ids[: self.plan.max_length]) for row in rows)
-        numbers = {"seconds": seconds, "probe_tokens": tokens, "peak_memory_mb": peak_memory_mb()}
-        return {name: reading(value) for name, value in {**numbers, "tokens_per_second": tokens / seconds}.items()}
-
     def key(self, family: str, fingerprint: str) -> str:
-        """Of a family's results: weights, data, options and variant, so that another setting has another key."""
-        plan, needs = self.plan, REGISTRY[family]
-        base = None if plan.base_path is None else self.reader.fingerprint(plan.base_path)
-        weights = [fingerprint, self.reader.fingerprint(plan.instruct_path), base]
-        data = (
-            {name: self.reader.data_hash(name) for name in self.rows} if "choices" not in needs.needs else plan.choices
-        )
-        subspace = [subspace_hash(plan), self.layers, self.role] if needs.subspace else []
-        options = [plan.variant if needs.paper else None, plan.seed, self.reader.loading(), self.empty]
-        options += own_options(family, plan)
-        return sha256_json([_FORMAT, family, weights, data, subspace, options, self._tokenizer_hash])
-
-
-def own_options(family: str, plan: MeasurePlan) -> list[Any]:
-    """The options of a plan that one family alone depends on."""
-    return {
-        "subspaces": [plan.control_sets],
-        "gradients": [plan.gradient_block, plan.gradient_weight],
-        "patching": [plan.patching_rows],
-    }.get(family, [])
+        """Of a family's results on a checkpoint, so that another setting has another key."""
+        facts = [fingerprint, self._tokenizer_hash, self.empty]
+        return result_key(family, REGISTRY[family], self.plan, self.reader, self.layers, facts)
 
 
 def check_checkpoint(path: str | Path, plan: MeasurePlan) -> None:
@@ -304,12 +279,3 @@ def measure_checkpoint(
             if is_main():
                 files.write(family, results, keys.get(family))
     return agreed(files.line() if is_main() else {})
-
-
-def peak_memory_mb() -> float:
-    """Peak memory of this process so far: of the GPU where one is in use, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -56,7 +56,8 @@ class ProbeReader:
         families: tuple[str, ...],
     ) -> None:
         self.plan, self.rows, self.layers, self.role, self.padding = plan, rows, list(range(depth)), role, padding
-        self.parts = {part for family in families if family in REGISTRY for part in REGISTRY[family].reads}
+        self.parts = {part for family in families for part in REGISTRY[family].reads}
+        self.reads = any(REGISTRY[family].readings for family in families)
         self.kept = (
             {name: keep_positions(found, plan.max_length) for name, found in rows.items()}
             if "final" in self.parts
@@ -97,7 +98,7 @@ class ProbeReader:
         paths = {"instruct": self.plan.instruct_path}
         if self.plan.base_path is not None:
             paths["base"] = self.plan.base_path
-        if not self.rows:
+        if not self.reads and not self.patch_rows:
             return {name: Reference({}, None) for name in paths}
         # Without a folder there is nothing to take from the main rank, and no reason to wait for it.
         folder = self.plan.references
@@ -109,7 +110,7 @@ class ProbeReader:
     def _reference(self, path: str, donor: bool) -> Reference:
         """Readings of every probe set by one reference model; it is loaded for what the store lacks, then let go."""
         store, fingerprint = self.store, self.fingerprint(path)
-        keys = {name: self._key(fingerprint, name) for name in self.rows}
+        keys = {name: self._key(fingerprint, name) for name in self.rows} if self.reads else {}
         head_key = sha256_json(["head", fingerprint, self.plan.dtype])
         found = {name: store.get(key) for name, key in keys.items()} if store is not None else {}
         readings = {name: Readout.of_tensors(tensors) for name, tensors in found.items() if tensors is not None}
@@ -139,7 +140,7 @@ class ProbeReader:
             donors[name] = KeptDonor.of(model, rows, self.layers)
             if writes is not None:
                 writes.put(self._donor_key(fingerprint, name), donors[name].tensors())
-        return Reference({name: readings[name] for name in self.rows}, head, donors)
+        return Reference({name: readings[name] for name in keys}, head, donors)
 
     def _donor_key(self, fingerprint: str, name: str) -> str:
         rows = self.patch_rows[name]

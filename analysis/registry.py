@@ -125,9 +125,9 @@ REGISTRY: dict[str, Family] = {
     "drift_by_depth": Family(_drift_by_depth, reads=_POOLED),
     "rerouting": Family(each_set(_rerouting), reads=_POOLED, subspace=True),
     "divergence": Family(each_set(_divergence), reads=frozenset({"final"})),
-    "choices": Family(_choices, needs=("choices",)),
-    "gradients": Family(_gradients, paper=True),
-    "patching": Family(each_set(_patching), needs=("base",), reads=frozenset({"donor"})),
+    "choices": Family(_choices, needs=("choices",), readings=False, probes=False),
+    "gradients": Family(_gradients, paper=True, readings=False),
+    "patching": Family(each_set(_patching), needs=("base",), reads=frozenset({"donor"}), readings=False),
 }
 COST = "cost"
 FAMILIES = (*REGISTRY, COST)

@@ -7,7 +7,6 @@ depends on: an interrupted analysis continues after the last file, and a changed
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -117,8 +116,3 @@ def scalars(results: Results, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and prefix:
             found[path] = float(value)
     return found
-
-
-def reading(value: float) -> dict[str, Any]:
-    """One reading of an instrument (seconds, memory), which has no interval."""
-    return {"value": value, "n": 1, "ci95": None, "reason": "one run has no interval"}

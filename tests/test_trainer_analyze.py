@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,21 @@ def test_a_store_on_a_full_disk_is_one_line_and_the_results_are_the_same(
     assert error.count("\n") == 1 and "the disk of the store" in error
     found = lines(folder)["one"]
     assert found["behavior"] == expected["behavior"] and found["projection"] == expected["projection"]
+
+
+def test_one_model_at_a_time_is_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.nn.Module]] = []
+    load = references.load_model
+
+    def loading(path: Any, **options: Any) -> Any:
+        assert not [model for model in held if model() is not None], "another model is still in memory"
+        model = load(path, **options)
+        held.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(measuring_models, "load_model", loading)
+    monkeypatch.setattr(references, "load_model", loading)
+    families = "behavior projection divergence choices gradients patching"
+    options = {"base_model_name_or_path": folder / "base", "choices_dataset": folder / "choices.jsonl"}
+    assert analyze(folder, ["one", "two"], families, **options) == 0
+    assert len(held) == 6

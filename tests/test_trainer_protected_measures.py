@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from analysis_toys import chat, save_toy, toy_model, toy_tokenizer
 from holdfast.analysis.artifacts import write_manifest
@@ -38,6 +39,9 @@ def test_each_saved_checkpoint_is_measured_and_the_run_is_the_same(tmp_path, mon
     lines = [json.loads(line) for line in (tmp_path / "measured/metrics.jsonl").read_text().splitlines()]
     assert [(line["checkpoint"], line["step"]) for line in lines] == [("checkpoint-2", 2), ("checkpoint-4", 4)]
     assert lines[0]["behavior"] != lines[1]["behavior"]
+    spent = [log for log in trainer.state.log_history if "analysis_seconds" in log]
+    assert [log["step"] for log in spent] == [2, 4] and all(log["analysis_seconds"] > 0 for log in spent)
+    assert spent[1]["analysis_seconds_in_all"] == pytest.approx(sum(log["analysis_seconds"] for log in spent), rel=0.05)
 
 
 def test_measures_and_penalty_are_in_tensorboard(tmp_path, monkeypatch):

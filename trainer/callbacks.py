@@ -47,8 +47,9 @@ class MeasureCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             self._show(results, state.global_step)
         self.trainer.accelerator.wait_for_everyone()
-        self.seconds += time.perf_counter() - started
-        self.trainer.log({"analysis_seconds": time.perf_counter() - started, "analysis_seconds_in_all": self.seconds})
+        spent = time.perf_counter() - started
+        self.seconds += spent
+        self.trainer.log({"analysis_seconds": spent, "analysis_seconds_in_all": self.seconds})
 
     def _show(self, results: Results, step: int) -> None:
         for problem in problems(results):
