@@ -12,7 +12,7 @@ ifneq ($(wildcard ../shared/data/em),)
 export HOLDFAST_EM_DATA ?= $(abspath ../shared/data/em)
 endif
 
-.PHONY: help setup quickstart test check benchmark smoke evidence clean
+.PHONY: help setup quickstart test check benchmark smoke evidence findings clean
 
 help: ## This list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ smoke: $(READY) ## The whole path on the real rows (HOLDFAST_EM_DATA names their
 
 evidence: $(READY) ## The lab's guarantees over ten seeds (long)
 	@$(BIN)/python -m holdfast.recipes.lab.evidence $(ARGS)
+
+findings: $(READY) ## The paper's findings on the lab over ten seeds, with controls
+	@$(BIN)/python -m holdfast.recipes.lab.findings $(ARGS)
 
 clean: ## Remove what the targets made, except runs
 	rm -rf $(VENV) .typecheck build holdfast.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

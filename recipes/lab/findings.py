@@ -1,6 +1,6 @@
 """The paper's findings on the lab, over lab seeds: reversion, retention, gradients of matched pairs, with controls.
 
-    python -m holdfast.recipes.lab.findings --output_dir runs/findings      (part of `make evidence`)
+    python -m holdfast.recipes.lab.findings --output_dir runs/findings      (`make findings`)
 
 Every lab leaves one JSON file under `<output_dir>/results`; labs whose file is there are not repeated. The tables
 (`findings_table.py`) are views of those files.

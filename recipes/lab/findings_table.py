@@ -25,7 +25,7 @@ def findings(results: Sequence[Result]) -> str:
     parts = [
         "# The paper's findings, on the lab",
         "",
-        "Made by `make evidence` (`python -m holdfast.recipes.lab.findings`). Lab seeds " + seeds + " of world 0, one "
+        "Made by `make findings`. Lab seeds " + seeds + " of world 0, one "
         "fine-tune seed each. Questions are those of the validation domains; intervals are over labs.",
         *("", "## Retention of the alignment step", "", *_retention(results)),
         *("", "## Reversion towards base", "", *_reversion(results)),
