@@ -10,8 +10,6 @@ from transformers.pytorch_utils import Conv1D
 from .errors import UserError
 from .layers import find_backbone, find_layers, unwrap
 
-_LINEAR = (nn.Linear, Conv1D, BaseTunerLayer)
-
 
 def find_output_projection(model: nn.Module, block: int | None = None, override: str | None = None) -> nn.Module:
     """The linear layer (or the LoRA layer around it) that attention runs last, in one block.
@@ -47,8 +45,12 @@ def find_output_projection(model: nn.Module, block: int | None = None, override:
 
 def _linear_layers(block: nn.Module) -> dict[str, nn.Module]:
     """Linear layers of a block by path; what an adapter wraps is part of the adapted layer."""
-    linear = {path: module for path, module in block.named_modules() if isinstance(module, _LINEAR)}
+    linear = {path: module for path, module in block.named_modules() if _is_linear(module)}
     return {path: module for path, module in linear.items() if not any(path.startswith(f"{o}.") for o in linear)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | BaseTunerLayer)
 
 
 @torch.no_grad()
