@@ -63,9 +63,9 @@ def subspaces(
 ) -> Results:
     """{"layers": {l: {residual: {"sets", "pairs"}}}, "mean": {residual: {set: {other: {"overlap", "beyond"}}}}}.
 
-    A residual is checkpoint_base, instruct_base or checkpoint_instruct. "sets": {set: {"explained", "components": [share
-    of each], "halves": as of a pair}}. "pairs": {set: {other: {"cosines": [k][k], "angles": [k] in degrees, "overlap",
-    "beyond": {control: difference}}}}.
+    A residual is checkpoint_base, instruct_base or checkpoint_instruct. "sets": {set: {"explained", "components":
+    [share of each], "halves": as of a pair}}. "pairs": {set: {other: {"cosines": [k][k], "angles": [k] in degrees,
+    "overlap", "beyond": {control: difference}}}}.
 
     Args:
         checkpoint, instruct, base: readings by probe set, at least one, of the same rows for all models.
@@ -81,21 +81,29 @@ def subspaces(
     models = {"checkpoint": checkpoint, "instruct": instruct, "base": base}
     layers = sorted(set.intersection(*(set(reading.pooled) for reading in instruct.values())))
     rows = {key: np.flatnonzero(reading.counts.numpy()) for key, reading in instruct.items()}
-    result: Results = {"layers": {str(layer): {} for layer in layers}, "mean": {}}
-    for left, right in PAIRS:
-        name, first, second = f"{left}_{right}", models[left], models[right]
-        if first is None or second is None:
-            for place in (*result["layers"].values(), result["mean"]):
-                place[name] = missing(NO_BASE)
-            continue
-        found = [
-            _layer({key: (first[key].pooled[layer], second[key].pooled[layer]) for key in instruct}, rows, options)
-            for layer in layers
-        ]
-        for layer, (shown, _) in zip(layers, found, strict=True):
-            result["layers"][str(layer)][name] = shown
-        result["mean"][name] = _over_layers([averaged for _, averaged in found])
-    return result
+    found = {f"{left}_{right}": _residual(models[left], models[right], layers, rows, options) for left, right in PAIRS}
+    return {
+        "layers": {str(layer): {name: shown[layer] for name, (shown, _) in found.items()} for layer in layers},
+        "mean": {name: mean for name, (_, mean) in found.items()},
+    }
+
+
+def _residual(
+    left: Mapping[str, Readout] | None,
+    right: Mapping[str, Readout] | None,
+    layers: Sequence[int],
+    rows: Mapping[str, Ints],
+    options: Options,
+) -> tuple[dict[int, Results], Results]:
+    """What every layer shows of the residual of two models, and the means over layers."""
+    if left is None or right is None:
+        return {layer: missing(NO_BASE) for layer in layers}, missing(NO_BASE)
+    found = [
+        _layer({name: (left[name].pooled[layer], right[name].pooled[layer]) for name in rows}, rows, options)
+        for layer in layers
+    ]
+    shown = {layer: at_layer for layer, (at_layer, _) in zip(layers, found, strict=True)}
+    return shown, _over_layers([averaged for _, averaged in found])
 
 
 @dataclass(frozen=True)
