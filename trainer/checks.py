@@ -7,6 +7,7 @@ from huggingface_hub import get_token
 from torch import nn
 from transformers import PreTrainedModel, Trainer, get_scheduler
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from ..analysis.errors import UserError
 from .arguments import HoldfastConfig, ModelArguments
@@ -50,7 +51,7 @@ def check_optimizer(training: HoldfastConfig, model: PreTrainedModel) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(training, model)
     except (ImportError, ValueError) as error:
-        raise UserError(f"--optim {training.optim}: {error}") from None
+        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {error}") from None
 
 
 def check_lora(arguments: ModelArguments, model: nn.Module) -> None:
@@ -70,7 +71,7 @@ def check_lora(arguments: ModelArguments, model: nn.Module) -> None:
 
 
 def check_steps(training: HoldfastConfig, rows: int) -> None:
-    """Raises UserError where `rows` (after packing) fill no batch, so that a run would end without a step."""
+    """Raises UserError where the rows fill no batch, so that a run would end without a step."""
     batch = training.per_device_train_batch_size * training.world_size
     if training.dataloader_drop_last and rows < batch:
         raise UserError(

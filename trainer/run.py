@@ -59,6 +59,7 @@ def check(arguments: Arguments) -> tuple[TrainingInputs, Measurer | None]:
     check_writable(arguments.output_dir, "--output_dir")
     inputs = load_inputs(arguments)
     check_flags(arguments, evaluates=inputs.held_out is not None)
+    check_steps(arguments.training, len(inputs.train.rendered))
     check_output_dir(arguments, inputs.facts)
     measured = arguments.analysis.analysis_during_training and arguments.training.save_strategy != SaveStrategy.NO
     return inputs, measurer(arguments) if measured else None
@@ -76,12 +77,12 @@ def train(arguments: Arguments) -> TrainResult:
     check_lora(arguments.model, model)
     check_optimizer(arguments.training, model)
     trainer = _trainer(arguments, inputs, model)
-    assert isinstance(trainer.train_dataset, datasets.Dataset)  # packed by TRL, where packing is asked for
-    check_steps(arguments.training, len(trainer.train_dataset))
     if measure is not None:
         trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
     with records_of(arguments, inputs):
+        assert isinstance(trainer.train_dataset, datasets.Dataset)  # packed by TRL, where packing is asked for
+        check_steps(arguments.training, len(trainer.train_dataset))
         if is_main():
             for line in inputs.report["lines"]:
                 print(line)
