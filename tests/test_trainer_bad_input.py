@@ -258,6 +258,8 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "optimiser that is not installed": (_keys(optim="adamw_bnb_8bit"), ["--optim adamw_bnb_8bit", "bitsandbytes"]),
     "kernels that are not installed": (_keys(use_liger_kernel="true"), ["liger-kernel", "install it"]),
     "attention that is not installed": (_keys(attn_implementation="flash_attention_2"), ["FlashAttention2"]),
+    "padding-free rows that are not packed": (_keys(padding_free="true"), ["--padding_free", "--packing true"]),
+    "offloading from a CPU": (_keys(activation_offloading="true"), ["--activation_offloading", "CPU"]),
     "push without a login": (_keys(push_to_hub="true"), ["--push_to_hub", "login"]),
     "fewer rows than a whole batch": (
         _keys(dataloader_drop_last="true", per_device_train_batch_size=64),

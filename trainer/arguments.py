@@ -270,6 +270,10 @@ class HoldfastConfig(trl.SFTConfig):
         installed = {"none", *get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
         if self.report_to not in installed:
             raise UserError(f"--report_to {self.report_to} is not installed; install it, or write tensorboard or none")
+        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+            raise UserError("--activation_offloading true moves activations off an accelerator; leave it out on a CPU")
+        if self.padding_free and not self.packing and self.max_length is not None:
+            raise UserError("--padding_free true alone has no length limit in TRL; add --packing true, or leave it out")
         if self.packing and self.packing_strategy != "bfd":
             raise UserError(f"--packing_strategy {self.packing_strategy} cuts documents in two; use bfd")
         super().__post_init__()
