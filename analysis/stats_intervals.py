@@ -112,7 +112,8 @@ def cluster_sums(values: ArrayLike, clusters: Sequence[Hashable] | None) -> tupl
     n_clusters = int(codes.max()) + 1
     if n_clusters == 1:
         raise ValueError(ALONE)
-    return np.bincount(codes, rows, n_clusters), np.bincount(codes, minlength=n_clusters).astype(np.float64)
+    counts = np.bincount(codes, minlength=n_clusters).astype(np.float64)
+    return np.bincount(codes, rows, n_clusters).astype(np.float64), counts
 
 
 def _influence(sums: Floats, counts: Floats) -> Floats:

@@ -40,7 +40,7 @@ def hierarchical_bootstrap(
     n_units = int(codes[0].max()) + 1
     if n_units == 1:
         raise ValueError("hierarchical_bootstrap: one outermost unit says nothing about others")
-    sums, counts = np.bincount(codes[0], rows), np.bincount(codes[0]).astype(np.float64)
+    sums, counts = (np.bincount(codes[0], weights).astype(np.float64) for weights in (rows, np.ones(len(rows))))
     mean, error = (float(each) for each in _mean_and_error(sums, counts))
     tails = (0.5 - confidence / 2, 0.5 + confidence / 2)
     quantiles = scipy_stats.t.ppf(tails, n_units - 1)
