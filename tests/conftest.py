@@ -1,11 +1,15 @@
-"""Tests keep what they store out of the user's cache folder."""
+"""Tests keep what they store out of the user's cache folder; labs, which take minutes to build, they share with it."""
 
 import pytest
+from holdfast.recipes.lab.cache import cache_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
+    labs, own = cache_folder() / "labs", tmp_path_factory.mktemp("cache")
+    labs.mkdir(parents=True, exist_ok=True)
+    (own / "labs").symlink_to(labs)
     patch = pytest.MonkeyPatch()
-    patch.setenv("HOLDFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HOLDFAST_CACHE", str(own))
     yield
     patch.undo()
