@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import get_token
 from torch import nn
 from transformers import PreTrainedModel, Trainer, get_scheduler
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..analysis.errors import UserError
@@ -25,8 +25,8 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
         raise UserError("--reference adapter_off needs LoRA; add --use_peft, or write cached or frozen")
     if training.eval_strategy != IntervalStrategy.NO and not evaluates:
         raise UserError(
-            f"--eval_strategy {training.eval_strategy.value} has no rows to evaluate on; add --held_out_dataset or "
-            "--held_out_rows"
+            f"--eval_strategy {IntervalStrategy(training.eval_strategy).value} has no rows to evaluate on; add "
+            "--held_out_dataset or --held_out_rows"
         )
     if training.push_to_hub and not (training.hub_token or get_token()):
         raise UserError("--push_to_hub true needs a login; run `hf auth login`, or write false")
@@ -35,14 +35,13 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
 
 def _check_schedule(training: HoldfastConfig) -> None:
     """Some schedules need keys of --lr_scheduler_kwargs; none takes unknown ones."""
+    name, given = SchedulerType(training.lr_scheduler_type).value, training.lr_scheduler_kwargs
+    assert not isinstance(given, str)  # TrainingArguments has read the JSON text
     try:
-        get_scheduler(
-            training.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)], lr=1.0), 1, 2, training.lr_scheduler_kwargs
-        )
+        get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=1.0), 1, 2, given)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"--lr_scheduler_type {training.lr_scheduler_type.value}: {error}; write them in --lr_scheduler_kwargs, "
-            "or choose another"
+            f"--lr_scheduler_type {name}: {error}; write them in --lr_scheduler_kwargs, or choose another"
         ) from None
 
 
