@@ -158,5 +158,7 @@ def test_arms_differ_in_what_they_are_named_for_and_nothing_else():
     assert (
         "protection" in differing("protected", "random_subspace") <= place | {"protection", "null_scale", "null_seed"}
     )
-    assert differing("unprotected", "ordinary") <= place | {"lora_rank_pattern", "lora_alpha_pattern"}
-    assert differing("protected", "ordinary_protected") <= place | {"lora_rank_pattern", "lora_alpha_pattern"}
+    lora = {"lora_r", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern"}
+    organism = place | lora | {"learning_rate", "max_steps", "save_steps"}
+    assert differing("unprotected", "ordinary") <= organism
+    assert differing("protected", "ordinary_protected") <= organism
