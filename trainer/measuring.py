@@ -1,7 +1,7 @@
 """What is measured of a run, from its arguments: shared by `holdfast analyze`, `holdfast watch` and the callback."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,14 +12,13 @@ from ..analysis.errors import UserError
 from ..analysis.measure import Measurer, UnreadableCheckpoint, check_checkpoint, measure_checkpoint
 from ..analysis.models import model_fingerprint, tokenizer_fingerprint
 from ..analysis.plan import MeasurePlan
-from ..analysis.probes import Conversation
 from ..analysis.results import VIEW, problems
 from ..analysis.store import default_folder
 from ..analysis.subspace import Subspace
 from .checkpoint_names import named_checkpoints
-from .data import Row, load_rows
-from .inputs import load_choices, load_options, read_starting_model, subspace_path, training_rows
+from .inputs import load_choices, load_options, read_starting_model, subspace_path
 from .parsing import Arguments
+from .probe_sets import probe_sets
 from .records import is_main
 
 # What a training run measures unasked: each costs one forward pass over the rows, or less.
@@ -50,7 +49,7 @@ def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Mea
     plan = MeasurePlan(
         instruct_path=arguments.model.starting_model,
         base_path=arguments.model.base_model_name_or_path,
-        probe_sets=_probe_sets(arguments),
+        probe_sets=probe_sets(arguments, tokenizer),
         choices=load_choices(choices) if choices else (),
         families=tuple(budget if families is None else families),
         variant=asked.variant,
@@ -161,23 +160,6 @@ def analyze(arguments: Arguments) -> Analyzed:
 def _say(line: str) -> None:
     if is_main():
         print(f"holdfast: {line}", file=sys.stderr, flush=True)
-
-
-def _probe_sets(arguments: Arguments) -> Mapping[str, Sequence[Conversation]]:
-    named = arguments.analysis.named_sets
-    sets: dict[str, list[Row]] = {name: load_rows(source, prompts=True) for name, source in named.items()}
-    if arguments.data.probe_dataset:
-        if "probes" in sets:
-            raise UserError("--probe_sets names a set `probes`, as --probe_dataset is called; give it another name")
-        sets["probes"] = load_rows(arguments.data.probe_dataset, prompts=True)
-    if arguments.data.train_dataset:
-        train, held_out = training_rows(arguments)
-        if held_out:
-            sets.setdefault("held_out", held_out)
-        elif not sets:
-            sets["train"] = train
-    rows = arguments.analysis.analysis_rows
-    return {name: [row.messages for row in found[:rows]] for name, found in sets.items()}
 
 
 def _subspace(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Subspace | None:
