@@ -29,7 +29,8 @@ class AnalysisArguments:
     probe_sets: dict[str, str] | str | None = option(
         None,
         "Several sets to measure on and compare: name -> source of rows (mapping or JSON), beside --probe_dataset. "
-        "Sets are matched by line number. Default: none.",
+        "Sets are matched by line number. Source controlled:N is N pairs of prompts that differ in one word of intent, "
+        "shuffled:<source> its completions after other rows' prompts. Default: none.",
     )
     analysis_families: list[str] | None = option(
         None, "Families measured while training. Default: behavior, projection, choices.", *FAMILIES
