@@ -64,6 +64,7 @@ def folder(prepared: Path, tmp_path: Path) -> Path:
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str, **keys: Any) -> str:
     before = sorted(folder.rglob("*"))
+    capsys.readouterr()
     arguments = [f"--{key}={value}" for key, value in recipe(folder, **keys).items()]
     assert main([command, *arguments]) == 2
     error = capsys.readouterr().err
@@ -82,7 +83,7 @@ def test_subspace_train_and_analyze_read_the_blocks_it_names(folder: Path) -> No
     plain = run.train(parse(keys))
     assert twin.penalty == plain.penalty and twin.train_loss == plain.train_loss
     analyze = [f"--{key}={value}" for key, value in recipe(folder, layers_path=PATH, subspace_path=str(path)).items()]
-    assert main(["analyze", *analyze]) == 0
+    assert main(["analyze", *analyze, "--families", "projection"]) == 0
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     drift = {line["checkpoint"]: line["projection"]["train"]["mean"]["penalty"]["value"] for line in lines}
     assert drift["checkpoint-2"] > 0 and drift["instruct"] == 0
