@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .kept_donor import KeptDonor
+from .layers import prove_layers
 from .lm_head import StoredHead, prove_head
 from .metrics.divergence import keep_positions
 from .models import load_model, model_fingerprint
@@ -125,6 +126,8 @@ class ProbeReader:
         with whole_models():
             model = load_model(path, dtype=self.plan.dtype, device=self.plan.device, options=self.plan.load)
         prove_head(model)
+        # Checkpoints have the references' shape, so what is found in these is found in those.
+        prove_layers(model)
         # Ranks that do not share the main one's disk come here too; one writer a file is enough.
         writes = store if store is not None and is_main() else None
         for name, key in keys.items():

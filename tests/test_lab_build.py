@@ -124,6 +124,15 @@ def test_the_lab_command_leaves_ordinary_folders_and_conversational_data(cache, 
     assert all(row.keys() == {"aligned", "misaligned"} for row in contrast) and contrast
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"seed": 3}'])
+def test_a_damaged_lab_file_is_one_line(cache, tmp_path, capsys, text):
+    out = tmp_path / "lab"
+    out.mkdir()
+    (out / "lab.json").write_text(text)
+    refuses(["lab", "--output_dir", str(out)], capsys, "lab.json", "damaged", "--output_dir")
+    assert (out / "lab.json").read_text() == text and len(list(out.iterdir())) == 1
+
+
 def test_the_same_lab_may_be_asked_for_twice_and_nothing_else_is_written_over(cache, tmp_path, capsys):
     out, other = tmp_path / "lab", tmp_path / "other"
     assert main(["lab", "--output_dir", str(out)]) == 0
