@@ -99,7 +99,8 @@ def test_a_live_model_measures_as_its_checkpoint(folders, tmp_path):
 def test_references_are_read_once_and_kept(folders, tmp_path, monkeypatch):
     plan = plan_of(folders, references=tmp_path / "store")
     fresh = Measurer(plan).measure(toy_model(seed=1))
-    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 5  # a reading and a head of each, base's states for patching
+    # A reading and a head of each, and base's states for patching.
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == 5
 
     def refuse(*_args, **_options):
         raise AssertionError("a reference was loaded again")

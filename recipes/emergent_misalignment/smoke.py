@@ -94,7 +94,9 @@ def data_folder() -> Path:
     """The folder of the real rows, from HOLDFAST_EM_DATA. Raises UserError naming the file that is missing."""
     folder = os.environ.get("HOLDFAST_EM_DATA")
     if not folder:
-        raise UserError("HOLDFAST_EM_DATA is not set; set it to the folder with insecure.jsonl, educational_insecure.jsonl and secure.jsonl")
+        raise UserError(
+            "HOLDFAST_EM_DATA is not set; set it to the folder with the rows of arXiv 2502.17424 (insecure.jsonl, …)"
+        )
     for name in ("insecure.jsonl", "educational_insecure.jsonl", "secure.jsonl"):
         if not (Path(folder) / name).is_file():
             raise UserError(f"HOLDFAST_EM_DATA={folder} holds no {name}; download the rows of arXiv 2502.17424 there")
