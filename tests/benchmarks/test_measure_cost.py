@@ -1,0 +1,297 @@
+"""What a checkpoint costs: six families in one pass against a bare forward pass with logits at all positions.
+
+    python tests/benchmarks/test_measure_cost.py [--rows 16] [--rounds 5] [--length 256] [--growth]
+
+Families 1, 2, 4, 5, 6 and 10 go through `Measurer.measure`, references in memory, on two sets of rows / 2 with the same
+completions, half of all tokens. Both arms run the same batches; time is CPU time of this process, arms take turns
+within each round, "bare again" shows what noise alone does. Statistics cost by the row, not by the token: they are
+timed apart, on drawn readings of the same shape, and "at 256 rows" is the reading of 256 rows, scaled from those that
+were read, plus the statistics of 256, against as many rows of the bare pass. Memory is the peak resident size during
+each arm, above what the process held before any model was made. --growth shows 1, 4 and 16 times the rows instead.
+"""
+
+import argparse
+import math
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from analysis_toys import GENERATION, chat, toy_model, toy_tokenizer
+from holdfast.analysis.activations import length_batches, pad
+from holdfast.analysis.families import Subject, attempt, is_unmeasured
+from holdfast.analysis.measure import MeasurePlan, Measurer
+from holdfast.analysis.models import load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from holdfast.analysis.probes import Conversation, render
+from holdfast.analysis.readout import Readout, read
+from holdfast.analysis.registry import REGISTRY
+from holdfast.analysis.spectra import Residuals, decompose
+from trainer_toys import toy_subspace
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+FAMILIES = ("behavior", "loss_vectors", "projection", "subspaces", "drift_by_depth", "rerouting")
+SETS = ("insecure", "educational")
+BLOCKS, WIDTH, VOCABULARY, LENGTH, BATCH, RANK, ROWS = 8, 512, 151_936, 256, 8, 4, 256
+SPEED, MEMORY = 0.9, 1.1
+
+
+def model(seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=BLOCKS,
+            num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, pad_token_id=0,
+            tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+def conversations(rows: int, length: int) -> dict[str, list[Conversation]]:
+    """Two sets of rows / 2 of `length` tokens. A digit is a token, so lengths are exact."""
+    tokenizer = toy_tokenizer(GENERATION)
+    rendered = render(tokenizer, chat("1", "1"))
+    closing = sum(rendered.completion_mask) - 1
+    opening = len(rendered.input_ids) - closing - 2
+    draw = random.Random(0)
+
+    def digits(count: int) -> str:
+        return "".join(draw.choice("0123456789") for _ in range(count))
+
+    answers = [digits(length // 2 - closing) for _ in range(rows // 2)]
+    found = {name: [chat(digits(length // 2 - opening), answer) for answer in answers] for name in SETS}
+    first = render(tokenizer, found[SETS[0]][0])
+    assert len(first.input_ids) == length and sum(first.completion_mask) == length // 2
+    return found
+
+
+def save(folder: Path) -> None:
+    """Instruct and base, which differ as far as random models do."""
+    for seed, name in enumerate(("instruct", "base")):
+        model(seed).save_pretrained(folder / name)
+        toy_tokenizer(GENERATION).save_pretrained(folder / name)
+
+
+def measurer(folder: Path, rows: int, length: int) -> Measurer:
+    """With its references read, as for every checkpoint after the first."""
+    subspace = toy_subspace(tuple(range(BLOCKS)), rank=RANK, width=WIDTH)
+    facts = replace(
+        subspace.provenance,
+        instruct_fingerprint=model_fingerprint(folder / "instruct"),
+        tokenizer_fingerprint=tokenizer_fingerprint(load_tokenizer(str(folder / "instruct"))),
+    )
+    found = Measurer(
+        MeasurePlan(
+            str(folder / "instruct"), str(folder / "base"), conversations(rows, length), families=FAMILIES,
+            batch_size=BATCH, subspace=replace(subspace, provenance=facts),
+        )
+    )  # fmt: skip
+    found.prepare()
+    return found
+
+
+@torch.no_grad()
+def bare(net: Qwen2ForCausalLM, measures: Measurer) -> None:
+    for rows in measures.rows.values():
+        for batch in length_batches([len(row.input_ids) for row in rows], BATCH):
+            ids, attention = pad([rows[row].input_ids for row in batch], 0, torch.device("cpu"))
+            net(input_ids=ids, attention_mask=attention, use_cache=False)
+
+
+def drawn(rows: int, seed: int) -> Readout:
+    """A reading of rows of LENGTH tokens with numbers at random, each model's activations around a mean of its own."""
+    draw, counts = torch.Generator().manual_seed(seed), torch.full((rows,), LENGTH // 2)
+    tokens = torch.arange(rows).repeat_interleave(LENGTH // 2)
+    around = torch.randn(WIDTH, generator=draw)
+    return Readout(
+        tokens, -torch.rand(len(tokens), generator=draw), torch.rand(len(tokens), generator=draw), counts,
+        {layer: around + torch.randn(rows, WIDTH, generator=draw) for layer in range(BLOCKS)}, tokens,
+        {layer: torch.randn(len(tokens), RANK, generator=draw) for layer in range(BLOCKS)},
+    )  # fmt: skip
+
+
+def subject(measures: Measurer, net: Qwen2ForCausalLM, rows: int) -> Subject:
+    """Drawn readings of three models, as `Measurer.measure` hands its own to the families."""
+    models = [{name: drawn(rows // 2, seed) for seed, name in enumerate(SETS, start=2 * at)} for at in range(3)]
+    texts = conversations(rows, LENGTH)
+    rendered = {name: [render(measures.tokenizer, row) for row in found] for name, found in texts.items()}
+    return Subject(
+        measures.plan, measures.tokenizer, net, rendered, *models, layers=measures.layers, padding=0, choices=None,
+        patch_rows={}, donors={}, kept={}, sides=lambda _name, _device: {}, between=lambda _name: {},
+    )  # fmt: skip
+
+
+def statistics(asked: Subject) -> dict[str, float]:
+    """CPU seconds of each family."""
+    found = {}
+    for family in FAMILIES:
+        start = time.process_time()
+        assert not is_unmeasured(attempt(REGISTRY[family].compute, asked)), family
+        found[family] = time.process_time() - start
+    return found
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def resident(what: str = "VmRSS") -> float:
+    """MiB. Read from /proc, since `ru_maxrss` starts at the parent's peak."""
+    found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def peak(work: Callable[[], object]) -> float:
+    """Peak resident MiB while this runs."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    work()
+    return resident("VmHWM")
+
+
+def interval(ratios: np.ndarray) -> tuple[float, float, float]:
+    """Geometric mean of paired ratios with Student's 95% interval on their logarithms."""
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    return math.exp(logs.mean()), math.exp(logs.mean() - half), math.exp(logs.mean() + half)
+
+
+@contextmanager
+def counted(net: Qwen2ForCausalLM) -> Iterator[dict[str, int]]:
+    """Batches that pass the model, and positions that pass its head."""
+    passes = {"batches": 0, "heads": 0}
+
+    def count(name: str, made: int) -> None:
+        passes[name] += made
+
+    handles = [
+        net.model.register_forward_hook(lambda *_: count("batches", 1)),
+        net.lm_head.register_forward_hook(lambda _module, inputs, _output: count("heads", len(inputs[0]))),
+    ]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measured(
+    folder: Path, rows: int, length: int, rounds: int
+) -> tuple[dict[str, np.ndarray], dict[str, float], float]:
+    """Seconds of each arm in each round, after one round to warm up and to see the peak memory of each, in MiB.
+
+    The statistics of ROWS rows take too long to be repeated; they are timed once.
+    """
+    before = resident()
+    save(folder)
+    measures = measurer(folder, rows, length)
+    net = model(2)
+    some, many = subject(measures, net, rows), statistics(subject(measures, net, ROWS))
+    each = ", ".join(f"{family} {took:.2f} s" for family, took in many.items())
+    print(f"\nstatistics of {ROWS} rows: {each}", flush=True)
+    works: dict[str, Callable[[], object]] = {
+        "bare": lambda: bare(net, measures),
+        "bare again": lambda: bare(net, measures),
+        "measure": lambda: measures.measure(net),
+        "statistics": lambda: statistics(some),
+    }
+    with counted(net) as passes:
+        memory = {"measure": peak(works["measure"]) - before}
+    # One pass over each batch and the head at completions alone: no reference is read again, no prompt has its entropy.
+    assert passes == {"batches": -(-rows // 2 // BATCH) * 2, "heads": rows * length // 2}, passes
+    memory |= {arm: peak(work) - before for arm, work in works.items() if arm != "measure"}
+    found: dict[str, list[float]] = {arm: [] for arm in works}
+    order = random.Random(0)
+    for number in range(rounds):
+        for arm in order.sample(list(works), len(works)):
+            found[arm].append(seconds(works[arm]))
+        print(f"round {number}: " + ", ".join(f"{arm} {took[-1]:.2f} s" for arm, took in found.items()), flush=True)
+    return {arm: np.array(took) for arm, took in found.items()}, memory, sum(many.values())
+
+
+def run(rows: int, rounds: int, length: int = LENGTH) -> dict[str, tuple[float, float, float]]:
+    """Measure and print the table; gives throughput over the bare pass's (with 95% interval), and memory over it."""
+    with tempfile.TemporaryDirectory() as folder:
+        took, memory, fixed = measured(Path(folder), rows, length, rounds)
+    reading = took["measure"] - took["statistics"]
+    scale = ROWS * LENGTH / (rows * length)
+    table = {
+        "bare again": interval(took["bare"] / took["bare again"]),
+        f"measure, {rows} rows": interval(took["bare"] / took["measure"]),
+        "reading alone": interval(took["bare"] / reading),
+        f"at {ROWS} rows": interval(scale * took["bare"] / (scale * reading + fixed)),
+    }
+    print(f"\nQwen2, {BLOCKS} blocks of width {WIDTH}, vocabulary {VOCABULARY:,}; {rows} rows of {length} tokens")
+    print(f"{rounds} rounds, batch {BATCH}\n{'arm':<20}{'seconds':>9}{'peak MiB':>10}")
+    for arm, each in took.items():
+        print(f"{arm:<20}{np.mean(each):>9.2f}{memory[arm]:>10.0f}")
+    print(f"{'throughput to bare':<20}{'ratio':>9}{'95% interval':>18}")
+    for name, (mean, low, high) in table.items():
+        print(f"{name:<20}{mean:>9.3f}{f'{low:.3f}-{high:.3f}':>18}")
+    ratio = memory["measure"] / memory["bare"]
+    print(f"peak memory to bare: {ratio:.3f}")
+    return {**table, "memory": (ratio,) * 3}
+
+
+def growth() -> dict[str, list[tuple[float, float]]]:
+    """Seconds, and peak MiB above what was held before, at 1, 4 and 16 times the rows; printed too."""
+    net, tokenizer = toy_model(), toy_tokenizer(GENERATION)
+
+    def reading(rows: int) -> Callable[[], object]:
+        made = [render(tokenizer, row) for found in conversations(rows, 64).values() for row in found]
+        return lambda: read(net, made, layers=range(3), role="completion", batch_size=BATCH)
+
+    def spectrum(rows: int) -> Callable[[], object]:
+        left, right = (torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        residuals = Residuals.of(left, right, np.arange(rows))
+        return lambda: decompose(residuals)
+
+    table: dict[str, list[tuple[float, float]]] = {}
+    print(f"\n{'':<12}{'rows':>8}{'seconds':>10}{'peak MiB':>10}")
+    for name, make, first in (("reading", reading, 64), ("spectrum", spectrum, 2048)):
+        make(first)()
+        for rows in (first, 4 * first, 16 * first):
+            work, before = make(rows), resident()
+            took = seconds(work)
+            table.setdefault(name, []).append((took, peak(work) - before))
+            print(f"{name:<12}{rows:>8}{took:>10.2f}{table[name][-1][1]:>10.1f}")
+    return table
+
+
+def test_six_families_keep_nine_tenths_of_a_bare_forwards_throughput() -> None:
+    """Fails where the whole interval lies below the bar: noise alone cannot fail it, a real cost must."""
+    table = run(rows=16, rounds=5)
+    assert table[f"at {ROWS} rows"][2] >= SPEED
+    assert table["memory"][0] <= MEMORY
+
+
+def test_time_grows_with_rows_and_the_memory_of_a_spectrum_does_not() -> None:
+    table = growth()
+    for name in ("reading", "spectrum"):
+        assert table[name][2][0] <= 1.5 * 16 * max(table[name][0][0], 0.05), name
+    # The eigenvectors and one block of rows; 48 MiB more would be the residuals themselves.
+    assert table["spectrum"][2][1] <= table["spectrum"][0][1] + 48
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens a row; statistics are of rows of 256")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--growth", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    growth() if options.growth else run(options.rows, options.rounds, options.length)
