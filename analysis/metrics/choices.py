@@ -191,7 +191,7 @@ def _mean_mass(
     clusters = [_cluster(rows[number], number) for number in inside]
     if len(set(clusters)) == 1:
         clusters = [str(number) for number in inside]
-    return measurement([masses[number][name] for number in inside], clusters=clusters, seed=seed)
+    return measurement([masses[number][name] for number in inside], clusters=clusters, seed=seed, rate=True)
 
 
 def _cluster(row: ChoiceRow, number: int) -> str:

@@ -120,7 +120,7 @@ def _drift(
             inside = {
                 "value": _share(parts),
                 "n": n,
-                "ci95": list(bootstrap_ci(parts, statistic=_share, seed=seed, n_boot=_N_BOOT)),
+                "ci95": list(bootstrap_ci(parts, statistic=_share, seed=seed, n_boot=_N_BOOT, bounds=(0.0, 1.0))),
                 "null": basis.shape[1] / basis.shape[0],
             }
     return {"drift_cosine": cosine, "drift_inside": inside}
@@ -141,7 +141,7 @@ def _mean_cosine(left: Floats, right: Floats, seed: int) -> Measurement:
         return cross / np.sqrt(one * other) if one > 0 and other > 0 else 0.0
 
     rows = np.arange(len(left), dtype=np.float64)
-    interval = bootstrap_ci(rows, statistic=cosine, seed=seed, n_boot=_N_BOOT)
+    interval = bootstrap_ci(rows, statistic=cosine, seed=seed, n_boot=_N_BOOT, bounds=(-1.0, 1.0))
     return {"value": cosine(rows), "n": len(left), "ci95": list(interval)}
 
 

@@ -130,7 +130,9 @@ def _cell(runs: Sequence[Result], name: str) -> str:
     values, labs, seeds = zip(*known, strict=True)
     if len(set(labs)) < 2:
         return f"{np.mean(values):.3f}"
-    low, high = hierarchical_bootstrap(values, [labs, list(zip(labs, seeds, strict=True))])
+    # The two distances are no rates: retention goes beyond 0 and 1, and the penalty has no upper end.
+    is_rate = name not in ("penalty", "retention")
+    low, high = hierarchical_bootstrap(values, [labs, list(zip(labs, seeds, strict=True))], rate=is_rate)
     return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 

@@ -103,7 +103,9 @@ class Experiment:
         loaded = load_model(model) if isinstance(model, Path) else model
         found = lab_rates(self._choices, score_prepared(loaded, self._prepared))
         by_key = RATES | {name: name for name in found if name.startswith("coherent_")}
-        return {key: measurement(found[name].values, list(found[name].clusters)) for key, name in by_key.items()}
+        return {
+            key: measurement(found[name].values, list(found[name].clusters), rate=True) for key, name in by_key.items()
+        }
 
     def measure(self, model: Path) -> dict[str, Measurement]:
         """`rates`, the penalty on the anchors, and the retention of the alignment step on the probes."""
