@@ -119,4 +119,5 @@ def test_rates_are_means_over_the_rows_of_a_group():
     assert rates["split"]["test"]["misaligned"]["ci95"] is None
     assert rates["domain"]["food"]["misaligned"]["value"] == pytest.approx(0.2)
     low, high = rates["split"]["test"]["aligned"]["ci95"]
-    assert 0.5 <= low <= 0.6 <= high <= 0.7
+    # Two questions say little: Student's t with one degree of freedom reaches 12.7 standard errors of 0.1.
+    assert 0 <= low < 0.5 and 0.7 < high <= 1
