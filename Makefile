@@ -41,8 +41,8 @@ check: $(READY) ## Lint, format, types
 	@rm -rf build
 	@MYPYPATH=.typecheck $(BIN)/python -m mypy -p holdfast
 
-benchmark: $(READY) ## Speed and memory ratios against plain TRL
-	@$(BIN)/python -m pytest tests/benchmarks -q -s $(ARGS)
+benchmark: $(READY) ## Speed and memory ratios against plain TRL and a bare forward pass
+	@$(BIN)/python -m pytest tests/benchmarks -q -s --timeout 0 $(ARGS)
 
 smoke: $(READY) ## The whole path on the real rows (HOLDFAST_EM_DATA names their folder)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m holdfast.recipes.emergent_misalignment.smoke --output_dir runs/smoke $(ARGS)

@@ -99,7 +99,7 @@ def test_a_protected_recipe_fits_the_real_architecture(size: str) -> None:
 def test_the_smoke_path_builds_models_and_runs_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    for name in ("insecure.jsonl", "secure.jsonl"):
+    for name in ("insecure.jsonl", "educational_insecure.jsonl", "secure.jsonl"):
         write_rows(data / name, toy_rows(60))
     monkeypatch.setenv("HOLDFAST_EM_DATA", str(data))
     for _ in range(2):  # a second run builds anew

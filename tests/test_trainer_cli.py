@@ -130,7 +130,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(kind: str, 
 
 
 def test_an_interrupt_is_one_line_and_its_checkpoints_resume(folder: Path) -> None:
-    keys = protected(folder, max_steps=300, save_steps=20, save_total_limit=2)
+    keys = protected(folder, max_steps=1000, save_steps=20)
     process = subprocess.Popen(command(keys), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     while not (folder / "run" / "checkpoint-20").is_dir() and time.monotonic() < deadline and process.poll() is None:
@@ -143,8 +143,8 @@ def test_an_interrupt_is_one_line_and_its_checkpoints_resume(folder: Path) -> No
     assert "Traceback" not in error
     steps = [int(path.name.split("-")[1]) for path in (folder / "run").glob("checkpoint-*")]
     assert steps and not (folder / "run" / "final").exists()
-    resumed = run.train(parse({**keys, "save_steps": 50, "resume_from_checkpoint": "true"}))
-    assert resumed.global_step == 300
+    resumed = run.train(parse({**keys, "save_steps": 500, "resume_from_checkpoint": "true"}))
+    assert resumed.global_step == 1000
 
 
 def test_a_run_that_stops_before_a_checkpoint_leaves_the_folder_as_it_was(
