@@ -163,7 +163,7 @@ def _legend() -> list[str]:
         "misaligned: probability of the harmful answer to harmless questions; nothing touched the test domains.",
         "coherent: probability of any on-topic answer (test domains); skill: the right answer to a neutral question.",
         "drift: penalty on the anchors, 0 at instruct; retention: 1 like instruct, 0 like base.",
-        "Intervals: 95%, bootstrap over topics.",
+        "Intervals: 95%, topics as clusters.",
     ]
 
 
