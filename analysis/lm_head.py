@@ -5,15 +5,12 @@ The caller compacts to the positions that count; the head then runs on chunks of
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from .artifacts import load_aligned, staged_file
 from .errors import UserError
 from .layers import find_backbone, unwrap
 
@@ -145,19 +142,6 @@ class StoredHead:
     def to(self, device: torch.device) -> "StoredHead":
         bias = None if self.bias is None else self.bias.to(device)
         return StoredHead(self.weight.to(device), bias, self.scale, self.cap)
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all."""
-        shape = torch.tensor([self.scale, self.cap], dtype=torch.float64)
-        tensors = {"weight": self.weight, "shape": shape, **({} if self.bias is None else {"bias": self.bias})}
-        with staged_file(path) as staging:
-            save_file(tensors, staging)
-
-    @classmethod
-    def load(cls, path: Path) -> "StoredHead":
-        """Read a file written by `save`."""
-        tensors = load_aligned(path)
-        return cls(tensors["weight"], tensors.get("bias"), *tensors["shape"].tolist())
 
 
 @torch.no_grad()
