@@ -131,7 +131,14 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(kind: str, 
 
 def test_an_interrupt_is_one_line_and_its_checkpoints_resume(folder: Path) -> None:
     keys = protected(folder, max_steps=1000, save_steps=20)
-    process = subprocess.Popen(command(keys), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(keys),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A shell's background jobs, the tests perhaps among them, ignore interrupts and pass that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (folder / "run" / "checkpoint-20").is_dir() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
