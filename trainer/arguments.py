@@ -5,7 +5,6 @@ the flags of every command. `ModelArguments` and `HoldfastConfig` extend TRL's o
 Checks that need one field alone are here; checks that need files, models or rows are in `trainer.run`.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_avai
 from ..analysis.errors import UserError
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
-from .options import option, require, sources
+from .options import mapping, option, require, sources
 from .refused import NOT_READ, QUANTIZATION, refuse_overridden
 
 
@@ -34,16 +33,12 @@ def require_seed(seed: int | None, flag: str) -> None:
 def _pattern(flag: str, value: dict[str, int] | str | None) -> dict[str, int] | None:
     """Reads a module-name pattern -> integer mapping, given as a mapping or as JSON text."""
     example = '{"layers.0.self_attn.v_proj": 8}'
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--{flag} is not JSON ({error.msg}); write it like {example}") from None
-    if value is None:
+    found = mapping(flag, value, example)
+    if found is None:
         return None
-    if not isinstance(value, dict) or not all(isinstance(number, int) and number > 0 for number in value.values()):
+    if not isinstance(found, dict) or not all(isinstance(number, int) and number > 0 for number in found.values()):
         raise UserError(f"--{flag} must map module names to positive integers, like {example}")
-    return value
+    return found
 
 
 @dataclass

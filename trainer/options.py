@@ -21,16 +21,22 @@ def require(condition: bool, flag: str, value: object, need: str) -> None:
         raise UserError(f"--{flag} is {value}, but must be {need}")
 
 
+def mapping(flag: str, value: dict[str, Any] | str | None, example: str) -> Any:
+    """What a flag holds that takes a mapping or its JSON text; None stays None. The caller checks keys and values."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--{flag} is not JSON ({error.msg}); write it like {example}") from None
+
+
 def sources(flag: str, value: dict[str, str] | str | None) -> dict[str, str] | None:
     """Reads a name -> source of rows mapping, given as a mapping or as JSON text."""
     example = '{"medical": "medical.jsonl", "code": "org/rows"}'
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--{flag} is not JSON ({error.msg}); write it like {example}") from None
-    if value is None:
+    found = mapping(flag, value, example)
+    if found is None:
         return None
-    if not isinstance(value, dict) or not all(isinstance(source, str) and name for name, source in value.items()):
+    if not isinstance(found, dict) or not all(isinstance(source, str) and name for name, source in found.items()):
         raise UserError(f"--{flag} must map names to sources of rows, like {example}")
-    return value
+    return found
