@@ -67,8 +67,8 @@ class Family:
 
     compute: all results of a subject. needs: some of "base", "direction" (a base or a subspace), "choices"; without
     them the family is null with that reason and no model is loaded for it. reads: the parts of a readout it uses beside
-    the statistics of tokens, some of "pooled", "projections", "final", "prompt_entropy", "donor". subspace: whether its
-    results depend on the subspace. paper: whether the paper's variant differs.
+    the statistics of tokens, some of "pooled", "projections", "final", "prompt_entropy", "last", "donor".
+    subspace: whether its results depend on the subspace. paper: whether the paper's variant differs.
     readings: whether it uses readouts at all, or has passes of its own alone. probes: whether it reads probe sets.
     """
 

@@ -5,7 +5,7 @@ and projected inside the pass, as soon as a block has run, so that no layer's [B
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Readout:
     projection_rows: [M], the row of each token of the role. projections: {l: [M, k]}, its coordinates V^T h.
     final: [K, d] in the model's dtype, final states at the positions that were to be kept, in the order of rows.
     row_entropy: [R], mean next-token entropy after every token of a row, prompt included; empty unless asked for.
+    last: {l: [R, d]}, activations at the last token of each row; empty unless asked for.
     """
 
     token_rows: Tensor
@@ -41,6 +42,11 @@ class Readout:
     projections: dict[int, Tensor] = field(default_factory=dict)
     final: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     row_entropy: Tensor = field(default_factory=lambda: torch.zeros(0))
+    last: dict[int, Tensor] = field(default_factory=dict)
+
+    def at_last_token(self) -> "Readout":
+        """The same with the last token of each row in place of the mean over a role's, as section 4.4 pools."""
+        return replace(self, pooled=self.last, counts=torch.ones_like(self.counts))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for the store."""
@@ -60,11 +66,11 @@ class Readout:
                 layered[name][int(layer)] = value
             else:
                 flat[key] = value
-        return cls(**flat, pooled=layered["pooled"], projections=layered["projections"])
+        return cls(**flat, **layered)
 
 
 _FLAT = ("token_rows", "log_prob", "entropy", "counts", "projection_rows", "final", "row_entropy")
-_LAYERED = ("pooled", "projections")
+_LAYERED = ("pooled", "projections", "last")
 
 
 @torch.no_grad()
@@ -77,6 +83,7 @@ def read(
     subspace: Subspace | None = None,
     keep: Sequence[Sequence[int]] | None = None,
     prompt_entropy: bool = False,
+    last_token: bool = False,
     batch_size: int = 16,
     max_length: int | None = None,
     padding: int = 0,
@@ -90,10 +97,11 @@ def read(
         subspace: whose bases the same tokens are projected on, at its own layers.
         keep: per row, the positions whose final states are kept.
         prompt_entropy: whether `row_entropy` is read, which costs a head pass over every token.
+        last_token: whether `last` is read, at `layers`.
         max_length: rows are cut to it, in tokens.
         shared: whether all ranks call it with the same rows; each then runs a share of the batches and gets all.
     """
-    reader = _Reader(model, rows, layers, role, subspace, keep, prompt_entropy, max_length, padding)
+    reader = _Reader(model, rows, layers, role, subspace, keep, prompt_entropy, last_token, max_length, padding)
     training = model.training
     model.eval()
     try:
@@ -115,6 +123,7 @@ class _Part:
     row_entropy: Tensor
     pooled: dict[int, Tensor]
     projected: dict[int, Tensor]
+    last: dict[int, Tensor]
     final: Tensor
 
 
@@ -130,10 +139,12 @@ class _Reader:
         subspace: Subspace | None,
         keep: Sequence[Sequence[int]] | None,
         prompt_entropy: bool,
+        last_token: bool,
         max_length: int | None,
         padding: int,
     ) -> None:
-        self.model, self.padding, self.prompt_entropy = model, padding, prompt_entropy
+        self.model, self.padding = model, padding
+        self.prompt_entropy, self.last_token = prompt_entropy, last_token
         self.device = next(model.parameters()).device
         self.selections = [select(row, role, max_length) for row in rows]
         self.targets = [
@@ -153,6 +164,8 @@ class _Reader:
         counts = torch.tensor([len(self.selections[row].positions) for row in batch])
         pooled: dict[int, Tensor] = {}
         projected: dict[int, Tensor] = {}
+        last: dict[int, Tensor] = {}
+        ends = [len(self.selections[row].input_ids) - 1 for row in batch]
 
         def see(layer: int, hidden: Tensor) -> None:
             states = hidden[at, positions].float()
@@ -160,6 +173,8 @@ class _Reader:
                 sums = torch.zeros(len(batch), states.shape[1], device=states.device)
                 sums.index_add_(0, torch.tensor(at, device=states.device, dtype=torch.int64), states)
                 pooled[layer] = sums.cpu() / counts.clamp(min=1)[:, None]
+                if self.last_token:
+                    last[layer] = hidden[range(len(batch)), ends].float().cpu()
             if layer in self.bases:
                 projected[layer] = (states @ self.bases[layer].to(states.device)).cpu()
 
@@ -176,7 +191,7 @@ class _Reader:
             log_prob, entropy = token_statistics(self.model, states, targets)
             statistics = log_prob.cpu(), entropy.cpu()
         kept = final[_flat([self.keep[row] for row in batch])].cpu()
-        self.parts.append(_Part(batch, statistics, self._row_entropy(batch, final, ids), pooled, projected, kept))
+        self.parts.append(_Part(batch, statistics, self._row_entropy(batch, final, ids), pooled, projected, last, kept))
 
     def _row_entropy(self, batch: list[int], final: Tensor, ids: Tensor) -> Tensor:
         """Mean entropy [B] over all tokens of each row of the batch."""
@@ -208,6 +223,10 @@ class _Reader:
             },
             final=torch.cat([part.final for part in parts])[kept_rows.argsort(stable=True)],
             row_entropy=row_entropy[rows_back] if self.prompt_entropy else row_entropy,
+            last={
+                layer: torch.cat([part.last[layer] for part in parts])[rows_back]
+                for layer in (self.layers if self.last_token else [])
+            },
         )
 
 

@@ -83,7 +83,8 @@ class ProbeReader:
             role=self.role,
             subspace=plan.subspace if "projections" in self.parts else None,
             keep=self.kept[name].positions if self.kept else None,
-            prompt_entropy=self._prompt_entropy(),
+            prompt_entropy=self._of_paper("prompt_entropy"),
+            last_token=self._of_paper("last"),
             batch_size=plan.batch_size,
             max_length=plan.max_length,
             padding=self.padding,
@@ -91,8 +92,9 @@ class ProbeReader:
             label=name,
         )
 
-    def _prompt_entropy(self) -> bool:
-        return self.plan.variant == "paper" and "prompt_entropy" in self.parts
+    def _of_paper(self, part: str) -> bool:
+        """Whether a part is read that the paper's variant alone uses."""
+        return self.plan.variant == "paper" and part in self.parts
 
     def references(self) -> dict[str, Reference]:
         """ "instruct" and, where the plan names one, "base". Of several ranks the main one reads and writes first."""
@@ -179,7 +181,15 @@ class ProbeReader:
         kept = self.kept[name].positions if self.kept else None
         pooled = self.layers if "pooled" in self.parts else []
         bases = subspace_hash(self.plan) if "projections" in self.parts else None
-        options = [pooled, self.role, kept, bases, self._prompt_entropy(), self.loading()]
+        options = [
+            pooled,
+            self.role,
+            kept,
+            bases,
+            self._of_paper("prompt_entropy"),
+            self._of_paper("last"),
+            self.loading(),
+        ]
         return sha256_json([fingerprint, self.data_hash(name), options])
 
 

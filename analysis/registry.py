@@ -78,6 +78,8 @@ def _projection(subject: Subject, name: str) -> Results:
 
 def _subspaces(subject: Subject) -> Results:
     plan, models = subject.plan, (subject.checkpoint, subject.instruct, subject.base)
+    if plan.variant == "paper":
+        models = tuple(None if each is None else {k: r.at_last_token() for k, r in each.items()} for each in models)
     controls = [name for name in plan.control_sets if name in subject.rows]
     return subspaces(*models, controls=controls, variant=plan.variant, seed=plan.seed)
 
@@ -121,7 +123,7 @@ REGISTRY: dict[str, Family] = {
     "projection": Family(
         each_set(_projection), needs=("direction",), reads=_POOLED | {"projections"}, subspace=True, paper=True
     ),
-    "subspaces": Family(_subspaces, reads=_POOLED, paper=True),
+    "subspaces": Family(_subspaces, reads=_POOLED | {"last"}, paper=True),
     "drift_by_depth": Family(_drift_by_depth, reads=_POOLED),
     "rerouting": Family(each_set(_rerouting), reads=_POOLED, subspace=True),
     "divergence": Family(each_set(_divergence), reads=frozenset({"final"})),

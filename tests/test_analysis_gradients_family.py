@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from holdfast.analysis.gradients import GradientReadout
 from holdfast.analysis.metrics import gradients as family
-from holdfast.analysis.metrics.gradient_pairs import Relabelling, cosines, different, pair_means, shuffled_partners
+from holdfast.analysis.metrics.gradient_pairs import cosines, different, pair_means, shuffled_partners
 from holdfast.analysis.metrics.gradients import gradients
+from holdfast.analysis.metrics.relabelling import Relabelling
 from scipy import stats
 
 WIDTH = 12

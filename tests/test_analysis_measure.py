@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from analysis_toys import CHATML, chat, save_toy, toy_model, toy_tokenizer
@@ -10,6 +11,7 @@ from holdfast.analysis import references
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.measure import MeasurePlan, Measurer, measure_checkpoint, scalars
 from holdfast.analysis.metrics.choices import score_choices
+from holdfast.analysis.probes import render
 from holdfast.analysis.registry import FAMILIES
 from holdfast.analysis.results import ResultFiles
 from holdfast.analysis.subspace import SubspaceRequest, build_subspace
@@ -121,6 +123,21 @@ def test_without_base_what_needs_it_is_null_with_that_reason(folders):
     found = result["behavior"]["ordinary"]["entropy"]["reversion"]
     assert found["value"] is None and found["reason"] == "no base model was given"
     json.dumps(result, allow_nan=False)
+
+
+def test_the_papers_subspaces_are_of_the_last_token(folders):
+    plan = plan_of(folders, variant="paper", families=("subspaces",), probe_sets={"ordinary": PROBES})
+    measurer = Measurer(plan)
+    found = measurer.measure(toy_from(folders["tuned"]))["subspaces"]["layers"]["1"]["instruct_base"]["sets"]
+    states = {}
+    for name in ("instruct", "base"):
+        model, rendered = toy_from(folders[name]), [render(toy_tokenizer(CHATML), row) for row in PROBES]
+        hidden = [model(input_ids=torch.tensor([row.input_ids]), output_hidden_states=True) for row in rendered]
+        states[name] = np.stack([each.hidden_states[2][0, -1].detach().double().numpy() for each in hidden])
+    residuals = states["instruct"] - states["base"]
+    squares = np.linalg.svd(residuals - residuals.mean(0), compute_uv=False) ** 2
+    shares = [share["value"] for share in found["ordinary"]["components"]]
+    assert shares == pytest.approx(squares[: len(shares)] / squares.sum(), rel=1e-3)
 
 
 def test_measuring_a_family_again_replaces_its_file_alone(tmp_path):

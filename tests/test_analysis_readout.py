@@ -105,6 +105,18 @@ def test_the_papers_entropy_counts_the_prompt(rows):
     np.testing.assert_allclose(readout.row_entropy, expected, rtol=1e-4)
 
 
+def test_the_last_token_is_read_where_it_stands(rows):
+    model = toy_model(scale=2)
+    readout = read(model, rows, layers=[0, 2], role="completion", last_token=True, batch_size=3, max_length=12)
+    for number, row in enumerate(rows):
+        hidden = model(input_ids=torch.tensor([row.input_ids[:12]]), output_hidden_states=True).hidden_states
+        torch.testing.assert_close(readout.last[0][number], hidden[1][0, -1].detach(), atol=1e-5, rtol=1e-4)
+    assert readout.at_last_token().pooled is readout.last and readout.at_last_token().counts.tolist() == [1] * len(rows)
+    again = Readout.of_tensors(readout.tensors())
+    assert torch.equal(again.last[2], readout.last[2])
+    assert read(model, rows, layers=[0], role="completion").last == {}
+
+
 def test_an_unknown_head_is_refused(monkeypatch):
     model = toy_model()
     forward = model.forward

@@ -6,8 +6,8 @@ layer and set how alike two models are on the same rows: the mean cosine of a ro
 
 With more dimensions than rows the usual CKA is near 1 for noise; here it is the unbiased one (Song et al. 2012), which
 is 0 on average for unrelated models and may be below 0. Published curves have no error bars: here every number has an
-interval from leaving rows out in turn. All of it is read from one Gram matrix per layer and model, so that relabelling
-and leaving out cost nothing beside making it. CKA takes rows as independent, copies of a completion included.
+interval from leaving rows out in turn. Distances are read from sums over rows, so that their cost grows with the rows;
+CKA is over pairs of rows, at most 1,024 of a set. It takes rows as independent, copies of a completion included.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,16 +16,19 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..readout import Readout
 from ..stats import Floats, Measurement, jackknife_ci, mean_ci, missing, permutation_p
 from .behavior import NO_BASE
-from .gradient_pairs import Integers, Relabelling, without_each_cluster
+from .relabelling import Integers, Relabelling, rows_of_clusters
 
 MODELS = ("checkpoint", "instruct", "base")
 _FEWEST = 4
 _RELABELLINGS = 199
 _SHUFFLES = 19
+# CKA is over pairs of rows: as many as these make its interval narrow and its matrices small.
+_CKA_ROWS = 1024
 _FEW = f"fewer than {_FEWEST} different rows have tokens of this role"
 _FIXED = "no relabelling keeps the completions together"
 _ALIKE = "all rows have one activation"
@@ -79,17 +82,15 @@ def drift_by_depth(
 
 @dataclass(frozen=True)
 class _Seen:
-    """Rows [n, d] of all sets at one layer of one model: their mean, and what they are beside it.
+    """Rows [n, d] of all sets at one layer of one model, as their mean and what they are beside it.
 
-    places: rows of each set. length: squared, of the mean. along: [n], inner products of the rows' deviations with the
-    mean; gram: [n, n], with each other.
+    places: rows of each set.
     """
 
     rows: Floats
     places: dict[str, Integers]
-    length: float
-    along: Floats
-    gram: Floats
+    mean: Floats
+    rest: NDArray[np.float32]
 
     @classmethod
     def of(cls, states: Mapping[str, Floats]) -> "_Seen":
@@ -98,26 +99,40 @@ class _Seen:
         rows = np.concatenate(list(states.values()))
         mean = rows.mean(0) if len(rows) else np.zeros(rows.shape[1])
         # Single precision is enough for what is left beside the mean, and half the time.
-        rest = (rows - mean).astype(np.float32)
-        return cls(rows, places, float(mean @ mean), rest @ mean, (rest @ rest.T).astype(np.float64))
+        return cls(rows, places, mean, (rows - mean).astype(np.float32))
 
-    def distance(self, places: Integers, first: Floats, second: Floats) -> Floats:
-        """1 - cosine [P] of two weighted means over the rows at `places`, from weights [P, n] of each."""
-        one, other = (weights / weights.sum(1, keepdims=True) for weights in (first, second))
-        gram, along = self.gram[np.ix_(places, places)], self.along[places]
-        half = one @ gram
-        return _apart(
-            self.length + one @ along + other @ along + (half * other).sum(1),
-            self.length + 2 * one @ along + (half * one).sum(1),
-            self.length + 2 * other @ along + (other @ gram * other).sum(1),
-        )
+    def means(self, places: Integers, member: Floats) -> tuple[Floats, Floats]:
+        """Mean activations [P, d] of the rows at `places` with member 0, and with 1, of each `member` [P, n]."""
+        rest = self.rest[places]
+        inner = (member.astype(np.float32) @ rest).astype(np.float64)
+        sums, counts = (rest.sum(0, dtype=np.float64) - inner, inner), (1 - member, member)
+        first, second = (self.mean + each / count.sum(1)[:, None] for each, count in zip(sums, counts, strict=True))
+        return first, second
+
+    def means_without_each_cluster(self, places: Integers, member: Floats, clusters: Integers) -> tuple[Floats, Floats]:
+        """The same [G, d], each of the G clusters left out in turn."""
+        rest = self.rest[places].astype(np.float64)
+        order = np.concatenate(groups := rows_of_clusters(clusters))
+        starts = np.cumsum([0, *(len(rows) for rows in groups[:-1])])
+        found = []
+        for side in (1 - member, member):
+            inside = np.add.reduceat((rest * side[:, None])[order], starts)
+            counts = np.add.reduceat(side[order], starts)
+            found.append(self.mean + (inside.sum(0) - inside) / (side.sum() - counts)[:, None])
+        return found[0], found[1]
 
     def open_gram(self, name: str) -> Floats:
-        """Inner products of one set's rows around their own mean, with a diagonal of 0."""
-        gram = self.gram[np.ix_(self.places[name], self.places[name])]
-        gram = gram - gram.mean(0) - gram.mean(0)[:, None] + gram.mean()
+        """Inner products of one set's rows around their mean, its diagonal 0; of at most `_CKA_ROWS` rows."""
+        places = self.places[name]
+        rest = self.rest[places[spread(len(places), _CKA_ROWS)]]
+        gram = ((rest - rest.mean(0)) @ (rest - rest.mean(0)).T).astype(np.float64)
         np.fill_diagonal(gram, 0.0)
         return gram
+
+
+def spread(n: int, most: int) -> Integers:
+    """At most so many of n rows, evenly spread over them."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
 
 
 def _clusters(
@@ -143,17 +158,21 @@ def _distance(seen: _Seen, clusters: Mapping[str, Integers], names: tuple[str, s
     member = np.repeat([0.0, 1.0], [len(clusters[name]) for name in names])
     if min(len(np.unique(clusters[name])) for name in names) < _FEWEST:
         return missing(_FEW, len(labels))
-    value = float(seen.distance(places, (1 - member)[None], member[None])[0])
-    left_out = without_each_cluster(labels)
-    without = seen.distance(places, left_out * (1 - member), left_out * member)
+    value = float(_between(*seen.means(places, member[None]))[0])
+    without = _between(*seen.means_without_each_cluster(places, member, labels))
     result: Measurement = {"value": value, "n": len(labels)}
     result["ci95"] = list(jackknife_ci(value, without, bounds=(0.0, 2.0)))
     relabelling = Relabelling(member, labels)
     if not relabelling.possible:
         return {**result, "null": missing(_FIXED)}
     labelled = relabelling.draw(_RELABELLINGS, np.random.default_rng(seed))
-    drawn = seen.distance(places, 1 - labelled, labelled)
+    drawn = _between(*seen.means(places, labelled))
     return {**result, "null": {"value": float(drawn.mean()), "n": len(drawn), "p": permutation_p(value, drawn)}}
+
+
+def _between(first: Floats, second: Floats) -> Floats:
+    """1 - cosine [P] of vectors [P, d]."""
+    return _apart((first * second).sum(1), (first * first).sum(1), (second * second).sum(1))
 
 
 def _apart(cross: Floats, one: Floats, other: Floats) -> Floats:
@@ -182,7 +201,7 @@ def _models(seen: Mapping[str, _Seen], name: str, clusters: Integers, seed: int)
 
 def _cosine(left: Floats, right: Floats, clusters: Integers) -> Measurement:
     """Mean over rows of the cosine of a row's activations in two models."""
-    values = 1 - _apart((left * right).sum(1), (left * left).sum(1), (right * right).sum(1))
+    values = 1 - _between(left, right)
     low, high = mean_ci(values, clusters.tolist())
     return {"value": float(values.mean()), "n": len(values), "ci95": [max(-1.0, low), min(1.0, high)]}
 

@@ -22,8 +22,6 @@ from ..gradients import GradientReadout
 from ..stats import Floats, Interval, Measurement, jackknife_ci, mean_ci, missing, permutation_p, wilson
 from .gradient_pairs import (
     MEANS,
-    Integers,
-    Relabelling,
     cosines,
     different,
     length_distance,
@@ -34,6 +32,7 @@ from .gradient_pairs import (
     shuffled_partners,
     without_each_cluster,
 )
+from .relabelling import Integers, Relabelling
 
 _RELABELLINGS = 1999
 # Each takes all rows' nearest rows anew.

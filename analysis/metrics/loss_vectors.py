@@ -8,9 +8,10 @@ within less mean between, beside its null.
 
 The paper fills short rows with the mean of their own set, which makes rows of one set alike by construction. Its
 variant fills in the same way under the null, too, where the gap stays above 0 although the sets make no difference.
+No matrix over rows is formed (`pair_sums.py`).
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -20,7 +21,9 @@ import numpy as np
 from ..readout import Readout
 from ..stats import Floats, Measurement, jackknife_ci, missing, permutation_p
 from .behavior import NO_BASE
-from .gradient_pairs import MEANS, Integers, Relabelling, different, pair_means, without_each_cluster
+from .gradient_pairs import MEANS
+from .pair_sums import PairSums
+from .relabelling import Integers, Relabelling
 
 VARIANTS = ("corrected", "paper")
 # Cosines over fewer shared tokens say little but that losses are positive.
@@ -137,15 +140,26 @@ def _vectors(
     return _Vectors(np.concatenate(losses), np.concatenate(held), np.concatenate(sets), np.concatenate(rows), clusters)
 
 
-def shared_cosines(losses: Floats, held: Floats) -> Floats:
-    """Cosines [n, n] of rows over the tokens that both have; 0 where a row has no loss there.
+def shared_cosines(losses: Floats, held: Floats) -> tuple[Floats, Floats]:
+    """Features [n, D] and signs [D] whose signed inner products are the cosines of rows over the tokens both have.
+
+    Rows have their first tokens, so two rows share those of the shorter one. With u_i(l) the first l losses of row i at
+    length 1, the cosine is u_i(l) u_j(l) at l the shorter length: summed over the lengths l that occur, inner products
+    of u(l) of the rows of l tokens or more, minus those of the rows of more than l.
 
     Args:
         losses: [n, T], 0 where there is no token. held: [n, T], 1 where there is one.
     """
-    squares = losses**2 @ held.T
-    scale = np.sqrt(squares * squares.T)
-    return np.divide(losses @ losses.T, scale, out=np.zeros_like(scale), where=scale > 0)
+    lengths, features, signs = held.sum(1), [], []
+    for length in np.unique(lengths[lengths > 0]).astype(int):
+        first = losses[:, :length]
+        scale = np.linalg.norm(first, axis=1, keepdims=True)
+        unit = np.divide(first, scale, out=np.zeros_like(first), where=scale > 0)
+        for sign, kept in ((1.0, lengths >= length), (-1.0, lengths > length)):
+            if kept.any():
+                features.append(unit * kept[:, None])
+                signs.append(np.full(length, sign))
+    return np.concatenate(features, axis=1), np.concatenate(signs)
 
 
 def _filled(vectors: _Vectors, member: Floats) -> Floats:
@@ -168,18 +182,9 @@ def _compare(
     if min(len(np.unique(vectors.clusters[member == side])) for side in (0, 1)) < _FEWEST_ROWS:
         absent = missing(_FEW, sum(sides))
         return {"within": dict.fromkeys(names, absent), "between": absent, "gap": absent}
-    # As published, only a row and itself are no pair.
-    comparable = different(np.arange(len(member)) if variant == "paper" else vectors.clusters)
-    whole = np.ones_like(vectors.held)
-
-    def paper_cosines(labels: Floats) -> Floats:
-        return shared_cosines(_filled(vectors, labels), whole)
-
-    matrix = paper_cosines(member) if variant == "paper" else shared_cosines(vectors.losses, vectors.held)
-    null = _relabelled(vectors, member, matrix, comparable, paper_cosines if variant == "paper" else None, generator)
-    value = pair_means(matrix, comparable, member)[:, 0]
-    left_out = without_each_cluster(vectors.clusters)
-    without = pair_means(matrix, comparable, np.tile(member, (len(left_out), 1)), left_out)
+    pairs = _paper_pairs(vectors, member) if variant == "paper" else _pairs(vectors)
+    null = _relabelled(vectors, member, None if variant == "paper" else pairs, generator)
+    value, without = pairs.means(member)[:, 0], pairs.without_each_cluster(member)
     found: dict[str, Measurement] = {}
     for number, name in enumerate(MEANS):
         # Losses are positive: no cosine is below 0.
@@ -194,22 +199,27 @@ def _compare(
     return {"within": within, "between": found["between"], "gap": found["gap"]}
 
 
+def _pairs(vectors: _Vectors) -> PairSums:
+    return PairSums(*shared_cosines(vectors.losses, vectors.held), vectors.clusters)
+
+
+def _paper_pairs(vectors: _Vectors, member: Floats) -> PairSums:
+    """As published: short rows filled by their set, and only a row and itself are no pair."""
+    filled = _filled(vectors, member)
+    return PairSums(*shared_cosines(filled, np.ones_like(vectors.held)), np.arange(len(filled)))
+
+
 def _relabelled(
-    vectors: _Vectors,
-    member: Floats,
-    matrix: Floats,
-    comparable: Floats,
-    cosines_of: Callable[[Floats], Floats] | None,
-    generator: np.random.Generator,
+    vectors: _Vectors, member: Floats, pairs: PairSums | None, generator: np.random.Generator
 ) -> Floats | None:
-    """The four means [4, P] under relabelling; with `cosines_of`, over cosines made anew from each labelling."""
+    """The four means [4, P] under relabelling; without `pairs`, rows are filled anew for each labelling."""
     relabelling = Relabelling(member, vectors.clusters)
     if not relabelling.possible:
         return None
-    if cosines_of is None:
-        return pair_means(matrix, comparable, relabelling.draw(_RELABELLINGS, generator))
+    if pairs is not None:
+        return pairs.means(relabelling.draw(_RELABELLINGS, generator))
     drawn = relabelling.draw(_PAPER_RELABELLINGS, generator)
-    return np.concatenate([pair_means(cosines_of(labels), comparable, labels) for labels in drawn], axis=1)
+    return np.concatenate([_paper_pairs(vectors, labels).means(labels) for labels in drawn], axis=1)
 
 
 def _null(value: float, drawn: Floats) -> Measurement:

@@ -72,7 +72,7 @@ def subspaces(
         rank: components of each set; fewer where its rows span fewer.
         controls: names of sets whose sharing means nothing (benign ones); `beyond` compares with them.
         variant: "paper" takes the centred SVD of all rows, in-sample and without nulls, of readings that are to be
-            pooled over the last token alone.
+            those at the last token (`Readout.at_last_token`).
     """
     if variant not in VARIANTS:
         raise ValueError(f"subspaces: variant {variant!r} is none of {', '.join(VARIANTS)}")
