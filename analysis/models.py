@@ -43,7 +43,7 @@ class LoadOptions:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     layers_path: str | None = None
-    device_map: str | None = None
+    device_map: str | dict[str, str] | None = None
 
 
 _PLAIN = LoadOptions()
@@ -156,6 +156,11 @@ def _load_adapter(model: PreTrainedModel, path: Path) -> PeftModel:
 @torch.no_grad()
 def _require_finite(model: nn.Module, path: str | Path) -> None:
     for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise UserError(
+                f"model {path} does not fit into the devices' memory (weight {name} was left on disk); use more "
+                "devices, or a smaller --dtype"
+            )
         if not torch.isfinite(weight).all():
             raise UserError(f"model {path} has NaN or infinite values in {name}: use an earlier checkpoint")
 

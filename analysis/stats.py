@@ -16,14 +16,13 @@ An interval over rows speaks of one checkpoint; a claim about a method resamples
 covers the truth, at rates near 0 and with 5 and 10 seeds, stands in tests/benchmarks/COVERAGE.md.
 """
 
-from collections.abc import Hashable, Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from .stats_intervals import (
     ALONE,
+    Clusters,
     Floats,
     Interval,
     Measurement,
@@ -50,9 +49,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def measurement(
-    values: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0, rate: bool = False
-) -> Measurement:
+def measurement(values: ArrayLike, clusters: Clusters | None = None, seed: int = 0, rate: bool = False) -> Measurement:
     """{"value": mean, "n": rows, "ci95"}; with a single cluster the interval is null, with a reason.
 
     The interval is `mean_ci`'s, or `rate_ci`'s where all values lie in [0, 1] and differ.
@@ -72,9 +69,7 @@ def measurement(
     return {**result, "ci95": list((rate_ci if as_rate else mean_ci)(array, clusters))}
 
 
-def paired_bootstrap(
-    left: ArrayLike, right: ArrayLike, clusters: Sequence[Hashable] | None = None, seed: int = 0
-) -> Measurement:
+def paired_bootstrap(left: ArrayLike, right: ArrayLike, clusters: Clusters | None = None, seed: int = 0) -> Measurement:
     """Mean difference left - right over the same rows: `mean_ci` of the differences.
 
     Where both arms are answers (0 or 1) the interval also holds that of Newcombe (1998, method 10) on `rate_bounds`: a
@@ -92,13 +87,13 @@ def paired_bootstrap(
     return result
 
 
-def _difference(differences: Floats, clusters: Sequence[Hashable] | None) -> Measurement:
+def _difference(differences: Floats, clusters: Clusters | None) -> Measurement:
     result = measurement(differences, clusters)
     # A difference in [0, 1] is no rate: it may be below 0.
     return result if result.get("ci95") is None else {**result, "ci95": list(mean_ci(differences, clusters))}
 
 
-def _square_and_add(first: Floats, second: Floats, clusters: Sequence[Hashable] | None) -> Interval:
+def _square_and_add(first: Floats, second: Floats, clusters: Clusters | None) -> Interval:
     """Newcombe's interval of a difference of two correlated rates."""
     arms = [cluster_sums(values, clusters) for values in (first, second)]
     rests = [sums - sums.sum() / counts.sum() * counts for sums, counts in arms]
@@ -139,7 +134,7 @@ def fieller(
     numerator: ArrayLike,
     denominator: ArrayLike,
     confidence: float = 0.95,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: Clusters | None = None,
 ) -> Measurement:
     """Ratio of two paired means with Fieller's (1954) interval; null where the denominator may be zero.
 

@@ -13,6 +13,8 @@ from analysis_toys import chat, toy_model, toy_tokenizer
 from holdfast.analysis import measure as measuring_models
 from holdfast.analysis import readout, references, store
 from holdfast.analysis.artifacts import write_manifest
+from holdfast.analysis.errors import UserError
+from holdfast.analysis.models import LoadOptions, load_model
 from holdfast.trainer.cli import main
 from huggingface_hub import constants
 from run_toys import recipe, toy_rows, write_model, write_rows
@@ -184,6 +186,19 @@ def test_the_papers_variant_stands_beside_the_corrected_one(folder: Path) -> Non
     assert by_variant["paper"].keys() == {"joint_log_prob", "entropy"}
     assert by_variant["paper"]["joint_log_prob"] == by_variant["corrected"]["joint_log_prob"]
     assert by_variant["paper"]["entropy"] != by_variant["corrected"]["entropy"]
+
+
+def test_a_model_spread_by_accelerate_measures_the_same_and_one_left_on_disk_is_refused(folder: Path) -> None:
+    for name, spread in (("plain", {}), ("spread", {"device_map": "auto"})):
+        assert analyze(folder, ["one"], output_dir=folder / name, store_dir=folder / f"store_{name}", **spread) == 0
+    plain, spread = (
+        json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("plain", "spread")
+    )
+    assert spread["behavior"] == plain["behavior"]
+    on_disk = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    on_disk |= {f"model.layers.{layer}": "disk" for layer in range(3)}
+    with pytest.raises(UserError, match=r"does not fit .* more devices"):
+        load_model(folder / "one", options=LoadOptions(device_map=on_disk))
 
 
 def test_a_checkpoint_may_be_a_hub_name_with_its_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

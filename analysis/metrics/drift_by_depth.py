@@ -7,7 +7,7 @@ layer and set how alike two models are on the same rows: the mean cosine of a ro
 With more dimensions than rows the usual CKA is near 1 for noise; here it is the unbiased one (Song et al. 2012), which
 is 0 on average for unrelated models and may be below 0. Published curves have no error bars: here every number has an
 interval from leaving rows out in turn. Distances are read from sums over rows, so that their cost grows with the rows;
-CKA is over pairs of rows, at most 1,024 of a set. It takes rows as independent, copies of a completion included.
+CKA is over pairs of rows, at most 512 of a set. It takes rows as independent, copies of a completion included.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -28,7 +28,7 @@ _FEWEST = 4
 _RELABELLINGS = 199
 _SHUFFLES = 19
 # CKA is over pairs of rows: as many as these make its interval narrow and its matrices small.
-_CKA_ROWS = 1024
+_CKA_ROWS = 512
 _FEW = f"fewer than {_FEWEST} different rows have tokens of this role"
 _FIXED = "no relabelling keeps the completions together"
 _ALIKE = "all rows have one activation"
@@ -202,7 +202,7 @@ def _models(seen: Mapping[str, _Seen], name: str, clusters: Integers, seed: int)
 def _cosine(left: Floats, right: Floats, clusters: Integers) -> Measurement:
     """Mean over rows of the cosine of a row's activations in two models."""
     values = 1 - _between(left, right)
-    low, high = mean_ci(values, clusters.tolist())
+    low, high = mean_ci(values, clusters)
     return {"value": float(values.mean()), "n": len(values), "ci95": [max(-1.0, low), min(1.0, high)]}
 
 

@@ -219,7 +219,7 @@ def _matched(two: _Two, cosine: Floats, generator: np.random.Generator) -> Measu
     values = cosine[left, right]
     shuffled = shuffled_partners(clusters, _RELABELLINGS, generator)
     drawn = cosine[left, right[shuffled]].mean(1)
-    interval = mean_ci(values, clusters.tolist())
+    interval = mean_ci(values, clusters)
     return {
         "value": float(values.mean()),
         "n": len(values),

@@ -10,11 +10,10 @@ null: the share of drift inside V beside k / d.
 import numpy as np
 
 from ..readout import Readout
-from ..stats import Floats, Measurement, bootstrap_ci, fieller, measurement, missing
+from ..stats import Floats, Measurement, fieller, jackknife_ci, measurement, missing
 from ..subspace_file import Subspace
 from .behavior import NO_BASE
 
-_N_BOOT = 500
 _FEW = "fewer than four rows have tokens of this role"
 _STILL = "the checkpoint has not moved from instruct"
 
@@ -53,7 +52,7 @@ def projection(
         read = {name: h[second] @ direction for name, h in states.items()} if direction is not None else {}
         layers[str(layer)] = {
             **_positions(read, seed),
-            **_drift(states, second, layer, subspace, seed),
+            **_drift(states, second, layer, subspace),
             "penalty": _penalty(checkpoint, instruct, subspace, [layer], seed),
         }
         if base is not None and gap > 0:
@@ -88,23 +87,29 @@ def _positions(read: dict[str, Floats], seed: int) -> dict[str, Measurement]:
     if "base" not in read:
         return {**found, "retention": missing(reason, n), "separation": missing(reason, n)}
     ours, instruct, base = read["checkpoint"], read["instruct"], read["base"]
-    pairs = np.stack([instruct, base], axis=1)
-
-    def separation(rows: Floats) -> float:
-        spread = rows.std(0, ddof=1).sum() if len(rows) > 1 else 0.0
-        return float((rows[:, 0].mean() - rows[:, 1].mean()) / spread) if spread > 0 else 0.0
-
-    interval = list(bootstrap_ci(pairs, statistic=separation, seed=seed, n_boot=_N_BOOT))
-    return {
-        **found,
-        "retention": fieller(ours - base, instruct - base),
-        "separation": {"value": separation(pairs), "n": n, "ci95": interval},
-    }
+    return {**found, "retention": fieller(ours - base, instruct - base), "separation": _separation(instruct, base)}
 
 
-def _drift(
-    states: dict[str, Floats], second: Floats, layer: int, subspace: Subspace | None, seed: int
-) -> dict[str, Measurement]:
+def _separation(first: Floats, second: Floats) -> Measurement:
+    """Gap of the means of two paired samples [n] in units of their standard deviations' sum."""
+    n = len(first)
+    if n < 3:
+        return missing("a spread needs at least three rows on this half", n)
+    pairs = np.stack([first, second])
+    pairs = pairs - pairs.mean(1, keepdims=True)
+    means, squares = pairs.sum(1), (pairs**2).sum(1)
+    without_means = (means[:, None] - pairs) / (n - 1)
+    without_squares = squares[:, None] - pairs**2 - (n - 1) * without_means**2
+    gap, spread = float(first.mean() - second.mean()), float(np.sqrt(squares / (n - 1)).sum())
+    without_spread = np.sqrt(np.maximum(without_squares, 0.0) / (n - 2)).sum(0)
+    if min(spread, without_spread.min()) <= 0:
+        return missing("the rows do not differ along this direction", n)
+    value = gap / spread
+    without = (gap + without_means[0] - without_means[1]) / without_spread
+    return {"value": value, "n": n, "ci95": list(jackknife_ci(value, without))}
+
+
+def _drift(states: dict[str, Floats], second: Floats, layer: int, subspace: Subspace | None) -> dict[str, Measurement]:
     """Where the drift from instruct points: toward base, and into the subspace."""
     drift = states["checkpoint"][second] - states["instruct"][second]
     n = len(second)
@@ -113,36 +118,39 @@ def _drift(
         cosine, inside = missing(_STILL, n), missing(_STILL, n)
     else:
         if "base" in states:
-            cosine = _mean_cosine(drift, states["base"][second] - states["instruct"][second], seed)
+            cosine = _mean_cosine(drift, states["base"][second] - states["instruct"][second])
         if subspace is not None and layer in subspace.bases:
             basis = subspace.bases[layer].double().numpy()
             parts = np.stack([((drift @ basis) ** 2).sum(1), (drift**2).sum(1)], axis=1)
             inside = {
                 "value": _share(parts),
                 "n": n,
-                "ci95": list(bootstrap_ci(parts, statistic=_share, seed=seed, n_boot=_N_BOOT, bounds=(0.0, 1.0))),
+                "ci95": list(jackknife_ci(_share(parts), _shares(parts.sum(0) - parts), bounds=(0.0, 1.0))),
                 "null": basis.shape[1] / basis.shape[0],
             }
     return {"drift_cosine": cosine, "drift_inside": inside}
 
 
 def _share(parts: Floats) -> float:
-    inside, whole = parts.sum(0)
-    return float(inside / whole) if whole > 0 else 0.0
+    return float(_shares(parts.sum(0)[None])[0])
 
 
-def _mean_cosine(left: Floats, right: Floats, seed: int) -> Measurement:
-    """Cosine of two mean vectors over the same rows [n, d]; resampled through the rows' products, not the vectors."""
-    products = [left @ right.T, left @ left.T, right @ right.T]
+def _shares(sums: Floats) -> Floats:
+    """First column [n] by second of sums [n, 2]; 0 where there is nothing."""
+    return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
 
-    def cosine(rows: Floats) -> float:
-        weights = np.bincount(rows.astype(np.int64), minlength=len(left)) / len(rows)
-        cross, one, other = (float(weights @ product @ weights) for product in products)
-        return cross / np.sqrt(one * other) if one > 0 and other > 0 else 0.0
 
-    rows = np.arange(len(left), dtype=np.float64)
-    interval = bootstrap_ci(rows, statistic=cosine, seed=seed, n_boot=_N_BOOT, bounds=(-1.0, 1.0))
-    return {"value": cosine(rows), "n": len(left), "ci95": list(interval)}
+def _mean_cosine(left: Floats, right: Floats) -> Measurement:
+    """Cosine of two mean vectors over the same rows [n, d], its interval from leaving out each row."""
+    value = float(_cosines(left.sum(0)[None], right.sum(0)[None])[0])
+    without = _cosines(left.sum(0) - left, right.sum(0) - right)
+    return {"value": value, "n": len(left), "ci95": list(jackknife_ci(value, without, bounds=(-1.0, 1.0)))}
+
+
+def _cosines(left: Floats, right: Floats) -> Floats:
+    """Cosines [n] of vectors [n, d]; 0 where one has no length."""
+    scale = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return np.divide((left * right).sum(1), scale, out=np.zeros(len(left)), where=scale > 0)
 
 
 def _penalty(
@@ -159,4 +167,4 @@ def _penalty(
         ],
         axis=0,
     )
-    return measurement(values, clusters=instruct.projection_rows.tolist(), seed=seed)
+    return measurement(values, clusters=instruct.projection_rows.numpy(), seed=seed)
