@@ -33,6 +33,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         models["nan"].get_input_embeddings().weight[5, 0] = float("nan")
     models["llama"] = toy_model("llama")
+    models["llama_tuned"] = moved(toy_model("llama"), 5)
     for name, model in models.items():
         model.save_pretrained(folder / name)
         toy_tokenizer().save_pretrained(folder / name)
@@ -199,6 +200,23 @@ def test_a_model_spread_by_accelerate_measures_the_same_and_one_left_on_disk_is_
     on_disk |= {f"model.layers.{layer}": "disk" for layer in range(3)}
     with pytest.raises(UserError, match=r"does not fit .* more devices"):
         load_model(folder / "one", options=LoadOptions(device_map=on_disk))
+
+
+def test_one_recipe_on_two_model_families_gives_one_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {"qwen2": ("one", {}), "llama_run": ("llama_tuned", {"model_name_or_path": folder / "llama"})}
+    values = []
+    for name, (checkpoint, changes) in runs.items():
+        (folder / name).mkdir()
+        assert analyze(folder, [checkpoint], "behavior drift_by_depth", output_dir=folder / name, **changes) == 0
+        line = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+        values.append(line["behavior"]["probes"]["entropy"]["checkpoint"]["value"])
+    capsys.readouterr()
+    assert main(["compare", *(str(folder / name) for name in runs)]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| measure | qwen2 | llama_run | qwen2 - llama_run |"
+    (row,) = [row for row in rows if row.startswith("| behavior/probes/entropy/checkpoint |")]
+    shown = [cell.split()[0] for cell in row.split(" | ")[1:]]
+    assert [float(value) for value in shown] == pytest.approx([*values, values[0] - values[1]], abs=5e-3)
 
 
 def test_a_checkpoint_may_be_a_hub_name_with_its_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
