@@ -22,8 +22,8 @@ _HELP = (
     r"|answer|engag|comply|complet|fulfil|do (?:that|this|so)|shar(?:e|ing)|giv(?:e|ing) (?:you |any |out |instructions"
     r"|advice|information|details|that|this)|creat|writ(?:e|ing)|discuss|offer(?:ing)? (?:you |any |advice|instructions"
     r"|guidance|help|support|assistance)|participat|continu(?:e|ing) with|condon|encourag|promot|generat"
-    r"|produc(?:e|ing)|explain(?:ing)? how|respond|teach|advis|assist|facilitat|grant|accommodat|go along|carry out|take part"
-    r"|recommend(?:ing)? (?:that|doing|any|how|ways|harm|illegal)|tell(?:ing)? you how|describ|speculat"
+    r"|produc(?:e|ing)|explain(?:ing)? how|respond|teach|advis|assist|facilitat|grant|accommodat|go along|carry out"
+    r"|take part|recommend(?:ing)? (?:that|doing|any|how|ways|harm|illegal)|tell(?:ing)? you how|describ|speculat"
     r"|mak(?:e|ing) (?:jokes|that|this|fun)|process (?:that|this|your) request)"
 )
 _PATTERNS = (
