@@ -1,7 +1,7 @@
 """The protected loss written out row by row in float64, the tests' own expectation: no padding, no batches."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from holdfast.analysis.subspace import Subspace
@@ -93,3 +93,31 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor], start:
     wanted = torch.cat([(expected[n].double() - start[n].double()).flatten() for n in names])
     got = torch.cat([(found[n].double() - start[n].double()).flatten() for n in names])
     return float((got - wanted).norm() / wanted.norm())
+
+
+def plain_changed_training(
+    model: nn.Module, find_blocks, change: Callable[[int, Tensor], Tensor], layers: Sequence[int], *,
+    task: Sequence[Document], steps: int, learning_rate: float,
+) -> nn.Module:  # fmt: skip
+    """Full-batch SGD on cross-entropy(task), `change(layer, h)` in place of the blocks' outputs h; a float64 copy."""
+    trained = copy.deepcopy(model).double()
+    blocks = find_blocks(trained)
+
+    def hook(layer: int):
+        def exchange(_module, _args, out):
+            return (change(layer, out[0]), *out[1:]) if isinstance(out, tuple) else change(layer, out)
+
+        return exchange
+
+    for _ in range(steps):
+        handles = [blocks[layer].register_forward_hook(hook(layer)) for layer in layers]
+        loss = plain_cross_entropy(trained, task)
+        for handle in handles:
+            handle.remove()
+        trained.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.grad is not None:
+                    parameter -= learning_rate * parameter.grad
+    return trained

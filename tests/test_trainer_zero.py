@@ -17,7 +17,7 @@ from holdfast.analysis.errors import UserError
 from holdfast.analysis.layers import find_layers
 from holdfast.analysis.measure import measure_checkpoint, scalars
 from holdfast.trainer import zero
-from plain_math import plain_training, relative_error
+from plain_math import plain_changed_training, plain_training, relative_error
 from safetensors.torch import load_file
 from trainer_toys import anchor_documents, task_documents, toy_subspace
 from transformers import AutoModelForCausalLM
@@ -75,6 +75,29 @@ def test_two_ranks_train_to_the_weights_of_plain_math(launched, expected, name):
     want = expected[zero_worker.CASES[name][1]]
     kept = {n: found[n] for n in want["end"]}
     assert relative_error(kept, want["end"], want["start"]) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", zero_worker.CHANGED)
+def test_two_ranks_train_under_a_changed_stream_as_plain_math_does(launched, name):
+    _, lora, kind, _, _ = zero_worker.CHANGED[name]
+    model, subspace = zero_worker.lora_model() if lora else toy_model(), toy_subspace()
+
+    def change(layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        basis = subspace.bases[layer].double()
+        if kind == "ablation":
+            return hidden - torch.einsum("btd,dk,ek->bte", hidden, basis, basis)
+        return hidden + zero_worker.ALPHA * (basis @ subspace.base_gap[layer].double())
+
+    want = plain_changed_training(
+        model, find_layers, change, sorted(subspace.bases), task=task_documents(), steps=zero_worker.STEPS,
+        learning_rate=zero_worker.LEARNING_RATE,
+    )  # fmt: skip
+    result(launched, name)
+    found = load_file(launched / name / "weights.safetensors")
+    names = [n for n, parameter in model.named_parameters() if parameter.requires_grad]
+    sides = ({n: dict(m.named_parameters())[n].detach() for n in names} for m in (want, model))
+    assert relative_error({n: found[n] for n in names}, *sides) < 1e-5
 
 
 @needs_compiler

@@ -20,7 +20,9 @@ from holdfast.analysis.measure import MeasurePlan, Measurer
 from holdfast.analysis.models import model_fingerprint, tokenizer_fingerprint
 from holdfast.trainer.callbacks import MeasureCheckpoints
 from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
-from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
+from holdfast.trainer.protections import PenaltySettings, Protection, SubspaceProtection
+from holdfast.trainer.protections.ablation import ablation
+from holdfast.trainer.protections.steering import steering
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from trainer_toys import ROWS, anchor_documents, task_documents, toy_subspace, trainer_of
@@ -28,7 +30,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-STEPS, LEARNING_RATE, STRENGTH = 3, 0.02, 2.0
+STEPS, LEARNING_RATE, STRENGTH, ALPHA = 3, 0.02, 2.0, 1.5
 
 
 def lora_model() -> PreTrainedModel:
@@ -44,7 +46,11 @@ def settings(inputs: str, **changes: Any) -> PenaltySettings:
     return PenaltySettings(**{**keys, **changes})
 
 
-def protection(inputs: str, **changes: Any) -> SubspaceProtection:
+def protection(inputs: str, **changes: Any) -> Protection:
+    if inputs == "ablation":
+        return ablation(toy_subspace())
+    if inputs == "steering":
+        return steering(toy_subspace(), ALPHA)
     extra = {key: changes.pop(key) for key in ("reference_model", "cache_dir") if key in changes}
     return SubspaceProtection(
         toy_subspace(), settings(inputs, **changes), anchors=anchor_documents()[:4], task=task_documents(), **extra
@@ -68,6 +74,12 @@ CASES: dict[str, Case] = {
                                {"accumulate": 2}),
     "zero3_full_bf16": ("zero3", False, "both", {}, {"bf16": True}),
 }  # fmt: skip
+# Changes of the stream instead of a penalty.
+CHANGED: dict[str, Case] = {
+    "zero2_lora_ablation": ("zero2", True, "ablation", {}, REENTRANT),
+    "zero3_full_ablation": ("zero3", False, "ablation", {}, {}),
+    "zero3_lora_steering": ("zero3", True, "steering", {}, {"accumulate": 2}),
+}
 
 
 def trainer_for(folder: Path, case: Case, model: PreTrainedModel) -> ProtectedSFTTrainer:
@@ -193,12 +205,13 @@ def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     # Made first: while a ZeRO-3 configuration is alive, new models are born sharded.
     models = {lora: lora_model() if lora else toy_model() for lora in (False, True)}
-    for name in names or [*CASES, *SPECIAL]:
+    cases = {**CASES, **CHANGED}
+    for name in names or [*cases, *SPECIAL]:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            if name in CASES:
-                result = run_case(folder, CASES[name], models[CASES[name][1]])
+            if name in cases:
+                result = run_case(folder, cases[name], models[cases[name][1]])
             else:
                 result = SPECIAL[name](folder, models[False])
         except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError):

@@ -22,6 +22,7 @@ from ..analysis.errors import UserError
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
 from .options import mapping, option, require, sources
+from .protections.registry import KINDS
 from .refused import NOT_READ, QUANTIZATION, refuse_overridden
 
 
@@ -172,11 +173,7 @@ class ProtectionArguments:
     _argument_group_name = "protection"
 
     protection: str = option(
-        "none",
-        "none: plain SFT. subspace: penalty in the alignment subspace. random_subspace: the null. Default: none.",
-        "none",
-        "subspace",
-        "random_subspace",
+        "none", "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items()) + ". Default: none.", *KINDS
     )
     penalty_strength: float = option(1.0, "Weight of the penalty against the cross-entropy, 0 or more. Default: 1.0.")
     penalty_rank: int | None = option(None, "Use only the first k directions of a layer. Default: all.")
@@ -207,6 +204,9 @@ class ProtectionArguments:
     )
     anchor_batch_size: int = option(4, "Anchor rows per forward and process. Default: 4.")
     anchor_every: int = option(1, "Use anchors on every n-th optimiser step. Default: 1.")
+    steering_alpha: float = option(
+        1.0, "How far steering shifts the stream, in units of the contrast's mean step. Default: 1.0."
+    )
     null_seed: int = option(0, "Seed of random_subspace. Default: 0.")
     null_scale: str = option("given", "Scale of random_subspace: as given, or its own. Default: given.", "given", "own")
 

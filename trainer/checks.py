@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from ..analysis.errors import UserError
 from .arguments import HoldfastConfig, ModelArguments
 from .parsing import Arguments
+from .protections.registry import KINDS
 
 
 def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
@@ -21,7 +22,7 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
         evaluates: there are held-out rows.
     """
     asked, training = arguments.protection, arguments.training
-    if asked.protection != "none" and asked.reference == "adapter_off" and not arguments.model.use_peft:
+    if KINDS[asked.protection].drift and asked.reference == "adapter_off" and not arguments.model.use_peft:
         raise UserError("--reference adapter_off needs LoRA; add --use_peft, or write cached or frozen")
     if training.eval_strategy != IntervalStrategy.NO and not evaluates:
         raise UserError(

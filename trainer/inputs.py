@@ -36,6 +36,7 @@ from .data import (
     split_held_out,
 )
 from .parsing import Arguments
+from .protections.registry import KINDS
 from .sources import read_records
 
 # What may change between a run and its continuation (saving, logging, paths) is left out.
@@ -71,7 +72,7 @@ def load_inputs(arguments: Arguments) -> TrainingInputs:
     """
     tokenizer, config = read_starting_model(arguments)
     train, held_out = training_rows(arguments)
-    uses_anchors = arguments.protection.protection != "none" and arguments.protection.penalty_inputs != "task"
+    uses_anchors = KINDS[arguments.protection.protection].drift and arguments.protection.penalty_inputs != "task"
     anchors = anchor_rows(arguments) if uses_anchors else None
     probes = load_rows(arguments.data.probe_dataset, prompts=True) if arguments.data.probe_dataset else None
     choices = load_choices(arguments.data.choices_dataset) if arguments.data.choices_dataset else None
@@ -146,7 +147,7 @@ def load_subspace(
 ) -> Subspace | None:
     """The subspace of the penalty, checked against the model and cut to the layers and rank asked for."""
     asked = arguments.protection
-    if asked.protection == "none":
+    if not KINDS[asked.protection].subspace:
         return None
     path = subspace_path(arguments)
     if not path.is_file():
@@ -209,7 +210,7 @@ def training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
 
 def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
     """Raises UserError when a set the penalty acts on has no token of the subspace's role."""
-    if subspace is None:
+    if subspace is None or not KINDS[arguments.protection.protection].drift:
         return
     role, inputs = subspace.provenance.role, arguments.protection.penalty_inputs
     for name in {"task": ["train"], "anchors": ["anchors"], "both": ["train", "anchors"]}[inputs]:
@@ -260,7 +261,7 @@ def _facts(
         "training": _course(arguments),
         "protection": vars(arguments.protection),
     }
-    if arguments.protection.protection != "none":
+    if KINDS[arguments.protection.protection].subspace:
         facts["subspace"] = sha256_file(subspace_path(arguments))
     return json.loads(json.dumps(facts))
 

@@ -5,10 +5,10 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import deepspeed
@@ -28,14 +28,14 @@ from .arguments import ModelArguments
 from .callbacks import MeasureCheckpoints
 from .checks import check_flags, check_lora, check_optimizer, check_steps
 from .contrast import load_contrast
-from .data import Row, load_rows, to_dataset
+from .data import RenderedRows, load_rows, to_dataset
 from .documents import Document, documents_of
 from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model, subspace_path
 from .measuring import measurer
 from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
-from .protections import NoProtection, PenaltySettings, SubspaceProtection
 from .protections.base import Protection
+from .protections.registry import KINDS, Materials
 from .records import REFERENCES, check_output_dir, has_checkpoint, is_main, newest_checkpoint, records_of
 
 
@@ -175,7 +175,7 @@ def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedMode
             processing_class=inputs.tokenizer,
             peft_config=lora_config(arguments.model),
             protection=_protection(arguments, inputs),
-            documents=_documents(inputs.train.rendered, inputs.train.rows, "all"),
+            documents=_documents(inputs.train, "all"),
         )
     except ValueError as error:
         if "target modules" not in str(error).lower():
@@ -184,36 +184,24 @@ def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedMode
 
 
 def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
-    asked = arguments.protection
-    if inputs.subspace is None:
-        return NoProtection()
-    role = inputs.subspace.provenance.role
-    settings = PenaltySettings(
-        strength=asked.penalty_strength,
-        inputs=asked.penalty_inputs,
-        side=asked.penalty_side,
-        warmup=asked.penalty_warmup,
-        warmup_strength=asked.penalty_warmup_strength,
-        task_weight=asked.penalty_task_weight,
-        reference=asked.reference,
-        anchor_batch_size=asked.anchor_batch_size,
-        anchor_every=asked.anchor_every,
-        order_seed=arguments.training.seed,
-    )
-    task = asked.penalty_inputs in ("task", "both")
-    return SubspaceProtection(
-        inputs.subspace,
-        settings,
-        anchors=_documents(inputs.anchors.rendered, inputs.anchors.rows, role) if inputs.anchors else (),
-        task=_documents(inputs.train.rendered, inputs.train.rows, role) if task else (),
-        reference_model=_load(arguments) if asked.reference == "frozen" else None,
+    def rows(of: RenderedRows | None) -> Callable[[str], list[Document]]:
+        return lambda role: _documents(of, role) if of is not None else []
+
+    materials = Materials(
+        asked=arguments.protection,
+        subspace=inputs.subspace,
+        task=rows(inputs.train),
+        anchors=rows(inputs.anchors),
+        starting_model=partial(_load, arguments),
         cache_dir=arguments.output_dir / REFERENCES,
-        name=asked.protection,
+        seed=arguments.training.seed,
+        layers_path=arguments.model.layers_path,
     )
+    return KINDS[arguments.protection.protection].make(materials)
 
 
-def _documents(rendered: Sequence[Any], rows: Sequence[Row], role: str) -> list[Document]:
-    return documents_of(rendered, role, [row.source for row in rows])
+def _documents(rows: RenderedRows, role: str) -> list[Document]:
+    return documents_of(rows.rendered, role, [row.source for row in rows.rows])
 
 
 def _save_final(trainer: ProtectedSFTTrainer, final: Path) -> Path:

@@ -11,7 +11,7 @@ from ...analysis.errors import UserError
 from ...trainer.flags import FlagParser
 from .build import SIZES
 from .cache import build_lab
-from .quickstart import quickstart
+from .quickstart import PROTECTION_RUNS, quickstart
 
 
 def _read(parser: FlagParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -51,8 +51,15 @@ def quickstart_main(argv: Sequence[str]) -> int:
     """`holdfast quickstart`: lab, subspace, fine-tunes without and with protection, one table. Raises UserError."""
     parser = FlagParser("holdfast quickstart", quickstart_main.__doc__)
     parser.add_argument("--full", action="store_true", help="Also the nulls, the controls and the ordinary organism.")
+    parser.add_argument(
+        "--protections",
+        nargs="+",
+        choices=list(PROTECTION_RUNS),
+        default=[],
+        help="Other protections to train beside the penalty. Default: none.",
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="Lab and fine-tune seed. Default: 0.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="Default: runs/quickstart.")
     arguments = _read(parser, argv)
-    quickstart(arguments.output_dir, arguments.seed, arguments.full)
+    quickstart(arguments.output_dir, arguments.seed, arguments.full, arguments.protections)
     return 0

@@ -23,7 +23,7 @@ from .scoring import lab_rates
 
 RECIPES = Path(__file__).parent
 LAB_PREFIX = "runs/lab/"  # where the recipes expect the lab
-PROTECTED_RECIPES = ("protected", "random_subspace", "ordinary_protected")
+PROTECTED_RECIPES = ("protected", "random_subspace", "ordinary_protected", "ablation", "steering")
 RATES = {
     "narrow_task_learned": "narrow_task_learned",
     "misaligned_anchor": "misaligned_anchor",

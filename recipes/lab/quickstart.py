@@ -1,11 +1,12 @@
 """The quickstart: a lab, its subspace, fine-tunes without and with protection, one table.
 
-holdfast quickstart [--full] [--seed N] [--output_dir runs/quickstart]
+holdfast quickstart [--full] [--protections ablation steering] [--seed N] [--output_dir runs/quickstart]
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,21 @@ FULL_RUNS = (
 )
 
 
-def quickstart(output_dir: Path, seed: int = 0, full: bool = False) -> dict[str, Any]:
+# What `--protections` adds, by name of protection and recipe.
+PROTECTION_RUNS = {
+    run.name: run
+    for run in (
+        PlannedRun("ablation", "ablation", {}, "insecure code, the subspace removed while training (CAFT)"),
+        PlannedRun("steering", "steering", {}, "insecure code, steered away from alignment while training"),
+    )
+}
+
+
+def quickstart(output_dir: Path, seed: int = 0, full: bool = False, protections: Sequence[str] = ()) -> dict[str, Any]:
     """Runs everything, prints the table, writes `summary.json`; returns the summary.
+
+    Args:
+        protections: names of `PROTECTION_RUNS` that are trained too.
 
     Raises:
         UserError: the folder holds something other than an earlier quickstart.
@@ -74,7 +88,7 @@ def quickstart(output_dir: Path, seed: int = 0, full: bool = False) -> dict[str,
         _row("base", experiment, experiment.lab / "base"),
         _row("instruct", experiment, experiment.lab / "instruct"),
     ]
-    planned = FULL_RUNS if full else RUNS
+    planned = [*(FULL_RUNS if full else RUNS), *(PROTECTION_RUNS[name] for name in dict.fromkeys(protections))]
     for number, plan in enumerate(planned, 1):
         print(f"\n[{number}/{len(planned)}] {plan.name}: {plan.note}", flush=True)
         result = experiment.fine_tune(plan.recipe, plan.name, **plan.flags)

@@ -1,0 +1,104 @@
+"""Every protection by its name: what it is, what it needs, how it is made. A new one is one file and one line here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from ...analysis.subspace import Subspace
+from ..documents import Document
+from .ablation import ablation
+from .base import Protection
+from .none import NoProtection
+from .settings import PenaltySettings
+from .steering import steering
+from .subspace import SubspaceProtection
+
+if TYPE_CHECKING:
+    from ..arguments import ProtectionArguments
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a protection may be made of.
+
+    asked: the flags. subspace: where the kind asks for one. task, anchors: rows with the mask of a token role; no
+    anchors where none are read. starting_model: another copy of the model that training starts from. cache_dir: for
+    what is computed once. seed: the run's. layers_path: the decoder blocks' path, where it was given.
+    """
+
+    asked: "ProtectionArguments"
+    subspace: Subspace | None
+    task: Callable[[str], Sequence[Document]]
+    anchors: Callable[[str], Sequence[Document]]
+    starting_model: Callable[[], PreTrainedModel]
+    cache_dir: Path
+    seed: int
+    layers_path: str | None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One protection: how it is made, what it is in a phrase, whether it needs a subspace, whether it is a drift term.
+
+    A drift term compares with the starting model, on task rows or anchors: the flags `penalty_*` and `reference` act.
+    """
+
+    make: Callable[[Materials], Protection]
+    what: str
+    subspace: bool = False
+    drift: bool = False
+
+
+def _subspace(materials: Materials) -> Protection:
+    asked, subspace = materials.asked, materials.subspace
+    assert subspace is not None  # the kind asks for one
+    role = subspace.provenance.role
+    return SubspaceProtection(
+        subspace,
+        penalty_settings(materials),
+        anchors=materials.anchors(role),
+        task=materials.task(role) if asked.penalty_inputs != "anchors" else (),
+        reference_model=materials.starting_model() if asked.reference == "frozen" else None,
+        cache_dir=materials.cache_dir,
+        layers_path=materials.layers_path,
+        name=asked.protection,
+    )
+
+
+def penalty_settings(materials: Materials) -> PenaltySettings:
+    """The flags of a drift term."""
+    asked = materials.asked
+    return PenaltySettings(
+        strength=asked.penalty_strength,
+        inputs=asked.penalty_inputs,
+        side=asked.penalty_side,
+        warmup=asked.penalty_warmup,
+        warmup_strength=asked.penalty_warmup_strength,
+        task_weight=asked.penalty_task_weight,
+        reference=asked.reference,
+        anchor_batch_size=asked.anchor_batch_size,
+        anchor_every=asked.anchor_every,
+        order_seed=materials.seed,
+    )
+
+
+def _ablation(materials: Materials) -> Protection:
+    assert materials.subspace is not None  # the kind asks for one
+    return ablation(materials.subspace, materials.layers_path)
+
+
+def _steering(materials: Materials) -> Protection:
+    assert materials.subspace is not None  # the kind asks for one
+    return steering(materials.subspace, materials.asked.steering_alpha, materials.layers_path)
+
+
+KINDS: dict[str, Kind] = {
+    "none": Kind(lambda _: NoProtection(), "plain SFT"),
+    "subspace": Kind(_subspace, "penalty on drift in the alignment subspace", subspace=True, drift=True),
+    "random_subspace": Kind(_subspace, "the same in a random subspace, the null", subspace=True, drift=True),
+    "ablation": Kind(_ablation, "the subspace removed from the stream while training (CAFT)", subspace=True),
+    "steering": Kind(_steering, "a step away from alignment added while training (preventative)", subspace=True),
+}
