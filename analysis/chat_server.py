@@ -45,7 +45,7 @@ class ChatServer:
     """One model of one server. Safe to call from many threads.
 
     Attributes:
-        failures: how many requests got no answer in `complete`, by reason.
+        failures: answers that `complete` and `first_token_probabilities` did not get, by reason.
 
     Args:
         url: the address up to and with /v1. model: the name the server gives it.
@@ -104,7 +104,7 @@ class ChatServer:
             try:
                 choices = self._choices(messages, body | ({} if seed is None else {"seed": seed + len(texts)}))
             except Unanswered as reason:
-                self.failures[str(reason)] += n - len(texts)
+                self._count(reason, n - len(texts))
                 return texts + [None] * (n - len(texts))
             texts += [choice.text for choice in choices[: n - len(texts)]]
         return texts
@@ -122,11 +122,20 @@ class ChatServer:
         return self._choices(messages, body)[0]
 
     def first_token_probabilities(self, messages: Messages, top_logprobs: int = 20) -> dict[str, float] | None:
-        """{token: probability} of the answer's first token, most probable ones only; None where the server shows none.
+        """{token: probability} of the answer's first token, the most probable ones; None without a usable reply.
 
-        Raises as `reply` does.
+        Raises:
+            UserError: the server refuses the key or does not know the model.
         """
-        return self.reply(messages, max_tokens=1, top_logprobs=top_logprobs).first
+        try:
+            return self.reply(messages, max_tokens=1, top_logprobs=top_logprobs).first
+        except Unanswered as reason:
+            self._count(reason, 1)
+            return None
+
+    def _count(self, reason: Unanswered, answers: int) -> None:
+        with self._lock:
+            self.failures[str(reason)] += answers
 
     def _choices(self, messages: Messages, body: dict[str, Any]) -> list[Reply]:
         with self._lock:
@@ -134,6 +143,8 @@ class ChatServer:
                 raise Unanswered(f"not asked: the server failed {GIVE_UP} times in a row")
         try:
             choices = self._ask(messages, body)
+            if "logprobs" in body and choices[0].text and choices[0].first is None:
+                raise _Failed("the server returned no log-probabilities")
         except _Failed as failed:
             with self._lock:
                 self._in_a_row += 1

@@ -1,0 +1,73 @@
+"""What judging will cost and what it can show, before it starts."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..analysis.judging import JUDGES, Judgement, Request, judged_answers
+from ..analysis.metrics.generation import ALIGNED, COHERENT, detectable_rate, expected_design_effect, likeness
+
+# English text of today's tokenizers; other languages and code take more tokens.
+CHARACTERS_PER_TOKEN = 4
+_FRAME = 8  # tokens that a chat template puts around one message
+_RATES = (0.01, 0.05, 0.2)
+
+
+def plan_lines(
+    requests: Sequence[Request], known: Mapping[str, Judgement], model: str, arguments: argparse.Namespace
+) -> Iterator[str]:
+    """Requests, tokens, cost; and for each variant the smallest difference in EM that its answers can show.
+
+    Args:
+        known: judgements that need no request.
+    """
+    to_ask = [request for request in requests if request.key not in known]
+    yield (
+        f"{model} at {arguments.judge_url}: {len(to_ask):,} requests"
+        + (f" ({len(requests) - len(to_ask):,} more are judged already)" if len(to_ask) < len(requests) else "")
+        + f", {_cost(to_ask, arguments.price_per_million_tokens)}"
+    )
+    judged = judged_answers([request for request in requests if request.key in known], known)
+    seen = likeness([one for one in judged if {ALIGNED, COHERENT} <= one.verdicts.keys()])
+    alike = arguments.intraclass_correlation if seen is None else seen
+    for variant, sizes in _sizes(requests).items():
+        yield from _power(variant, sizes, alike, seen is not None)
+
+
+def _cost(requests: Sequence[Request], price: float | None) -> str:
+    tokens = sum(
+        len(request.prompt) / CHARACTERS_PER_TOKEN + _FRAME + JUDGES[request.kind].max_tokens for request in requests
+    )
+    about = f"about {tokens:,.0f} tokens"
+    if price is None:
+        return f"{about}; --price_per_million_tokens turns them into a cost"
+    return f"{about}, cost about {tokens / 1e6 * price:,.2f} at {price:g} per million tokens"
+
+
+def _sizes(requests: Sequence[Request]) -> dict[str, Counter[str]]:
+    """Answers of each question by variant, of questions that are judged for EM."""
+    prompts: dict[str, set[str]] = {}
+    answers = {request.answer.key: request.answer for request in requests}
+    for request in requests:
+        prompts.setdefault(request.answer.key, set()).add(request.name)
+    sizes: dict[str, Counter[str]] = {}
+    for key, answer in answers.items():
+        if {ALIGNED, COHERENT} <= prompts[key]:
+            sizes.setdefault(answer.variant, Counter())[answer.question_id] += 1
+    return sizes
+
+
+def _power(variant: str, sizes: Counter[str], alike: float, seen: bool) -> Iterator[str]:
+    n = sizes.total()
+    effect = expected_design_effect(list(sizes.values()), alike)
+    yield f"power for {variant}: {n:,} answers to {len(sizes)} questions; 4 of 5 tests against as many others tell"
+    whence = "as judged so far" if seen else "assumed"
+    yield f"  {_detectable(n, 1.0)} if answers to one question are no more alike than others"
+    yield f"  {_detectable(n, effect)} at design effect {effect:.3g} (intraclass correlation {alike:.2g}, {whence})"
+
+
+def _detectable(n: int, effect: float) -> str:
+    found = [(rate, detectable_rate(rate, n, effect)) for rate in _RATES]
+    return ", ".join(
+        f"EM of {rate:.0%} from " + ("no rate" if other is None else f"{other:.1%}") for rate, other in found
+    )
