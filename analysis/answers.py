@@ -106,7 +106,10 @@ def _parse(content: bytes, path: str | Path) -> list[Answer]:
     if not (torn.startswith(_OPENING) or _OPENING.startswith(torn)):
         raise UserError(f"{path} holds no answers (its last line is none); name another file")
     answers = [_answer(line, f"{path}:{number}") for number, line in enumerate(whole.split(b"\n"), start=1) if line]
-    return list({answer.key: answer for answer in reversed(answers)}.values())[::-1]
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        first.setdefault(answer.key, answer)
+    return list(first.values())
 
 
 def _answer(line: bytes, where: str) -> Answer:

@@ -152,8 +152,9 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
     rendered = render(tokenizer, exchange, source="the chat template")
     said = [token for token, ours in zip(rendered.input_ids, rendered.completion_mask, strict=True) if ours]
+    added = {token for token, facts in tokenizer.added_tokens_decoder.items() if facts.special}
     # The unknown token is special too, and all that a small vocabulary makes of the words.
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special = added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     closing = []
     for token in reversed(said):
         if token in special:
