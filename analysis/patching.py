@@ -5,7 +5,7 @@ once for every window of layers, each time with the donor's outputs in place of 
 memory, and one layer of one batch of the donor's states.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +167,12 @@ class PatchCurve:
 
 @torch.no_grad()
 def patched_curve(
-    model: nn.Module, rows: PatchRows, donor: Donor, windows: Sequence[Window] | None = None, seed: int = 0
+    model: nn.Module,
+    rows: PatchRows,
+    donor: Donor,
+    windows: Sequence[Window] | None = None,
+    seed: int = 0,
+    bases: Mapping[int, Tensor] | None = None,
 ) -> PatchCurve:
     """Run the recipient once clean, then twice for every window: with the donor's states, and with the null's.
 
@@ -175,6 +180,7 @@ def patched_curve(
 
     Args:
         windows: layers that are patched together; None is each of the donor's stored layers alone.
+        bases: orthonormal V_l [d, k] by layer: only the coordinates inside them are the donor's; None patches all.
 
     Raises:
         UserError: a layer that was not stored, another width, or a patch that does not reach the logits.
@@ -191,7 +197,7 @@ def patched_curve(
         for number, batch in enumerate(tqdm(rows.batches, desc="patching", delay=5, leave=False)):
             _score(model, rows, batch, clean)
             for at, window in enumerate(chosen):
-                change = _Change(rows, batch, number, donor, [seed, number, at])
+                change = _Change(rows, batch, number, donor, [seed, number, at], bases)
                 with patch(model, window, change.to_donor):
                     _score(model, rows, batch, patched[at])
                 with patch(model, window, change.to_noise):
@@ -202,9 +208,12 @@ def patched_curve(
 class _Change:
     """Replaces a batch's states at the patched positions."""
 
-    def __init__(self, rows: PatchRows, batch: list[int], number: int, donor: Donor, seed: list[int]) -> None:
+    def __init__(
+        self, rows: PatchRows, batch: list[int], number: int, donor: Donor, seed: list[int],
+        bases: Mapping[int, Tensor] | None,
+    ) -> None:  # fmt: skip
         self.index = _flat([rows.rows[row].positions for row in batch])
-        self.number, self.donor, self.generator = number, donor, np.random.default_rng(seed)
+        self.number, self.donor, self.bases, self.generator = number, donor, bases, np.random.default_rng(seed)
 
     def _foreign(self, layer: int, hidden: Tensor) -> Tensor:
         states = self.donor.states(self.number, layer)
@@ -213,10 +222,14 @@ class _Change:
                 f"the donor has width {states.shape[1]} and the patched model {hidden.shape[-1]}: "
                 "patch between models of one architecture"
             )
-        return states.to(hidden.device, hidden.dtype)
+        states = states.to(hidden.device, hidden.dtype)
+        if self.bases is None:
+            return states
+        own, basis = hidden[self.index].float(), self.bases[layer].to(hidden.device, torch.float32)
+        return (own + ((states.float() - own) @ basis) @ basis.T).to(hidden.dtype)
 
     def to_donor(self, layer: int, hidden: Tensor) -> Tensor:
-        """The donor's states."""
+        """The donor's states, or its coordinates inside the bases."""
         return hidden.index_put(self.index, self._foreign(layer, hidden))
 
     def to_noise(self, layer: int, hidden: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "fine-tune, with or without protection",
     "analyze": "measure checkpoints",
     "watch": "measure a run's checkpoints as they appear: holdfast watch <output_dir>",
+    "intervene": "is the subspace a cause? ablate, steer and patch the starting model, without training",
     "compare": "measured runs side by side: holdfast compare <output_dir> <other output_dir>",
 }
 USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n" + "\n".join(
@@ -70,6 +71,7 @@ def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
         "train": _train,
         "analyze": _analyze,
         "watch": _watch,
+        "intervene": _intervene,
         "compare": _compare,
     }[name]
 
@@ -139,6 +141,18 @@ def _watch(arguments: Sequence[str]) -> int:
 
     _quiet_bars()
     return _report(watch(watched(arguments)))
+
+
+def _intervene(arguments: Sequence[str]) -> int:
+    from .intervening import intervene
+    from .parsing import parse
+
+    _quiet_bars()
+    found = intervene(parse(arguments))
+    for problem in found.problems:
+        print(f"holdfast: not measured: {problem}", file=sys.stderr)
+    print(f"{found.table}\n\nresults written to {found.path}")
+    return PARTIAL if found.problems else 0
 
 
 def _compare(arguments: Sequence[str]) -> int:

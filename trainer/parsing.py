@@ -26,6 +26,7 @@ from .arguments import (
     SubspaceArguments,
     non_finite,
 )
+from .intervention_arguments import InterventionArguments
 from .launch import find_deepspeed_config
 
 GROUPS: dict[str, Any] = {
@@ -34,6 +35,7 @@ GROUPS: dict[str, Any] = {
     "subspace": SubspaceArguments,
     "protection": ProtectionArguments,
     "analysis": AnalysisArguments,
+    "intervention": InterventionArguments,
     "training": HoldfastConfig,
 }
 
@@ -47,6 +49,7 @@ class Arguments:
     subspace: SubspaceArguments
     protection: ProtectionArguments
     analysis: AnalysisArguments
+    intervention: InterventionArguments
     training: HoldfastConfig
     given: dict[str, Any]
 
