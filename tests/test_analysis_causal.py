@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from analysis_toys import CHATML, WIDTH, chat, toy_model, toy_tokenizer
-from holdfast.analysis.causal import ABLATE, STEER, CausalTest, Candidate
+from holdfast.analysis.causal import ABLATE, STEER, Candidate, CausalTest
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.layers import find_layers
 from holdfast.analysis.metrics.causal import CAUSAL, NOT_CAUSAL, UNDECIDED, beyond, causal_effects, verdict

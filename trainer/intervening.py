@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..analysis.activations import pad_id
 from ..analysis.artifacts import check_writable, write_json_atomic
-from ..analysis.causal import ABLATE, STEER, CausalTest, DoseCurve, Candidate
+from ..analysis.causal import ABLATE, STEER, Candidate, CausalTest, DoseCurve
 from ..analysis.errors import UserError
 from ..analysis.kept_donor import KeptDonor
 from ..analysis.metrics.behavior import NO_BASE
