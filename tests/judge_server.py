@@ -26,6 +26,11 @@ class Fault:
         self.status, self.body, self.headers, self.delay = status, body, headers or {}, delay
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # as many clients as tests have may come at once
+
+
 class JudgeServer:
     """`with JudgeServer(says) as server`: `server.url`; `server.asked` are the bodies, `server.keys` the keys it got.
 
@@ -52,8 +57,7 @@ class JudgeServer:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
