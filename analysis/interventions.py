@@ -58,7 +58,7 @@ def ablate(
     """
     check_positions(positions)
     _check_finite("dose", dose)
-    _check_bases(model, bases)
+    check_bases(model, bases)
     if toward is not None:
         _check_toward(bases, toward)
     change = Ablation(ByLayer(bases), dose, None if toward is None else ByLayer(toward))
@@ -146,7 +146,7 @@ def patch_states(
         if absent:
             raise UserError(f"{what} hold no layers {absent}: patch among {sorted(held or ())}")
     if bases is not None:
-        _check_bases(model, {layer: bases[layer] for layer in wanted})
+        check_bases(model, {layer: bases[layer] for layer in wanted})
     for layer in wanted:
         _check_width(model, layer, donor.states[layer][0, 0])
     change = StatePatch(donor, None if bases is None else ByLayer(bases))
@@ -186,7 +186,8 @@ def _check_some(layers: Mapping[int, Tensor]) -> None:
         raise UserError("an intervention needs at least one layer: pass a basis or direction for one")
 
 
-def _check_bases(model: nn.Module, bases: Mapping[int, Tensor]) -> None:
+def check_bases(model: nn.Module, bases: Mapping[int, Tensor]) -> None:
+    """Raises UserError for a basis that is not [d, k], of another width than the model, or not orthonormal."""
     _check_some(bases)
     for layer, basis in bases.items():
         if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:

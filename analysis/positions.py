@@ -77,7 +77,7 @@ class Passes:
         self._ids: Tensor | None = None
 
     def outside(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """A hook before a module around the decoder: one that also sees embeds its tokens before it calls the decoder."""
+        """A hook before a module around the decoder: one that also sees embeds its tokens itself."""
         ids = _given(module, args, named).get("input_ids")
         self._ids = self._ids if ids is None else ids
 
