@@ -12,7 +12,7 @@ ifneq ($(wildcard ../shared/data/em),)
 export HOLDFAST_EM_DATA ?= $(abspath ../shared/data/em)
 endif
 
-.PHONY: help setup quickstart test check benchmark smoke evidence findings clean
+.PHONY: help setup quickstart test check benchmark smoke evidence findings causes clean
 
 help: ## This list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ evidence: $(READY) ## The lab's guarantees over ten seeds (long)
 
 findings: $(READY) ## The paper's findings on the lab over ten seeds, with controls
 	@$(BIN)/python -m holdfast.recipes.lab.findings $(ARGS)
+
+causes: $(READY) ## The causal test of the alignment subspace on the lab over ten seeds
+	@$(BIN)/python -m holdfast.recipes.lab.causes $(ARGS)
 
 clean: ## Remove what the targets made, except runs
 	rm -rf $(VENV) .typecheck build holdfast.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

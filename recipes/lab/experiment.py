@@ -57,13 +57,13 @@ class Experiment:
 
     def build_subspace(self, **flags: Any) -> Path:
         """Builds the subspace of `protected.yaml`, with flags laid over it."""
-        return run.subspace(parse(self._flags("protected", "subspace", flags)))
+        return run.subspace(parse(self.flags("protected", "subspace", flags)))
 
     def fine_tune(self, recipe: str, name: str | None = None, **flags: Any) -> run.TrainResult:
         """Trains one recipe of the lab (its file name without `.yaml`) into `<output_dir>/<name>`."""
-        return run.train(parse(self._flags(recipe, name or recipe, flags)))
+        return run.train(parse(self.flags(recipe, name or recipe, flags)))
 
-    def _flags(self, recipe: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
+    def flags(self, recipe: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
         """The recipe as flags, this experiment's folders in place of the recipe's own."""
         config = RECIPES / f"{recipe}.yaml"
         paths: dict[str, Any] = {}
