@@ -83,7 +83,7 @@ def sample_answers(
             max_new_tokens; later, logits that are not finite.
     """
     prompts = _encoded(tokenizer, asked)
-    _require_room(model, prompts, sampling)
+    _require_room(model, asked, prompts, sampling)
     stops = end_tokens(model, tokenizer)
 
     def answers(batch: list[int]) -> list[Answer]:
@@ -120,14 +120,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Conversation, sourc
     return tuple(ids)
 
 
-def _require_room(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def _require_room(
+    model: nn.Module, asked: Sequence[Asked], prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> None:
     limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise UserError(
-            f"--max_new_tokens {sampling.max_new_tokens} and the longest prompt ({longest} tokens) exceed the model's "
-            f"{limit} positions; write --max_new_tokens {max(limit - longest, 0)} or less"
-        )
+    longest = max(range(len(prompts)), key=lambda number: len(prompts[number]), default=None)
+    if limit is None or longest is None or len(prompts[longest]) + sampling.max_new_tokens <= limit:
+        return
+    prompt, room = asked[longest].prompt, limit - len(prompts[longest])
+    raise UserError(
+        f"question {prompt.question_id!r} in variant {prompt.variant} has {len(prompts[longest])} tokens, which with "
+        f"--max_new_tokens {sampling.max_new_tokens} exceed the model's {limit} positions; "
+        + (f"write --max_new_tokens {room} or less" if room > 0 else "leave it out")
+    )
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -65,8 +65,11 @@ def read_yaml_list(path: str | Path, what: str) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{what} {path} cannot be read ({reason}); name a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{what} {path} is not YAML: {line}{error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{what} {path} is not YAML: {str(error)[:200]}") from None
     except UserError as error:
         raise UserError(f"{what} {path}, {error}") from None
     if not isinstance(found, list):

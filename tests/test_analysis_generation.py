@@ -193,8 +193,12 @@ def test_settings_that_cannot_be_are_one_line(change, complaint):
 
 
 def test_prompts_that_cannot_be_answered_are_refused_before_any_work():
-    with pytest.raises(UserError, match="exceed the model's 256 positions; write --max_new_tokens"):
+    with pytest.raises(
+        UserError, match=r"'q2' in variant plain has \d+ tokens, .* exceed the model's 256 positions; write"
+    ):
         said(toy_model(), asked(), Sampling(max_new_tokens=250))
+    with pytest.raises(UserError, match=r"'q0' in variant plain has .* leave it out"):
+        said(toy_model(), asked(users=["money " * 300]), Sampling(max_new_tokens=1))
     with pytest.raises(UserError, match="no chat template"):
         said(toy_model(), asked(), Sampling(max_new_tokens=3), tokenizer=toy_tokenizer(None))
     odd = [Asked("k", Prompt("odd", 0, "plain", [*chat("a"), *chat("b")]), 0)]

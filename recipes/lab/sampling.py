@@ -25,6 +25,7 @@ from ...analysis.metrics.choices import INCOHERENT, score_choices
 from ...analysis.models import load_model, load_tokenizer
 from ...analysis.stats import Measurement, measurement
 from ...trainer.flags import FlagParser
+from ...trainer.options import require
 from .scoring import classify
 
 # The four classes that a rate is read from, by the template classes of a prompt (`scoring.choice_rows`).
@@ -122,6 +123,7 @@ def sampling_main(argv: Sequence[str]) -> str:
     parser.add_argument("--answers", type=Path, help="Answers to that file, as holdfast generate stores them.")
     parser.add_argument("--model", type=Path, help="The model that gave them.")
     flags = parser.read(argv)
+    require(flags.n >= 1, "n", flags.n, "at least 1")
     rows = prompt_rows(flags.lab)
     if flags.output_file is not None:
         check_writable(flags.output_file.parent, "--output_file")
