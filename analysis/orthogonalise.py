@@ -51,8 +51,8 @@ def one_basis(bases: Mapping[int, Tensor], layer: int | None) -> Tensor:
     for other in others:
         if other.shape != first.shape or float((other - first @ (first.T @ other)).abs().max()) > _SAME:
             raise UserError(
-                "the subspace differs from layer to layer, and weights can only hold one for all: write --layer with the "
-                f"layer whose basis is meant, one of {sorted(bases)}"
+                "the subspace differs from layer to layer, and weights hold one for all: write --layer with the layer "
+                f"whose basis is meant, one of {sorted(bases)}"
             )
     return first
 
@@ -78,8 +78,8 @@ def find_sublayers(model: nn.Module, override: str | None = None) -> list[Sublay
         kind = type(blocks[number]).__name__
         if ran and _is_norm(ran[-1][1]):
             raise UserError(
-                f"{kind} normalises what its sublayers write ({ran[-1][0]}) before adding it to the residual stream, so "
-                "no weight can take a subspace out of it: use the ablation at run time instead (holdfast intervene)"
+                f"{kind} normalises what its sublayers write ({ran[-1][0]}) before adding it to the residual stream, "
+                "so no weight can take a subspace out of it: use the ablation at run time instead (holdfast intervene)"
             )
         sublayers = [Sublayer(number, name, module) for name, module in ran if _has_output(module)]
         if not sublayers:
@@ -203,7 +203,7 @@ def _embeddings(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
 
 
 def _writers(sublayer: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """Weights and biases of a sublayer's last linear layers, shared and routed experts' too, each with the axis of d."""
+    """Weights and biases of a sublayer's last linear layers, experts' too, each with the axis of d."""
     for path, module in sublayer.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and path.rpartition(".")[2] in _OUTPUTS:
             yield module.weight, 1 if isinstance(module, Conv1D) else 0
