@@ -94,6 +94,30 @@ def test_only_the_tokens_of_the_role_are_patched(role, rendered, tmp_path):
     np.testing.assert_allclose(curve.patched[0].loss, losses, rtol=1e-4)
 
 
+def test_inside_a_subspace_only_the_donors_coordinates_are_taken(rendered, tmp_path):
+    recipient, donor = toy_model(seed=0, scale=2), toy_model(seed=1, scale=2)
+    basis = torch.linalg.qr(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(2)))[0]
+    rows = patch_rows(rendered, batch_size=2)
+    stored = store_donor(donor, rows, range(DEPTH), tmp_path)
+    curve = patched_curve(recipient, rows, stored, [(1,)], bases={1: basis})
+    losses = []
+    for number in SCORED:
+        ids = torch.tensor([rendered[number].input_ids])
+        with capture(donor, [1]) as outputs, torch.no_grad():
+            donor(input_ids=ids)
+            foreign = outputs[1].clone()
+        handle = recipient.model.layers[1].register_forward_hook(
+            lambda _m, _a, out, foreign=foreign: out - torch.einsum("btd,dk,ek->bte", out - foreign, basis, basis)
+        )
+        losses += scores(recipient, rendered, [number])[0]
+        handle.remove()
+    np.testing.assert_allclose(curve.patched[0].loss, losses, rtol=1e-4)
+    whole = patched_curve(recipient, rows, stored, [(1,)], bases={1: torch.eye(WIDTH)})
+    np.testing.assert_allclose(
+        whole.patched[0].loss, patched_curve(recipient, rows, stored, [(1,)]).patched[0].loss, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_patched_with_its_own_states_is_itself(kind, rendered, tmp_path):
     model = toy_model(kind)
