@@ -210,7 +210,7 @@ class _Change:
 
     def __init__(
         self, rows: PatchRows, batch: list[int], number: int, donor: Donor, seed: list[int],
-        bases: Mapping[int, Tensor] | None,
+        bases: Mapping[int, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.index = _flat([rows.rows[row].positions for row in batch])
         self.number, self.donor, self.bases, self.generator = number, donor, bases, np.random.default_rng(seed)
