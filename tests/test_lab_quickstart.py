@@ -103,7 +103,24 @@ def micro(tmp_path, monkeypatch):
             dataclasses.replace(run, flags={**run.flags, **QUIET, "max_steps": 2}) for run in getattr(quickstart, name)
         ]
         monkeypatch.setattr(quickstart, name, tuple(short))
+    others = {
+        name: dataclasses.replace(run, flags={**QUIET, "max_steps": 2})
+        for name, run in quickstart.PROTECTION_RUNS.items()
+    }
+    monkeypatch.setattr(quickstart, "PROTECTION_RUNS", others)
     return tmp_path
+
+
+def test_other_protections_stand_in_the_table_when_they_are_named(micro, capsys):
+    out = micro / "quickstart"
+    named = ["ablation", "steering"]
+    assert main(["quickstart", "--output_dir", str(out), "--protections", *named, "--seed", "5"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    check_schema(summary, ["base", "instruct", "unprotected", "protected", *named])
+    shown = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(f"{name} ") for line in shown) for name in named)
+    assert main(["quickstart", "--output_dir", str(out), "--protections", "prayer"]) == 2
+    assert "prayer" in capsys.readouterr().err
 
 
 def test_a_second_run_replaces_the_first_and_reuses_the_lab(micro, monkeypatch, capsys):
@@ -158,6 +175,9 @@ def test_arms_differ_in_what_they_are_named_for_and_nothing_else():
     assert (
         "protection" in differing("protected", "random_subspace") <= place | {"protection", "null_scale", "null_seed"}
     )
+    hooks = {"penalty_strength", "penalty_inputs", "anchor_batch_size", "penalty_rank", "penalty_layers"}
+    for held, own in (("ablation", set()), ("steering", {"steering_alpha"})):
+        assert "protection" in differing("protected", held) <= place | hooks | own | {"protection"}
     lora = {"lora_r", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern"}
     organism = place | lora | {"learning_rate", "max_steps", "save_steps"}
     assert differing("unprotected", "ordinary") <= organism
