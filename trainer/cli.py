@@ -30,6 +30,10 @@ COMMANDS = {
     "analyze": "measure checkpoints",
     "watch": "measure a run's checkpoints as they appear: holdfast watch <output_dir>",
     "intervene": "is the subspace a cause? ablate, steer and patch the starting model, without training",
+    "generate": "sample answers to question files, stored as they come",
+    "judge": "let a model score sampled answers: how often are they misaligned?",
+    "export": "write an ablation into the weights of an ordinary model folder",
+    "evaluate": "named tasks of lm-evaluation-harness on a checkpoint",
     "compare": "measured runs side by side: holdfast compare <output_dir> <other output_dir>",
 }
 USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n" + "\n".join(
@@ -72,6 +76,10 @@ def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
         "analyze": _analyze,
         "watch": _watch,
         "intervene": _intervene,
+        "generate": _generate,
+        "judge": _judge,
+        "export": _export,
+        "evaluate": _evaluate,
         "compare": _compare,
     }[name]
 
@@ -153,6 +161,37 @@ def _intervene(arguments: Sequence[str]) -> int:
         print(f"holdfast: not measured: {problem}", file=sys.stderr)
     print(f"{found.table}\n\nresults written to {found.path}")
     return PARTIAL if found.problems else 0
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    from .generating import generate_main
+
+    _quiet_bars()
+    found = generate_main(arguments)
+    for problem in found.problems:
+        print(f"holdfast: not generated: {problem}", file=sys.stderr)
+    print(f"{found.written} answers written to {found.path}, {found.there} of {found.asked} were there")
+    return PARTIAL if found.problems else 0
+
+
+def _judge(arguments: Sequence[str]) -> int:
+    from .judging import judge_main
+
+    return judge_main(arguments)
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from .exporting import export_main
+
+    _quiet_bars()
+    print(export_main(arguments))
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from .evaluating import evaluate_main
+
+    return evaluate_main(arguments)
 
 
 def _compare(arguments: Sequence[str]) -> int:

@@ -43,9 +43,9 @@ def run_lab(task: tuple[Path, int]) -> None:
 def _options() -> dict[str, object]:
     return {
         "interventions": ["ablate", "steer", "patch"],
-        "ablation_doses": [0.25, 0.5, 0.75, 1.0, 1.5],
+        "ablation_doses": [0.5, 1.0, 1.5],
         "steering_doses": [-1.0, 1.0, 2.0],
-        "steering_layers": [0, 1],
+        "steering_layers": [0],
         "intervention_rows": PROMPTS,
         "intervention_draws": DRAWS,
     }
