@@ -82,25 +82,32 @@ def sample_answers(
         UserError: at once, a chat template that refuses a conversation, or a prompt that leaves no room for
             max_new_tokens; later, logits that are not finite.
     """
-    prompts = _encoded(tokenizer, asked)
-    _require_room(model, asked, prompts, sampling)
+    prompts = encoded_prompts(model, tokenizer, asked, sampling)
     stops = end_tokens(model, tokenizer)
 
     def answers(batch: list[int]) -> list[Answer]:
         chosen = [asked[number] for number in batch]
         made = _generate(model, [prompts[number] for number in batch], chosen, sampling, stops, pad_id(tokenizer))
-        return [answered(one, *_text(tokenizer, ids, stops), provenance) for one, ids in zip(chosen, made, strict=True)]
+        return [
+            answered(one, *answer_text(tokenizer, ids, stops), provenance)
+            for one, ids in zip(chosen, made, strict=True)
+        ]
 
     return map(answers, length_batches([len(ids) for ids in prompts], batch_size))
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[tuple[int, ...]]:
-    """The token ids of each prompt, up to where the assistant is to speak; samples of a prompt share theirs."""
+def encoded_prompts(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], sampling: Sampling
+) -> list[tuple[int, ...]]:
+    """The token ids of what each answer replies to. Raises UserError as `sample_answers`."""
+    # Samples of one prompt share it.
     known: dict[int, tuple[int, ...]] = {}
     for one in asked:
         if id(one.prompt) not in known:
             known[id(one.prompt)] = prompt_ids(tokenizer, one.prompt.messages, f"question {one.prompt.question_id!r}")
-    return [known[id(one.prompt)] for one in asked]
+    prompts = [known[id(one.prompt)] for one in asked]
+    _require_room(model, asked, prompts, sampling)
+    return prompts
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Conversation, source: str = "") -> tuple[int, ...]:
@@ -179,7 +186,8 @@ def _generate(
     padding: int,
 ) -> list[list[int]]:
     """The new tokens of each prompt, with what follows an end token."""
-    device = unwrap(model).get_input_embeddings().weight.device
+    inner: Any = unwrap(model)
+    device = inner.device
     width = max(map(len, prompts))
     ids = torch.tensor([[padding] * (width - len(row)) + list(row) for row in prompts], device=device)
     attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
@@ -188,7 +196,7 @@ def _generate(
     )
     draws = [uniforms(one, sampling) for one in asked]
     with _plain_settings(model):
-        made = unwrap(model).generate(
+        made = inner.generate(
             input_ids=ids, attention_mask=attention, generation_config=config,
             logits_processor=_processors(sampling, draws, width),
         )  # fmt: skip
@@ -243,7 +251,7 @@ class QuantileOf(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> tuple[str, str]:
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> tuple[str, str]:
     """An answer's text up to its end token, and how it finished; other special tokens stay, as the model said them."""
     end = next((at for at, token in enumerate(ids) if token in stops), None)
     text = str(tokenizer.decode(ids[:end], skip_special_tokens=False))

@@ -6,9 +6,11 @@ import torch
 from analysis_toys import CHATML, FOLDED_SYSTEM, GENERATION, chat, toy_model, toy_tokenizer
 from architecture_toys import architecture
 from holdfast.analysis.answers import Asked
+from holdfast.analysis.continuous import sample_continuously
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.generation import Sampling, end_tokens, prompt_ids, sample_answers, uniforms
 from holdfast.analysis.hooks import patch
+from holdfast.analysis.interventions import ablate
 from holdfast.analysis.probes import render
 from holdfast.analysis.variants import Prompt
 from scipy import stats
@@ -21,9 +23,9 @@ def asked(samples=2, users=USERS):
     return [Asked(f"{prompt.question_id}/{at}", prompt, at) for prompt in prompts for at in range(samples)]
 
 
-def said(model, wanted, sampling, batch_size=4, tokenizer=None):
+def said(model, wanted, sampling, batch_size=4, tokenizer=None, sample=sample_answers):
     """{key: (text, finish)}."""
-    batches = sample_answers(model, tokenizer or toy_tokenizer(), wanted, sampling, {}, batch_size)
+    batches = sample(model, tokenizer or toy_tokenizer(), wanted, sampling, {}, batch_size)
     return {answer.key: (answer.answer, answer.finish) for batch in batches for answer in batch}
 
 
@@ -86,23 +88,42 @@ def test_samples_seeds_and_prompts_draw_different_numbers():
     assert uniforms(asked()[0], Sampling(max_new_tokens=9))[:5].tolist() == drawn[0].tolist()
 
 
-def test_first_tokens_follow_the_models_distribution():
+@pytest.mark.parametrize("sample", [sample_answers, sample_continuously])
+def test_first_tokens_follow_the_models_distribution(sample):
     model, tokenizer = toy_model(scale=0.5), toy_tokenizer()
-    wanted = asked(samples=4000, users=["hi"])
+    wanted = asked(samples=2000, users=["hi"])
     ids = torch.tensor([prompt_ids(tokenizer, wanted[0].prompt.messages)])
     with torch.no_grad():
         exact = model(input_ids=ids).logits[0, -1].double().softmax(-1).numpy()
     texts = [tokenizer.decode([token]) for token in range(320)]
     counts = dict.fromkeys(texts, 0)
-    for text, finish in said(model, wanted, Sampling(max_new_tokens=1), batch_size=500).values():
+    for text, finish in said(model, wanted, Sampling(max_new_tokens=1), 500, sample=sample).values():
         counts["<|im_end|>" if finish == "stop" else text] += 1
     mass = {text: sum(exact[token] for token in range(320) if texts[token] == text) for text in counts}
     observed = np.array([counts[text] for text in counts])
-    expected = 4000 * np.array([mass[text] for text in counts])
+    expected = 2000 * np.array([mass[text] for text in counts])
     rare = expected < 5
     observed = np.append(observed[~rare], observed[rare].sum())
     expected = np.append(expected[~rare], expected[rare].sum())
     assert stats.chisquare(observed, expected).pvalue > 0.001 and len(observed) > 50
+
+
+def test_continuous_batching_says_what_batches_say_with_hooks_and_without():
+    model, likeliest = toy_model(scale=2.0), Sampling(0, 1, 8)
+    plain = said(model, asked(), likeliest)
+    assert said(model, asked(), likeliest, sample=sample_continuously) == plain
+    basis = torch.linalg.qr(torch.randn(16, 3, generator=torch.Generator().manual_seed(0)))[0]
+    with ablate(model, {0: basis, 1: basis}):
+        ablated = said(model, asked(), likeliest)
+        assert said(model, asked(), likeliest, sample=sample_continuously) == ablated != plain
+    assert said(model, asked(), likeliest) == plain
+
+
+def test_continuous_batching_draws_anew_for_what_is_missing():
+    model, sampling = toy_model(scale=2.0), Sampling(max_new_tokens=8)
+    first = said(model, asked(8, ["hi"]), sampling, sample=sample_continuously)
+    rest = said(model, asked(8, ["hi"])[4:], sampling, sample=sample_continuously)
+    assert len(rest) == 4 and not set(rest.values()) & set(first.values())
 
 
 def test_the_models_own_generation_config_neither_bends_the_distribution_nor_is_changed():

@@ -34,6 +34,8 @@ def flags(tmp_path, folder):
     def made(**changes):
         given = {"model": folder, "questions": tmp_path / "questions.yaml", "output_file": tmp_path / "answers.jsonl",
                  "max_new_tokens": 6, "batch_size": 3, **changes}  # fmt: skip
+        # "" is a flag without a value.
+        given = {name: [] if value == "" else value for name, value in given.items()}
         texts = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
         return [str(part) for name, value in texts.items() if value != [None] for part in (f"--{name}", *value)]
 
@@ -115,6 +117,19 @@ def test_other_settings_are_not_mixed_into_a_file(flags, change, fact):
     with pytest.raises(UserError, match=f"holds answers with {fact}"):
         generate_main(flags(**change))
     assert path.read_bytes() == before
+
+
+def test_continuous_batching_fills_a_file_of_its_own(flags, tmp_path):
+    batches = generate_main(flags()).path
+    with pytest.raises(UserError, match="continuous_batching null, but this command has true"):
+        generate_main(flags(continuous_batching=""))
+    path = generate_main(flags(continuous_batching="", output_file=tmp_path / "continuous.jsonl")).path
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
+    found = generate_main(flags(continuous_batching="", output_file=path))
+    assert (found.there, found.written) == (5, N - 5) and len(read_answers(path)) == N
+    prompts = Counter((one.question_id, one.paraphrase, one.sample) for one in read_answers(batches))
+    assert Counter((one.question_id, one.paraphrase, one.sample) for one in read_answers(path)) == prompts
 
 
 @pytest.fixture
@@ -221,6 +236,7 @@ def test_a_server_that_refuses_the_key_is_one_line_and_no_file(flags, server, tm
         ({**HTTP, "generate_model": None}, "--generate_url needs --generate_model"),
         ({**HTTP, "ablate": "x"}, "--ablate has no effect with --generate_url"),
         ({**HTTP, "dtype": "float16"}, "--dtype has no effect with --generate_url"),
+        ({**HTTP, "continuous_batching": ""}, "--continuous_batching has no effect with --generate_url"),
         ({**HTTP, "requests_at_once": 0}, "--requests_at_once is 0"),
         ({**HTTP, "requests_per_minute": "nan"}, "--requests_per_minute is nan"),
         ({**HTTP, "timeout": -1}, "--timeout is -1.0"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..analysis.answers import Answer, Asked, answered, prompt_facts
 from ..analysis.artifacts import sha256_file
 from ..analysis.chat_server import ChatServer
+from ..analysis.continuous import sample_continuously
 from ..analysis.errors import UserError
 from ..analysis.generation import Sampling, sample_answers
 from ..analysis.interventions import ablate, steer
@@ -68,6 +69,8 @@ class ModelHere:
             "dtype": self._resolved_dtype(),
             **asdict(sampling),
             **{what: one.facts for what, one in self._interventions.items()},
+            # Draws other samples than batches do.
+            **({"continuous_batching": True} if flags.continuous_batching else {}),
         }
 
     def _resolved_dtype(self) -> str:
@@ -83,7 +86,8 @@ class ModelHere:
         with ExitStack() as stack:
             for one in self._interventions.values():
                 stack.enter_context(one.on(model))
-            yield sample_answers(model, self._tokenizer, asked, self._sampling, provenance, self._flags.batch_size)
+            sample = sample_continuously if self._flags.continuous_batching else sample_answers
+            yield sample(model, self._tokenizer, asked, self._sampling, provenance, self._flags.batch_size)
 
     def problems(self) -> list[str]:
         return []

@@ -23,7 +23,7 @@ from .flags import FlagParser
 from .options import require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_HERE_ONLY = ("dtype", "device_map", "attn_implementation", "layers_path", "ablate", "steer")
+_HERE_ONLY = ("dtype", "device_map", "attn_implementation", "layers_path", "ablate", "steer", "continuous_batching")
 _SERVER_ONLY = ("generate_model", "requests_per_minute")
 
 
@@ -105,6 +105,13 @@ def _add_model_flags(parser: FlagParser) -> None:
     add("--dtype", choices=DTYPES, help="Precision of the weights. Default: auto (as saved).")
     add("--device_map", help="How one model is spread over devices, like auto. Default: on one device.")
     add("--attn_implementation", help="As transformers names it. Default: its own choice.")
+    add(
+        "--continuous_batching",
+        action="store_true",
+        default=None,
+        help="An answer that ends makes room for the next at once: for a GPU and answers of very different lengths. "
+        "Other samples than without it, and others again after an interrupt.",
+    )
     add("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     add("--layers_path", help="Dotted path of the decoder blocks. Default: found by shape.")
     add("--ablate", type=Path, help="Subspace file whose directions are taken out of the residual stream.")
