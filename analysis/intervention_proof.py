@@ -93,10 +93,14 @@ def _changed(
     if silent or now is None:
         raise UserError(
             f"hooks on layers {silent or list(layers)} of {type(unwrap(model)).__name__} did not run: pass the model "
-            "as it was before torch.compile, or name the decoder blocks' path with --layers_path"
+            "as it was before torch.compile (or first set torch._dynamo.config.skip_nnmodule_hook_guards = False), or "
+            "name the decoder blocks' path with --layers_path"
         )
     for layer in layers:
-        missed = float(_relative(change.missed(layer, before[layer], after[layer], now), before[layer], after[layer]))
+        # Autocast would measure more coarsely than the change was made.
+        with torch.autocast(before[layer].device.type, enabled=False):
+            off = change.missed(layer, before[layer], after[layer], now)
+        missed = float(_relative(off, before[layer], after[layer]))
         if not missed <= 16 * rounding(before[layer]):
             raise UserError(
                 f"the intervention at layer {layer} missed what was asked by {missed:.2g} of the stream's norm: pass a "

@@ -6,7 +6,9 @@
 Interventions are context managers. They nest, also on one layer (the outer one acts first), are removed whatever
 happens, never write in place, pass gradients on, and prove themselves on entering (`intervention_proof`). Layers are
 decoder blocks' outputs; `hooks.EMBEDDING` (-1) is the stream that enters block 0. Bases and directions may lie on any
-device and in any precision: sums run in float32 or better, and the stream keeps its own precision.
+device and in any precision: sums run in float32 or better, and the stream keeps its own precision. A compiled model
+passes hooks by unless `torch._dynamo.config.skip_nnmodule_hook_guards` is False, and is refused where it does; blocks
+compiled one by one, and what `generate` compiles itself, work.
 
 `positions` says which tokens change: "all" (padding too, which nothing reads); "prompt" or "completion", told apart
 by the KV cache of `generate` (the first call is the prompt); `Columns`, by column of the padded batch, with or without
@@ -15,7 +17,7 @@ a cache; or a callable of the `ForwardPass` giving bool [B, T].
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -165,15 +167,25 @@ def _installed(
     layers_path: str | None,
 ) -> Iterator[None]:
     """The change at the chosen positions."""
-    with passes(model) as seen:
+    _forget_compiled(model)
+    with ExitStack() as stack:
+        # A call compiled meanwhile would keep the hooks.
+        stack.callback(_forget_compiled, model)
+        seen = stack.enter_context(passes(model))
 
         def look(layer: int, hidden: Tensor) -> Tensor:
             mask = chosen(positions, seen.now, hidden)
             changed = change.apply(layer, hidden, seen.now)
             return changed if mask is None else torch.where(mask[..., None], changed, hidden)
 
-        with at_stream(model, layers, look, layers_path):
-            yield
+        stack.enter_context(at_stream(model, layers, look, layers_path))
+        yield
+
+
+def _forget_compiled(model: nn.Module) -> None:
+    """Let `generate` with a static cache compile anew: its compiled call knows the hooks of the time it was made."""
+    if vars(unwrap(model)).pop("_compiled_call", None) is not None:
+        torch.compiler.reset()
 
 
 def _check_finite(name: str, value: float) -> None:

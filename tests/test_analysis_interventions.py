@@ -1,19 +1,13 @@
 """The laws of ablation, steering and patching, over every promised architecture."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
-from analysis_toys import DEPTH, WIDTH, toy_model
+from analysis_toys import DEPTH, WIDTH
 from architecture_toys import ARCHITECTURES, architecture
-from holdfast.analysis.errors import UserError
-from holdfast.analysis.hooks import capture, check_unhooked
-from holdfast.analysis.interventions import EMBEDDING, Columns, ablate, patch_states, read_states, steer
+from holdfast.analysis.hooks import capture
+from holdfast.analysis.interventions import EMBEDDING, ablate, patch_states, read_states, steer
 from holdfast.analysis.layers import find_layers
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 KINDS = list(ARCHITECTURES)
@@ -114,9 +108,9 @@ def generated(model: nn.Module, steps: int, **flags) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_generating_with_a_cache_and_left_padding_equals_step_by_step_without(kind: str) -> None:
-    model, plain = architecture(kind), generated(architecture(kind), 8, suppress_tokens=None)
+    model, plain = architecture(kind), generated(architecture(kind), 6)
     with ablate(model, {0: basis(), 1: basis()}), steer(model, {1: basis(1, seed=3)[:, 0]}, 1.5):
-        found = generated(model, 8, suppress_tokens=None)
-        assert torch.equal(found, step_by_step(model, 8))
+        found = generated(model, 6)
+        assert torch.equal(found, step_by_step(model, 6))
     assert not torch.equal(found, plain)
-    assert torch.equal(generated(model, 8, suppress_tokens=None), plain)
+    assert torch.equal(generated(model, 6), plain)
