@@ -66,7 +66,11 @@ def _batching(
     # Of the answers asked for: a rerun for the missing ones must not draw what the first run has drawn.
     keys = json.dumps([sampling.seed, [one.key for one in asked]])
     # Without a GPU the cache would be sized by all of the machine's memory.
-    room = {"page_size": _PAGE, "num_blocks": batch_size * (longest // _PAGE + 1), "max_batch_tokens": 16 * batch_size}
+    room: dict[str, Any] = {
+        "page_size": _PAGE,
+        "num_blocks": batch_size * (longest // _PAGE + 1),
+        "max_batch_tokens": 16 * batch_size,
+    }
     return ContinuousBatchingConfig(
         seed=int.from_bytes(hashlib.sha256(keys.encode()).digest()[:4], "big"),
         max_requests_per_batch=batch_size,

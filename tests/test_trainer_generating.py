@@ -12,6 +12,7 @@ from holdfast.analysis.models import load_tokenizer, tokenizer_fingerprint
 from holdfast.analysis.subspace import Subspace
 from holdfast.trainer import answer_sources
 from holdfast.trainer.generating import generate_main
+from judge_server import Fault, JudgeServer
 from trainer_toys import toy_subspace
 
 QUESTIONS = """
@@ -223,6 +224,23 @@ def test_a_server_that_refuses_the_key_is_one_line_and_no_file(flags, server, tm
     with pytest.raises(UserError, match="refuses the key"):
         generate_main(flags(**HTTP))
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_real_server_answers_over_http_with_the_key_and_the_settings(flags, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    with JudgeServer(lambda messages: [{"well ": 0.9, "": 0.1}, {messages[-1]["content"]: 1.0}]) as server:
+        server.faults.append(Fault(500))
+        http = {**HTTP, "generate_url": server.url, "generate_key_variable": "MY_KEY", "requests_at_once": 2}
+        found = generate_main(flags(**http, temperature=0.7, top_p=0.9))
+        assert set(server.keys) == {"Bearer secret"} and len(server.asked) == 3 + 1
+        sent = {key: server.asked[0][key] for key in ("model", "temperature", "top_p", "max_tokens")}
+        assert sent == {"model": "big", "temperature": 0.7, "top_p": 0.9, "max_tokens": 6}
+    answers = read_answers(found.path)
+    assert len(answers) == N and all(one.answer == "well " + one.messages[-1]["content"] for one in answers)
+    assert "secret" not in found.path.read_text()
+    monkeypatch.delenv("MY_KEY")
+    with pytest.raises(UserError, match="set the environment variable MY_KEY"):
+        generate_main(flags(**http, temperature=0.7, top_p=0.9))
 
 
 @pytest.mark.parametrize(
