@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from .errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Pace:
