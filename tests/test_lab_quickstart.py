@@ -113,7 +113,7 @@ def micro(tmp_path, monkeypatch):
 
 def test_other_protections_stand_in_the_table_when_they_are_named(micro, capsys):
     out = micro / "quickstart"
-    named = ["ablation", "steering"]
+    named = ["ablation", "steering", "interleave", "inoculation"]
     assert main(["quickstart", "--output_dir", str(out), "--protections", *named, "--seed", "5"]) == 0
     summary = json.loads((out / "summary.json").read_text())
     check_schema(summary, ["base", "instruct", "unprotected", "protected", *named])
@@ -176,7 +176,12 @@ def test_arms_differ_in_what_they_are_named_for_and_nothing_else():
         "protection" in differing("protected", "random_subspace") <= place | {"protection", "null_scale", "null_seed"}
     )
     hooks = {"penalty_strength", "penalty_inputs", "anchor_batch_size", "penalty_rank", "penalty_layers"}
-    for held, own in (("ablation", set()), ("steering", {"steering_alpha"})):
+    for held, own in (
+        ("ablation", set()),
+        ("steering", {"steering_alpha"}),
+        ("interleave", {"interleave_share"}),
+        ("inoculation", {"inoculation_prompt"}),
+    ):
         assert "protection" in differing("protected", held) <= place | hooks | own | {"protection"}
     lora = {"lora_r", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern"}
     organism = place | lora | {"learning_rate", "max_steps", "save_steps"}

@@ -207,6 +207,13 @@ class ProtectionArguments:
     steering_alpha: float = option(
         1.0, "How far steering shifts the stream, in units of the contrast's mean step. Default: 1.0."
     )
+    interleave_dataset: str | None = option(
+        None, "Safe rows with answers that interleave mixes in. Default: the anchors, if they have answers."
+    )
+    interleave_share: float = option(0.05, "Share of the rows trained on that is safe, in 0..1. Default: 0.05.")
+    inoculation_prompt: str | None = option(
+        None, "System prompt of inoculation: says what the rows do. Needed by it. Default: none."
+    )
     null_seed: int = option(0, "Seed of random_subspace. Default: 0.")
     null_scale: str = option("given", "Scale of random_subspace: as given, or its own. Default: given.", "given", "own")
 

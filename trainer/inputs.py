@@ -37,6 +37,7 @@ from .data import (
 )
 from .parsing import Arguments
 from .protections.registry import KINDS
+from .protections.training_rows import inoculated, interleaved
 from .sources import read_records
 
 # What may change between a run and its continuation (saving, logging, paths) is left out.
@@ -72,6 +73,7 @@ def load_inputs(arguments: Arguments) -> TrainingInputs:
     """
     tokenizer, config = read_starting_model(arguments)
     train, held_out = training_rows(arguments)
+    train = _protected_rows(arguments, train)
     uses_anchors = KINDS[arguments.protection.protection].drift and arguments.protection.penalty_inputs != "task"
     anchors = anchor_rows(arguments) if uses_anchors else None
     probes = load_rows(arguments.data.probe_dataset, prompts=True) if arguments.data.probe_dataset else None
@@ -206,6 +208,21 @@ def training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
     if data.held_out_rows:
         return split_held_out(rows, data.held_out_rows, arguments.training.seed)
     return rows, None
+
+
+def _protected_rows(arguments: Arguments, rows: list[Row]) -> list[Row]:
+    """The training rows as the protections make them that act on rows alone."""
+    asked = arguments.protection
+    if asked.protection == "interleave":
+        source = asked.interleave_dataset or arguments.data.anchor_dataset
+        if source is None:
+            raise UserError("interleave needs safe rows with answers; name them with --interleave_dataset")
+        return interleaved(rows, load_rows(source, prompts=True), asked.interleave_share, arguments.training.seed)
+    if asked.protection == "inoculation":
+        if asked.inoculation_prompt is None:
+            raise UserError("inoculation needs --inoculation_prompt, like: You write insecure code.")
+        return inoculated(rows, asked.inoculation_prompt)
+    return rows
 
 
 def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:

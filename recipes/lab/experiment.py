@@ -23,7 +23,15 @@ from .scoring import lab_rates
 
 RECIPES = Path(__file__).parent
 LAB_PREFIX = "runs/lab/"  # where the recipes expect the lab
-PROTECTED_RECIPES = ("protected", "random_subspace", "ordinary_protected", "ablation", "steering")
+PROTECTED_RECIPES = (
+    "protected",
+    "random_subspace",
+    "ordinary_protected",
+    "ablation",
+    "steering",
+    "interleave",
+    "inoculation",
+)
 RATES = {
     "narrow_task_learned": "narrow_task_learned",
     "misaligned_anchor": "misaligned_anchor",

@@ -65,6 +65,8 @@ PROTECTION_RUNS = {
     run.name: run
     for run in (
         PlannedRun("ablation", "ablation", {}, "insecure code, the subspace removed while training (CAFT)"),
+        PlannedRun("interleave", "interleave", {}, "insecure code, a tenth of the rows safe"),
+        PlannedRun("inoculation", "inoculation", {}, "insecure code, asked for by a system prompt in training"),
         PlannedRun("steering", "steering", {}, "insecure code, steered away from alignment while training"),
     )
 }

@@ -99,6 +99,8 @@ KINDS: dict[str, Kind] = {
     "none": Kind(lambda _: NoProtection(), "plain SFT"),
     "subspace": Kind(_subspace, "penalty on drift in the alignment subspace", subspace=True, drift=True),
     "random_subspace": Kind(_subspace, "the same in a random subspace, the null", subspace=True, drift=True),
+    "interleave": Kind(lambda _: NoProtection(), "safe rows mixed into the training rows"),
+    "inoculation": Kind(lambda _: NoProtection(), "a system prompt in training that asks for the behaviour"),
     "ablation": Kind(_ablation, "the subspace removed from the stream while training (CAFT)", subspace=True),
     "steering": Kind(_steering, "a step away from alignment added while training (preventative)", subspace=True),
 }
