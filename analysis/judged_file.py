@@ -12,6 +12,10 @@ from .errors import UserError
 from .judging import Judgement
 
 _FIELDS = {one.name for one in fields(Judgement)}
+_TYPES = {
+    "key": str, "prompt": str, "judge": str, "final": bool, "value": int | float | None, "label": str | None,
+    "reason": str | None,
+}  # fmt: skip
 # What a line of ours begins with, which a torn one must too: nobody else's file is ever cut.
 _OPENING = b'{"key": "'
 
@@ -33,13 +37,14 @@ def read_judged(path: Path) -> list[Judgement]:
         raise UserError(f"--output_file {path} holds no judgements (its last line is none); name another file")
     lines = whole.split(b"\n")
     found = [_judgement(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
-    return list({each.key: each for each in reversed(found)}.values())[::-1]
+    # Of two the later one counts: a request that failed is made again by the next run.
+    return list({each.key: each for each in found}.values())
 
 
 def _judgement(line: bytes, where: str) -> Judgement:
     try:
         record = json.loads(line)
-        if set(record) != _FIELDS:
+        if set(record) != _FIELDS or not all(isinstance(record[name], kind) for name, kind in _TYPES.items()):
             raise ValueError
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"--output_file {where} is no judgement of holdfast's; name another file") from None

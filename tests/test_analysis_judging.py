@@ -1,5 +1,6 @@
 """A judge's reply means what arXiv 2502.17424 says: expectations over number tokens, and None instead of a guess."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -161,6 +162,13 @@ def test_judgements_survive_the_file_and_a_torn_line_does_not(tmp_path, judgemen
         with path.open("ab") as stream:
             add_judged(stream, judgements[2])
         assert path.read_bytes() == whole
+
+
+def test_a_verdict_that_came_later_replaces_a_failure(tmp_path, judgements):
+    path = tmp_path / "judged.jsonl"
+    failed = dataclasses.replace(judgements[0], value=None, reason="no connection to the server", final=False)
+    write_judged(path, [failed, *judgements[1:], judgements[0]])
+    assert read_judged(path) == judgements
 
 
 @pytest.mark.parametrize("text", ["hello", '{"key": "a"}\n', "[1]\n", '{"id": 1}\nx', "\xff\n"])

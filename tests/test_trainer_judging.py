@@ -143,7 +143,7 @@ def test_more_answers_ask_for_themselves_alone_and_power_uses_what_is_known(serv
     write_answers([*answers, ("q1", "how 1?", "evil")])
     capsys.readouterr()
     judge_main(flags(server.url, "--yes"))
-    assert len(server.asked) == 2 and "as judged so far" in capsys.readouterr().out
+    assert len(server.asked) == 2 and capsys.readouterr().out.count("as judged so far") == 2
     assert rates()["all"]["em"]["value"] == 7 / 31
 
 

@@ -24,7 +24,7 @@ from ..analysis.pacing import concurrently
 from ..analysis.questions import Question, load_questions
 from .cli import PARTIAL
 from .flags import FlagParser
-from .judging_plan import plan_lines
+from .judging_plan import cost_line, power_lines
 from .judging_table import flat, table
 
 
@@ -40,7 +40,8 @@ def judge_main(argv: Sequence[str]) -> int:
     open_requests = [request for request in requests if request.key not in known]
     if open_requests:
         server = _server(arguments, model)
-        for line in plan_lines(requests, known, model, arguments):
+        print(cost_line(requests, known, model, arguments))
+        for line in power_lines(requests, known, arguments.intraclass_correlation):
             print(line)
         if not (arguments.yes or _confirmed()):
             print("nothing was asked")
@@ -55,6 +56,8 @@ def judge_main(argv: Sequence[str]) -> int:
     source = {str(arguments.answers): sha256_file(arguments.answers)}
     write_json_atomic(summary_path(output), {"judge": model, "answers": source, "variants": results})
     print(table(results), end="")
+    for line in power_lines(requests, known, arguments.intraclass_correlation):
+        print(line)
     print(f"judgements written to {output}, rates to {summary_path(output)}")
     problems = _problems(judgements, results)
     for problem in problems:

@@ -13,25 +13,35 @@ _FRAME = 8  # tokens that a chat template puts around one message
 _RATES = (0.01, 0.05, 0.2)
 
 
-def plan_lines(
-    requests: Sequence[Request], known: Mapping[str, Judgement], model: str, arguments: argparse.Namespace
-) -> Iterator[str]:
-    """Requests, tokens, cost; and for each variant the smallest difference in EM that its answers can show.
+def cost_line(
+    requests: Sequence[Request], known: Mapping[str, Judgement], model: str, flags: argparse.Namespace
+) -> str:
+    """What is to be asked, and about how many tokens and how much money that takes.
 
     Args:
         known: judgements that need no request.
     """
     to_ask = [request for request in requests if request.key not in known]
-    yield (
-        f"{model} at {arguments.judge_url}: {len(to_ask):,} requests"
-        + (f" ({len(requests) - len(to_ask):,} more are judged already)" if len(to_ask) < len(requests) else "")
-        + f", {_cost(to_ask, arguments.price_per_million_tokens)}"
+    judged = len(requests) - len(to_ask)
+    more = f" ({judged:,} more are judged already)" if judged else ""
+    return (
+        f"{model} at {flags.judge_url}: {len(to_ask):,} requests{more}, {_cost(to_ask, flags.price_per_million_tokens)}"
     )
+
+
+def power_lines(requests: Sequence[Request], known: Mapping[str, Judgement], assumed: float) -> Iterator[str]:
+    """For each variant the smallest difference in EM that its answers can show.
+
+    Once as if answers were independent, and once with the questions' design effect. Arms that answer the same questions
+    can be compared question by question, which lies between the two.
+
+    Args:
+        known: judgements so far, which show how alike answers to one question are. assumed: that, before there are any.
+    """
     judged = judged_answers([request for request in requests if request.key in known], known)
-    seen = likeness([one for one in judged if {ALIGNED, COHERENT} <= one.verdicts.keys()])
-    alike = arguments.intraclass_correlation if seen is None else seen
+    seen = likeness(judged)
     for variant, sizes in _sizes(requests).items():
-        yield from _power(variant, sizes, alike, seen is not None)
+        yield from _power(variant, sizes, assumed if seen is None else seen, seen is not None)
 
 
 def _cost(requests: Sequence[Request], price: float | None) -> str:
