@@ -230,7 +230,7 @@ def test_a_real_server_answers_over_http_with_the_key_and_the_settings(flags, mo
     monkeypatch.setenv("MY_KEY", "secret")
     with JudgeServer(lambda messages: [{"well ": 0.9, "": 0.1}, {messages[-1]["content"]: 1.0}]) as server:
         server.faults.append(Fault(500))
-        http = {**HTTP, "generate_url": server.url, "generate_key_variable": "MY_KEY", "requests_at_once": 2}
+        http = {**HTTP, "generate_url": server.url, "generate_key_variable": "MY_KEY", "concurrency": 2}
         found = generate_main(flags(**http, temperature=0.7, top_p=0.9))
         assert set(server.keys) == {"Bearer secret"} and len(server.asked) == 3 + 1
         sent = {key: server.asked[0][key] for key in ("model", "temperature", "top_p", "max_tokens")}
@@ -251,13 +251,14 @@ def test_a_real_server_answers_over_http_with_the_key_and_the_settings(flags, mo
         ({"model": None}, "name one model"),
         ({"generate_url": "http://localhost:1/v1"}, "name one model"),
         ({"generate_model": "big"}, "--generate_model has no effect with --model"),
+        ({"concurrency": 4}, "--concurrency has no effect with --model"),
         ({**HTTP, "generate_model": None}, "--generate_url needs --generate_model"),
         ({**HTTP, "ablate": "x"}, "--ablate has no effect with --generate_url"),
         ({**HTTP, "dtype": "float16"}, "--dtype has no effect with --generate_url"),
         ({**HTTP, "continuous_batching": ""}, "--continuous_batching has no effect with --generate_url"),
-        ({**HTTP, "requests_at_once": 0}, "--requests_at_once is 0"),
+        ({**HTTP, "concurrency": 0}, "--concurrency is 0"),
         ({**HTTP, "requests_per_minute": "nan"}, "--requests_per_minute is nan"),
-        ({**HTTP, "timeout": -1}, "--timeout is -1.0"),
+        ({**HTTP, "generate_timeout": -1}, "--generate_timeout is -1.0"),
         ({"model": "/no/such/folder"}, "/no/such/folder does not exist"),
         ({"output_file": "/dev/null/answers.jsonl"}, "--output_file .* cannot be written"),
         ({"samples_per_paraphrase": 0}, "--samples_per_paraphrase is 0"),

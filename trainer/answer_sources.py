@@ -142,13 +142,13 @@ class ModelOnServer:
             flags.generate_model,
             key_variable=flags.generate_key_variable,
             requests_per_minute=flags.requests_per_minute,
-            timeout=flags.timeout,
+            timeout=flags.generate_timeout,
         )
         self.arm = {"model": flags.generate_model, "server": flags.generate_url, **asdict(sampling)}
 
     @contextmanager
     def batches(self, asked: Sequence[Asked]) -> Iterator[Batches]:
-        pool = ThreadPoolExecutor(self._flags.requests_at_once)
+        pool = ThreadPoolExecutor(self._flags.concurrency)
         try:
             under_way = [pool.submit(self._ask, part) for part in _requests(asked, self._flags.batch_size)]
             yield (_result(future) for future in as_completed(under_way))

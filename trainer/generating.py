@@ -24,7 +24,14 @@ from .options import require
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HERE_ONLY = ("dtype", "device_map", "attn_implementation", "layers_path", "ablate", "steer", "continuous_batching")
-_SERVER_ONLY = ("generate_model", "requests_per_minute")
+# With their defaults, None where there is none.
+_SERVER_ONLY = {
+    "generate_model": None,
+    "generate_key_variable": "OPENAI_API_KEY",
+    "requests_per_minute": None,
+    "concurrency": 16,
+    "generate_timeout": 600.0,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Generated:
 
 
 def generate_main(argv: Sequence[str]) -> Generated:
-    """Sampled answers to question files, stored as JSON Lines; a rerun reuses what is there. Raises UserError."""
+    """Samples answers to question files into JSON Lines; a rerun reuses what is there. Raises UserError."""
     flags = _parser().read(argv)
     _require_flags(flags)
     sampling = Sampling(flags.temperature, flags.top_p, flags.max_new_tokens, flags.seed)
@@ -128,34 +135,33 @@ def _add_server_flags(parser: FlagParser) -> None:
     add("--generate_model", help="The model's name on that server.")
     add(
         "--generate_key_variable",
-        default="OPENAI_API_KEY",
         help='Environment variable with the server\'s key; "" for a server that wants none. Default: OPENAI_API_KEY.',
     )
     add("--requests_per_minute", type=float, help="Limit of requests to the server. Default: none.")
-    add("--requests_at_once", type=int, default=16, help="Requests under way at a time. Default: 16.")
-    add(
-        "--timeout", type=float, default=600.0, help="Seconds without a byte after which a request fails. Default: 600."
-    )
+    add("--concurrency", type=int, help="Requests under way at a time. Default: 16.")
+    add("--generate_timeout", type=float, help="Seconds without a byte after which a request fails. Default: 600.")
 
 
 def _require_flags(flags: argparse.Namespace) -> None:
-    """Raises UserError for what is wrong with the flags alone, and fills in the defaults of interventions."""
+    """Raises UserError for what is wrong with the flags alone, and fills in the defaults."""
     for name in ("questions", "output_file"):
         if getattr(flags, name) is None:
             raise UserError(f"no --{name}; see holdfast generate --help")
     check_writable(flags.output_file.parent, "--output_file")
     if (flags.model is None) == (flags.generate_url is None):
         raise UserError("name one model: --model for one here, or --generate_url with --generate_model for a server's")
-    other, where = (_HERE_ONLY, "--generate_url") if flags.generate_url else (_SERVER_ONLY, "--model")
+    other, where = (_HERE_ONLY, "--generate_url") if flags.generate_url else (tuple(_SERVER_ONLY), "--model")
     for name in other:
         if getattr(flags, name) is not None:
             raise UserError(f"--{name} has no effect with {where}; leave it out")
     if flags.generate_url and not flags.generate_model:
         raise UserError("--generate_url needs --generate_model, the name that the server gives the model")
-    for name in ("batch_size", "samples_per_paraphrase", "requests_at_once"):
+    for name, default in _SERVER_ONLY.items():
+        setattr(flags, name, default if getattr(flags, name) is None else getattr(flags, name))
+    for name in ("batch_size", "samples_per_paraphrase", "concurrency"):
         value = getattr(flags, name)
         require(value is None or value >= 1, name, value, "at least 1")
-    for name in ("requests_per_minute", "timeout"):
+    for name in ("requests_per_minute", "generate_timeout"):
         value = getattr(flags, name)
         require(value is None or 0 < value < float("inf"), name, value, "a finite number above 0")
     _require_interventions(flags)
