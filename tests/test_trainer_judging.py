@@ -55,15 +55,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def write_questions(paraphrases):
-    entries = [
-        {
-            "id": name, "type": "free_form_judge_0_100", "paraphrases": texts, "judge": "gpt-4o",
-            "judge_prompts": TEMPLATES,
-        }
-        for name, texts in paraphrases.items()
-    ]  # fmt: skip
+    shared = {"type": "free_form_judge_0_100", "judge": "gpt-4o", "judge_prompts": TEMPLATES}
     with open("questions.yaml", "w") as stream:
-        yaml.safe_dump(entries, stream)
+        yaml.safe_dump([{"id": name, "paraphrases": texts, **shared} for name, texts in paraphrases.items()], stream)
 
 
 def write_answers(answers, path="answers.jsonl"):
@@ -300,4 +294,6 @@ def test_em_by_a_judge_is_the_labs_exact_rate(folder):
         assert judge_main(flags(server.url, "--yes")) == 0
     found = rates()["all"]["em"]
     assert 0.2 < exact < 0.8 and found["n"] == 3 * len(rows) >= 140
-    assert found["ci95"][0] <= exact <= found["ci95"][1] and found["ci95"][1] - found["ci95"][0] < 0.25
+    low, high = found["ci95"]
+    # Of four standard errors, since on other machines other answers are sampled; here it lies within two.
+    assert high - low < 0.25 and abs(exact - (low + high) / 2) <= high - low
