@@ -58,7 +58,7 @@ class Readout:
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Readout":
         """The readout whose `tensors()` these are."""
-        layered: dict[str, dict[int, Tensor]] = {name: {} for name in _LAYERED}
+        layered: dict[str, Any] = {name: {} for name in _LAYERED}
         flat: dict[str, Any] = {}
         for key, value in tensors.items():
             name, _, layer = key.partition(".")

@@ -3,6 +3,7 @@
 A new family is one file of pure functions in `metrics/`, one call here and one entry of the table.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 
@@ -77,11 +78,22 @@ def _projection(subject: Subject, name: str) -> Results:
 
 
 def _subspaces(subject: Subject) -> Results:
-    plan, models = subject.plan, (subject.checkpoint, subject.instruct, subject.base)
-    if plan.variant == "paper":
-        models = tuple(None if each is None else {k: r.at_last_token() for k, r in each.items()} for each in models)
+    plan = subject.plan
+
+    def pooled(readings: Mapping[str, Readout]) -> Mapping[str, Readout]:
+        last = plan.variant == "paper"
+        return {name: each.at_last_token() for name, each in readings.items()} if last else readings
+
+    base = None if subject.base is None else pooled(subject.base)
     controls = [name for name in plan.control_sets if name in subject.rows]
-    return subspaces(*models, controls=controls, variant=plan.variant, seed=plan.seed)
+    return subspaces(
+        pooled(subject.checkpoint),
+        pooled(subject.instruct),
+        base,
+        controls=controls,
+        variant=plan.variant,
+        seed=plan.seed,
+    )
 
 
 def _drift_by_depth(subject: Subject) -> Results:

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ import yaml
 from trl import TrlParser
 
 from ..analysis.errors import UserError
+from ..analysis.questions import OnceLoader
 from .analysis_arguments import AnalysisArguments
 from .arguments import (
     DataArguments,
@@ -67,16 +68,8 @@ class _Parser(TrlParser):
         raise UserError(message)
 
 
-class _RecipeLoader(yaml.SafeLoader):
+class _RecipeLoader(OnceLoader):
     """YAML as a recipe means it: a key stands once, and only true/false are booleans (`save_strategy: no` is text)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise UserError(f"line {key.start_mark.line + 1}: the key {key.value!r} stands twice; keep one")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 _RecipeLoader.yaml_implicit_resolvers = {
