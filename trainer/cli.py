@@ -191,6 +191,7 @@ def _export(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     from .evaluating import evaluate_main
 
+    _quiet_bars()
     return evaluate_main(arguments)
 
 
