@@ -25,6 +25,10 @@ class Probe:
     input_ids: Tensor
     attention_mask: Tensor | None = None
 
+    def on(self, device: torch.device) -> "Probe":
+        mask = self.attention_mask
+        return Probe(self.input_ids.to(device), None if mask is None else mask.to(device))
+
     def logits(self, model: nn.Module) -> Tensor:
         return model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False).logits.float()
 
@@ -47,12 +51,11 @@ def prove(
     Raises:
         UserError: a block that did not run, a stream that is not what was asked, logits that did not move.
     """
-    device = next(model.parameters()).device
     if probe is None:
-        vocabulary = unwrap(model).config.get_text_config().vocab_size
-        probe = Probe(torch.arange(1, 5, device=device).remainder(vocabulary)[None])
-    else:
-        probe = Probe(*(part if part is None else part.to(device) for part in (probe.input_ids, probe.attention_mask)))
+        probe = Probe(torch.arange(1, 5).remainder(unwrap(model).config.get_text_config().vocab_size)[None])
+    # Weights that are offloaded lie nowhere until their module runs.
+    devices = (parameter.device for parameter in model.parameters() if parameter.device.type != "meta")
+    probe = probe.on(next(devices, torch.device("cpu")))
     with evaluating(model):
         clean = probe.logits(model)
         # Kernels that sum in another order each time (mixtures of experts on a GPU) move them on their own.

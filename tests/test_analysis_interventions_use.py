@@ -6,6 +6,7 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from analysis_toys import WIDTH, toy_model
 from architecture_toys import architecture
 from holdfast.analysis.errors import UserError
@@ -27,7 +28,7 @@ ALONG = V[:, 0]
 
 def test_a_dose_scales_the_component_and_a_mean_takes_its_place():
     model, own = toy_model(), streams(toy_model())[1]
-    for dose in (0.0, 0.25, 1.0, 2.0):
+    for dose in (0.25, 2.0):
         with ablate(model, {1: V}, dose=dose):
             np.testing.assert_allclose(streams(model)[1], own - dose * own @ FRAME @ FRAME.T, atol=1e-4)
     with ablate(model, {1: V}, dose=0.0):
@@ -72,16 +73,16 @@ def test_steerings_add_up_and_doses_multiply(first: float, second: float, rank: 
     np.testing.assert_allclose(applied(ablation(first), ablation(second)), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3", "llama4_text"])
+@pytest.mark.parametrize("kind", ["mistral", "gemma3"])
 def test_positions_mean_the_same_with_and_without_a_cache(kind: str):
     model = architecture(kind)
     for named, columns in (("prompt", Columns.prompt(MASK)), ("completion", Columns.completion(MASK))):
         found = []
         for positions, cache in ((named, True), (columns, True), (columns, False)):
             with steer(model, {1: ALONG}, 2.0, positions=positions):
-                found.append(generated(model, 5, use_cache=cache))
+                found.append(generated(model, 4, use_cache=cache))
         assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
-        assert not torch.equal(found[0], generated(model, 5))
+        assert not torch.equal(found[0], generated(model, 4))
 
 
 def test_tokens_that_are_not_chosen_stay_to_the_bit():
@@ -208,6 +209,16 @@ def test_an_error_inside_removes_the_hooks():
     modules = [m for m in model.modules() if any("holdfast" in h.__module__ for h in m._forward_pre_hooks.values())]
     assert not modules and not any(block._forward_hooks for block in find_layers(model))
     assert torch.equal(logits(model), clean)
+
+
+def test_offloaded_weights_are_no_hindrance():
+    model, want = toy_model(), toy_model()
+    with ablate(want, {1: V}):
+        expected = logits(want)
+    cpu_offload(model, torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    with ablate(model, {1: V}):
+        torch.testing.assert_close(logits(model), expected)
 
 
 class Deaf(nn.Module):
