@@ -19,6 +19,7 @@ from ..analysis.artifacts import check_writable, write_json_atomic
 from ..analysis.causal import ABLATE, STEER, Candidate, CausalTest, DoseCurve
 from ..analysis.errors import UserError
 from ..analysis.kept_donor import KeptDonor
+from ..analysis.layers import parse_layers
 from ..analysis.metrics.behavior import NO_BASE
 from ..analysis.metrics.causal import causal_effects
 from ..analysis.metrics.choices import ChoiceRow, prepare_choices
@@ -83,7 +84,7 @@ def intervene(arguments: Arguments) -> Intervened:
 
 def _checked(arguments: Arguments) -> _Inputs:
     asked = arguments.intervention
-    tokenizer, _ = read_starting_model(arguments)
+    tokenizer, config = read_starting_model(arguments)
     path = subspace_path(arguments)
     if not path.is_file():
         raise UserError(f"subspace {path} does not exist; build it with `holdfast subspace` and the same recipe")
@@ -94,6 +95,11 @@ def _checked(arguments: Arguments) -> _Inputs:
         role=subspace.provenance.role,
         layers=sorted(subspace.bases),
     )
+    chosen = arguments.protection
+    layers = sorted(subspace.bases)
+    if chosen.penalty_layers is not None:
+        layers = parse_layers(chosen.penalty_layers, config.get_text_config().num_hidden_layers)
+    subspace = subspace.restrict(layers, chosen.penalty_rank or subspace.provenance.rank)
     rank = subspace.provenance.rank
     if asked.intervention_directions > rank:
         raise UserError(f"--intervention_directions is {asked.intervention_directions}, but the subspace has {rank}")
