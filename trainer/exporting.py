@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -61,24 +62,30 @@ def export_main(argv: Sequence[str]) -> str:
     model = _plain(load_model(flags.model, dtype="auto", options=options))
     last = _last_layer(flags.layers, len(find_layers(model)))
     exactness, logits = _ablated(model, basis, last)
-    facts = {
-        "model": flags.model,
-        "model_fingerprint": model_fingerprint(flags.model),
-        "subspace": str(flags.ablate),
-        "subspace_sha256": sha256_file(flags.ablate),
-        "subspace_provenance": asdict(subspace.provenance),
-        "same_model": subspace.provenance.instruct_fingerprint == model_fingerprint(flags.model),
-        "basis_of_layer": min(subspace.bases) if flags.layer is None else flags.layer,
-        "layers": [0, last],
-        "exactness": asdict(exactness),
-        "holdfast_version": version("holdfast"),
-    }
+    facts = _facts(flags, subspace, last, exactness)
     with staged_directory(flags.output_dir) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         write_json_atomic(staging / PROVENANCE, facts)
         _require_same(load_model(staging, dtype="auto", options=options), logits, exactness)
     return _summary(flags.output_dir, exactness, last)
+
+
+def _facts(flags: argparse.Namespace, subspace: Subspace, last: int, exactness: Exactness) -> dict[str, Any]:
+    """Where the exported weights came from."""
+    fingerprint = model_fingerprint(flags.model)
+    return {
+        "model": flags.model,
+        "model_fingerprint": fingerprint,
+        "subspace": str(flags.ablate),
+        "subspace_sha256": sha256_file(flags.ablate),
+        "subspace_provenance": asdict(subspace.provenance),
+        "same_model": subspace.provenance.instruct_fingerprint == fingerprint,
+        "basis_of_layer": min(subspace.bases) if flags.layer is None else flags.layer,
+        "layers": [0, last],
+        "exactness": asdict(exactness),
+        "holdfast_version": version("holdfast"),
+    }
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
