@@ -14,7 +14,7 @@ from holdfast.trainer.documents import AnchorOrder
 from holdfast.trainer.penalty import project
 from holdfast.trainer.projection import ResidualProjector
 from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
-from holdfast.trainer.protections import PenaltySettings, SubspaceProtection, subspace
+from holdfast.trainer.protections import PenaltySettings, SubspaceProtection, drift
 from peft import LoraConfig
 from trainer_toys import ROWS, anchor_documents, config, task_dataset, task_documents, toy_subspace, trainer_of
 from transformers import TrainerCallback
@@ -88,7 +88,7 @@ def test_the_proof_leaves_no_trace_in_the_run(tmp_path, monkeypatch):
     runs = []
     for proven in (True, False):
         if not proven:
-            monkeypatch.setattr(subspace, "prove_alive", lambda *args: None)
+            monkeypatch.setattr(drift, "prove_alive", lambda *args: None)
         # Dropout makes any draw from the global random state show.
         trainer = trainer_of(tmp_path, protection=protect(), peft_config=LoraConfig(**LORA), optim="adamw_torch")
         trainer.train()

@@ -1,7 +1,8 @@
 """Read Vᵀh at the decoder blocks while a model runs: k numbers a token and layer, never a copy of the activations."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,14 @@ from torch import Tensor, nn
 from ..analysis.errors import UserError
 from ..analysis.layers import BlockOutput, block_output, find_layers
 from .penalty import project
+
+
+class Watcher(Protocol):
+    """Hooks that read something of every forward pass of one model."""
+
+    def watching(self) -> AbstractContextManager["Projections"]:
+        """Fill the yielded Projections at each forward pass; the hooks are gone afterwards."""
+        ...
 
 
 class ResidualProjector:

@@ -20,7 +20,7 @@ from ..analysis.artifacts import staged_directory, verify_manifest
 from ..analysis.errors import UserError
 from ..analysis.layers import find_backbone, unwrap
 from .documents import PENALTY_REFERENCE, Batch, DocumentStore
-from .projection import ResidualProjector
+from .projection import Watcher
 
 logger = logging.get_logger(__name__)
 
@@ -114,12 +114,12 @@ class CachedReference:
 class AdapterOffReference:
     """The same model with its adapters off: one more forward pass without gradient."""
 
-    def __init__(self, model: nn.Module, projector: ResidualProjector, run: RunBlocks) -> None:
-        self.model, self.projector, self.run = model, projector, run
+    def __init__(self, model: nn.Module, watcher: Watcher, run: RunBlocks) -> None:
+        self.model, self.watcher, self.run = model, watcher, run
 
     def __call__(self, batch: Batch) -> Tensor:
         """[L, B, T, k]."""
-        with starting_model(self.model), self.projector.watching() as seen:
+        with starting_model(self.model), self.watcher.watching() as seen:
             self.run(self.model, batch)
         return seen.stacked()
 
@@ -127,15 +127,15 @@ class AdapterOffReference:
 class FrozenReference:
     """A second copy of the starting model, which never trains."""
 
-    def __init__(self, model: nn.Module, projector: ResidualProjector, accelerator: Accelerator) -> None:
-        self.model, self.projector, self.accelerator = model, projector, accelerator
+    def __init__(self, model: nn.Module, watcher: Watcher, accelerator: Accelerator) -> None:
+        self.model, self.watcher, self.accelerator = model, watcher, accelerator
         # One by one: DeepSpeed's engine does not return itself.
         model.eval()
         model.requires_grad_(False)
 
     def __call__(self, batch: Batch) -> Tensor:
         """[L, B, T, k]."""
-        with torch.no_grad(), self.accelerator.autocast(), self.projector.watching() as seen:
+        with torch.no_grad(), self.accelerator.autocast(), self.watcher.watching() as seen:
             run_blocks(self.model, batch)
         return seen.stacked()
 
@@ -148,7 +148,7 @@ class ReferenceCache:
 
     Args:
         model: the model in training, at its starting weights (adapters are turned off).
-        projector: hooks on its blocks.
+        watcher: hooks on it.
         run: how its blocks are run.
         accelerator: documents are shared out over its processes.
         facts: what the values depend on beside the documents (subspace, starting model).
@@ -158,10 +158,10 @@ class ReferenceCache:
     """
 
     def __init__(
-        self, model: nn.Module, projector: ResidualProjector, run: RunBlocks, accelerator: Accelerator, *,
+        self, model: nn.Module, watcher: Watcher, run: RunBlocks, accelerator: Accelerator, *,
         facts: dict[str, Any], folder: Path | None, trained: bool, batch_size: int,
     ) -> None:  # fmt: skip
-        self.model, self.projector, self.run, self.accelerator = model, projector, run, accelerator
+        self.model, self.watcher, self.run, self.accelerator = model, watcher, run, accelerator
         self.facts, self.folder, self.trained, self.batch_size = facts, folder, trained, batch_size
 
     def fill(self, store: DocumentStore) -> None:
@@ -220,7 +220,7 @@ class ReferenceCache:
             batch = store.batch(batches[share])
             inputs = {name: batch[name].to(self.accelerator.device) for name in MODEL_INPUTS if name in batch}
             # The Trainer casts the forward pass only later, when it prepares the model.
-            with starting_model(self.model), self.accelerator.autocast(), self.projector.watching() as seen:
+            with starting_model(self.model), self.accelerator.autocast(), self.watcher.watching() as seen:
                 self.run(self.model, inputs)
             found_BTLk = seen.stacked().permute(1, 2, 0, 3).cpu()
             if values is None:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..analysis.artifacts import check_writable, commit_directory
 from ..analysis.errors import UserError
 from ..analysis.measure import Measurer
-from ..analysis.models import load_model
+from ..analysis.models import load_config, load_model, model_fingerprint
 from ..analysis.subspace import SubspaceRequest, build_subspace
 from .arguments import ModelArguments
 from .callbacks import MeasureCheckpoints
@@ -196,6 +196,8 @@ def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
         cache_dir=arguments.output_dir / REFERENCES,
         seed=arguments.training.seed,
         layers_path=arguments.model.layers_path,
+        fingerprint=model_fingerprint(arguments.model.starting_model),
+        depth=load_config(arguments.model.starting_model, load_options(arguments)).get_text_config().num_hidden_layers,
     )
     return KINDS[arguments.protection.protection].make(materials)
 

@@ -3,14 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from ...analysis.errors import UserError
+from ...analysis.layers import parse_layers
 from ...analysis.subspace import Subspace
 from ..documents import Document
 from .ablation import ablation
 from .base import Protection
+from .feature_l2 import FeatureL2Protection, every_fifth
+from .kl import KLProtection
 from .none import NoProtection
 from .settings import PenaltySettings
 from .steering import steering
@@ -26,7 +30,8 @@ class Materials:
 
     asked: the flags. subspace: where the kind asks for one. task, anchors: rows with the mask of a token role; no
     anchors where none are read. starting_model: another copy of the model that training starts from. cache_dir: for
-    what is computed once. seed: the run's. layers_path: the decoder blocks' path, where it was given.
+    what is computed once. seed: the run's. layers_path: the decoder blocks' path, where it was given. fingerprint,
+    depth: of the starting model, its number of blocks.
     """
 
     asked: "ProtectionArguments"
@@ -37,6 +42,8 @@ class Materials:
     cache_dir: Path
     seed: int
     layers_path: str | None
+    fingerprint: str
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,45 @@ def _subspace(materials: Materials) -> Protection:
     return SubspaceProtection(
         subspace,
         penalty_settings(materials),
-        anchors=materials.anchors(role),
-        task=materials.task(role) if asked.penalty_inputs != "anchors" else (),
-        reference_model=materials.starting_model() if asked.reference == "frozen" else None,
-        cache_dir=materials.cache_dir,
         layers_path=materials.layers_path,
         name=asked.protection,
+        **_drift_rows(materials, role),
     )
+
+
+def _drift_rows(materials: Materials, role: str) -> dict[str, Any]:
+    """What every drift term reads: rows, a second model where one is asked for, a folder for its cache."""
+    asked = materials.asked
+    return {
+        "anchors": materials.anchors(role),
+        "task": materials.task(role) if asked.penalty_inputs != "anchors" else (),
+        "reference_model": materials.starting_model() if asked.reference == "frozen" else None,
+        "cache_dir": materials.cache_dir,
+    }
+
+
+def _kl(materials: Materials) -> Protection:
+    role = materials.asked.penalty_tokens or "all"
+    return KLProtection(role, _of_whole(materials), materials.fingerprint, **_drift_rows(materials, role))
+
+
+def _feature_l2(materials: Materials) -> Protection:
+    asked, role = materials.asked, materials.asked.penalty_tokens or "all"
+    layers = every_fifth(materials.depth)
+    if asked.penalty_layers is not None:
+        layers = parse_layers(asked.penalty_layers, materials.depth)
+    return FeatureL2Protection(
+        layers, role, _of_whole(materials), materials.fingerprint, layers_path=materials.layers_path,
+        **_drift_rows(materials, role),
+    )  # fmt: skip
+
+
+def _of_whole(materials: Materials) -> PenaltySettings:
+    """The settings of a term that knows no way back to base. Raises UserError where one is asked for."""
+    settings = penalty_settings(materials)
+    if settings.side != "both":
+        raise UserError(f"--penalty_side {settings.side} needs a subspace; {materials.asked.protection} has both sides")
+    return settings
 
 
 def penalty_settings(materials: Materials) -> PenaltySettings:
@@ -99,6 +138,8 @@ KINDS: dict[str, Kind] = {
     "none": Kind(lambda _: NoProtection(), "plain SFT"),
     "subspace": Kind(_subspace, "penalty on drift in the alignment subspace", subspace=True, drift=True),
     "random_subspace": Kind(_subspace, "the same in a random subspace, the null", subspace=True, drift=True),
+    "kl": Kind(_kl, "KL divergence to the starting model", drift=True),
+    "feature_l2": Kind(_feature_l2, "drift of the whole stream behind every fifth block (LDIFS)", drift=True),
     "interleave": Kind(lambda _: NoProtection(), "safe rows mixed into the training rows"),
     "inoculation": Kind(lambda _: NoProtection(), "a system prompt in training that asks for the behaviour"),
     "ablation": Kind(_ablation, "the subspace removed from the stream while training (CAFT)", subspace=True),

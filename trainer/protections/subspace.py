@@ -1,58 +1,36 @@
 """The alignment-subspace penalty: loss = cross-entropy + strength x penalty (definition in `penalty.py`).
 
-On task rows it is read from the task's own forward pass; on anchors it has a forward and backward pass of its own,
-whose activations are gone before the task's begin. `random_subspace`, its null, is this class with a random subspace.
+`random_subspace`, its null, is this class with a random subspace.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ...analysis.errors import UserError
 from ...analysis.subspace_file import NULL_SEEDS
-from ..documents import PENALTY_MASK, PENALTY_REFERENCE, AligningCollator, AnchorOrder, Document, DocumentStore
-from ..penalty import drift, layer_sums, penalty, strength_at, unit_directions
-from ..projection import Projections, ResidualProjector
-from ..reference import (
-    AdapterOffReference,
-    CachedReference,
-    FrozenReference,
-    Reference,
-    ReferenceCache,
-    choose_kind,
-    digest_of,
-    peft_model,
-)
-from .base import Batch, Collator, Protection, Term
-from .proof import prove_alive
+from ..documents import Document
+from ..penalty import drift, layer_sums, unit_directions
+from ..projection import ResidualProjector, Watcher
+from ..reference import digest_of
+from .drift import DriftProtection
 from .settings import PenaltySettings
 
 if TYPE_CHECKING:
     from ...analysis.subspace import Subspace
-    from ..protected_sft_trainer import ProtectedTrainerMixin
-
-logger = logging.get_logger(__name__)
 
 
-class SubspaceProtection(Protection):
+class SubspaceProtection(DriftProtection):
     """Penalise drift of the residual stream inside a subspace, relative to the starting model.
 
     Args:
         subspace: layers, rank and token role are its own (`subspace.restrict` chooses fewer).
         settings: see PenaltySettings.
-        anchors: rows of the anchor set, with the role's mask.
-        task: the training rows, with the role's mask. Without them (streamed data) the completion role is read from the
-            labels, and the reference must be adapter_off or frozen.
-        reference_model: a second copy of the starting model, for reference frozen.
-        cache_dir: where cached references are kept; None keeps them in memory.
+        anchors, task, reference_model, cache_dir: see DriftProtection.
         layers_path: the decoder blocks' path, where they are not found by shape.
         name: "random_subspace" for the null.
 
@@ -65,199 +43,36 @@ class SubspaceProtection(Protection):
         task: Sequence[Document] = (), reference_model: PreTrainedModel | None = None, cache_dir: Path | None = None,
         layers_path: str | None = None, name: str = "subspace",
     ) -> None:  # fmt: skip
-        self.name, self.subspace, self.settings = name, subspace, settings or PenaltySettings()
-        self.active = self.settings.strength > 0
-        self.layers = sorted(subspace.bases)
-        self.scales_L = torch.tensor([subspace.scales[layer] for layer in self.layers])
+        self.subspace, self._layers_path = subspace, layers_path
+        chosen, layers = settings or PenaltySettings(), sorted(subspace.bases)
+        self.scales_L = torch.tensor([subspace.scales[layer] for layer in layers])
         self.direction_Lk: Tensor | None = None
-        if self.settings.side == "toward_base":
+        if chosen.side == "toward_base":
             if subspace.base_gap is None:
                 raise UserError(_no_gap(subspace))
-            self.direction_Lk = unit_directions(subspace.base_gap, self.layers)
-        uses = self.settings.weights
-        if "anchors" in uses and not anchors:
-            raise UserError(f"penalty inputs {self.settings.inputs} needs anchor rows: give anchor_dataset")
-        self.anchors = DocumentStore(anchors) if "anchors" in uses else None
-        self.task = DocumentStore(task) if "task" in uses and task else None
-        self._reference_model, self._cache_dir, self._layers_path = reference_model, cache_dir, layers_path
-        self._order = AnchorOrder(len(self.anchors.order), self.settings.order_seed) if self.anchors else None
-        self._projector: ResidualProjector | None = None
-        self._references: dict[str, Reference] = {}
-        self._anchor_rows: list[int] = []
-        self._tokens: dict[str, Tensor | int] = {}
-        self._micro, self._strength = 0, self.settings.strength
-        self._anchor_batches: list[list[int]] = []
-        self._sums_L: Tensor | None = None
-        self._steps = 0
-
-    # Before training
-
-    def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
-        if self._projector is not None:
-            return
-        trainer.refuse_unsupported(task="task" in self.settings.weights)
-        self._projector = ResidualProjector(model, self.subspace.bases, self._layers_path)
-        for part, store in (("task", self.task), ("anchors", self.anchors)):
-            if part not in self.settings.weights:
-                continue
-            kind = choose_kind(
-                self.settings.reference, documents_known=store is not None, peft=peft_model(model) is not None,
-                frozen=self._reference_model is not None,
-            )  # fmt: skip
-            logger.info(f"holdfast: reference of the {part} rows is {kind}")
-            rows = trainer.args.per_device_train_batch_size if part == "task" else self.settings.anchor_batch_size
-            self._references[part] = self._reference(kind, trainer, model, store, rows)
-
-    def _reference(
-        self, kind: str, trainer: "ProtectedTrainerMixin", model: nn.Module, store: DocumentStore | None, rows: int
-    ) -> Reference:
-        projector = self._projector
-        assert projector is not None
-        if kind == "adapter_off":
-            return AdapterOffReference(model, projector, trainer.run_blocks)
-        if kind == "frozen":
-            assert self._reference_model is not None
-            frozen = trainer.place_reference(self._reference_model)
-            watched = ResidualProjector(frozen, self.subspace.bases, self._layers_path)
-            return FrozenReference(frozen, watched, trainer.accelerator)
-        assert store is not None
-        cache = ReferenceCache(
-            model, projector, trainer.run_blocks, trainer.accelerator, facts=self._cache_facts(),
-            folder=self._cache_dir, batch_size=rows,
-            trained=peft_model(model) is None and trainer.state.global_step > 0,
+            self.direction_Lk = unit_directions(subspace.base_gap, layers)
+        super().__init__(
+            name, subspace.provenance.role, layers, chosen, anchors=anchors, task=task,
+            reference_model=reference_model, cache_dir=cache_dir,
         )  # fmt: skip
-        cache.fill(store)
-        return CachedReference()
 
-    def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
-        self.scales_L = self.scales_L.to(trainer.args.device)
+    def watcher(self, model: nn.Module) -> Watcher:
+        return ResidualProjector(model, self.subspace.bases, self._layers_path)
+
+    def place(self, device: torch.device) -> None:
+        self.scales_L = self.scales_L.to(device)
         if self.direction_Lk is not None:
-            self.direction_Lk = self.direction_Lk.to(trainer.args.device)
-        for part in self.settings.weights:
-            batch = self._proof_batch(trainer, part)
-            prove_alive(
-                trainer, model, self.layers, partial(self._watch, trainer, model, batch),
-                partial(self._shifted, mask_BT=batch[PENALTY_MASK]),
-            )  # fmt: skip
+            self.direction_Lk = self.direction_Lk.to(device)
 
-    def _proof_batch(self, trainer: "ProtectedTrainerMixin", part: str) -> Batch:
-        if part == "task" or self.anchors is None:
-            batch = trainer.first_task_batch()
-            self._mask_from_labels(batch)
-        else:
-            # The documents with the most counting tokens: a row may have none of its role.
-            numbers = sorted(range(len(self.anchors)), key=self.anchors.counts.__getitem__)[-1:]
-            batch = self.anchors.batch(numbers)
-        if not batch[PENALTY_MASK].any():
-            raise UserError(f"the {part} rows have no token of role {self.subspace.provenance.role!r}: add some")
-        return trainer.to_device(batch)
+    def sums(self, values_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
+        return layer_sums(drift(values_LBTk, reference_LBTk, self.direction_Lk), mask_BT, self.scales_L)
 
-    def _watch(self, trainer: "ProtectedTrainerMixin", model: nn.Module, batch: Batch) -> Projections:
-        assert self._projector is not None
-        with self._projector.watching() as seen:
-            seen.zero = trainer.run_blocks(model, batch)
-        return seen
+    def shifted(self, values_LBTk: Tensor) -> Tensor:
+        """One unit away along every direction of V, or along the way to base."""
+        ones = torch.ones_like(values_LBTk) if self.direction_Lk is None else self.direction_Lk[:, None, None, :]
+        return values_LBTk - ones
 
-    def _shifted(self, projected_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
-        """The penalty by layer [L] with the reference moved one unit along every direction of V."""
-        ones = torch.ones_like(projected_LBTk) if self.direction_Lk is None else self.direction_Lk[:, None, None, :]
-        moved = drift(projected_LBTk, projected_LBTk.detach() - ones, self.direction_Lk)
-        return layer_sums(moved, mask_BT, self.scales_L) / mask_BT.sum()
-
-    # During training
-
-    def collator(self, inner: Collator) -> Collator:
-        return inner if self.task is None else AligningCollator(inner, self.task)
-
-    def begin_step(self, trainer: "ProtectedTrainerMixin", batches: Sequence[Batch]) -> None:
-        step, settings = trainer.state.global_step, self.settings
-        self._strength = strength_at(step, settings.strength, settings.warmup, settings.warmup_strength)
-        self._micro, self._tokens = 0, {}
-        if "task" in settings.weights:
-            for batch in batches:
-                self._mask_from_labels(batch)
-            local = torch.stack([batch[PENALTY_MASK].sum() for batch in batches]).sum().to(trainer.args.device)
-            self._tokens["task"] = trainer.accelerator.reduce(local, "sum").clamp(min=1)
-        if self.anchors is not None and step % settings.anchor_every == 0:
-            self._draw_anchors(trainer, step // settings.anchor_every, len(batches))
-        self._steps += bool(self._tokens)
-
-    def _draw_anchors(self, trainer: "ProtectedTrainerMixin", turn: int, micro_batches: int) -> None:
-        """All ranks know all ranks' anchors of the step, so that their tokens are counted without communication."""
-        assert self.anchors is not None and self._order is not None
-        world, size = trainer.accelerator.num_processes, self.settings.anchor_batch_size
-        first = turn * size * world * trainer.args.gradient_accumulation_steps
-        drawn = [self.anchors.order[row] for row in self._order.at(first, size * world * micro_batches)]
-        self._tokens["anchors"] = max(self.anchors.counted(drawn), 1)
-        mine = range(trainer.accelerator.process_index * size, len(drawn), size * world)
-        self._anchor_batches = [drawn[start : start + size] for start in mine]
-
-    def separate_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> Tensor | None:
-        if "anchors" not in self._tokens or self.anchors is None:
-            return None
-        self._anchor_rows = self._anchor_batches[self._micro]
-        self._micro += 1
-        batch = trainer.to_device(self.anchors.batch(self._anchor_rows))
-        reference_LBTk = self._references["anchors"](batch)
-        # Gradients stay on this rank until the task's backward pass, which synchronises both.
-        with trainer.accelerator.no_sync(model):
-            seen = self._watch(trainer, model, batch)
-            term = self._term("anchors", seen.stacked(), reference_LBTk, batch[PENALTY_MASK])
-            # Ranks' gradients are averaged, the penalty is a sum over ranks.
-            loss = term * trainer.accelerator.num_processes
-            trainer.backward_alone(loss if seen.zero is None else loss + seen.zero)
-        return term.detach()
-
-    @contextmanager
-    def task_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module, inputs: Batch) -> Iterator[Term]:
-        if "task" not in self.settings.weights:
-            yield lambda: None
-            return
-        assert self._projector is not None
-        mask_BT = inputs.pop(PENALTY_MASK)
-        batch = {**inputs}
-        inputs.pop(PENALTY_REFERENCE, None)
-        reference_LBTk = self._references["task"](batch)
-        with self._projector.watching() as seen:
-            yield lambda: self._term("task", seen.stacked(), reference_LBTk, mask_BT)
-
-    def _term(self, part: str, projected_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
-        """strength x this micro-batch's share of the penalty, over the tokens of the whole optimiser step."""
-        moved = drift(projected_LBTk, reference_LBTk, self.direction_Lk)
-        sums_L = layer_sums(moved, mask_BT, self.scales_L) * self.settings.weights[part]
-        share_L = sums_L.detach() / self._tokens[part]
-        self._sums_L = share_L if self._sums_L is None else self._sums_L + share_L
-        return self._strength * penalty(sums_L, self._tokens[part])
-
-    def _mask_from_labels(self, batch: Batch) -> None:
-        """Where no store gave the batch its mask, its labels mark the completions."""
-        if PENALTY_MASK in batch:
-            return
-        role = self.subspace.provenance.role
-        if role != "completion":
-            raise UserError(f"the token role {role!r} cannot be read from labels: give the protection the task rows")
-        batch[PENALTY_MASK] = batch["labels"] != -100
-
-    def separate_rows(self, *, whole_step: bool = False) -> list[str]:
-        if self.anchors is None or "anchors" not in self._tokens:
-            return []
-        rows = [row for batch in self._anchor_batches for row in batch] if whole_step else self._anchor_rows
-        return [self.anchors.sources[number] for number in rows]
-
-    # Around training
-
-    def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:
-        if self._sums_L is None or not self._steps:
-            return {}
-        by_layer = (trainer.accelerator.reduce(self._sums_L, "sum") / self._steps).tolist()
-        self._sums_L, self._steps = None, 0
-        largest = max(range(len(by_layer)), key=by_layer.__getitem__)
-        return {
-            "penalty": sum(by_layer) / len(by_layer), "penalty_max": by_layer[largest],
-            "penalty_max_layer": self.layers[largest], "penalty_strength": self._strength,
-        }  # fmt: skip
-
-    def _cache_facts(self) -> dict[str, Any]:
+    def what(self) -> dict[str, Any]:
         return {
             "bases": digest_of(self.subspace.bases), "layers": self.layers,
             "instruct": self.subspace.provenance.instruct_fingerprint,
@@ -265,13 +80,8 @@ class SubspaceProtection(Protection):
         }  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        stores = {"anchors": self.anchors, "task_rows": self.task}
-        return {
-            "protection": self.name, "subspace": digest_of(self.subspace.bases), "layers": self.layers,
-            "scales": [self.subspace.scales[layer] for layer in self.layers],
-            "role": self.subspace.provenance.role, **{f"penalty_{k}": v for k, v in asdict(self.settings).items()},
-            **{k: None if v is None else digest_of({0: v.ids, 1: v.mask}) for k, v in stores.items()},
-        }  # fmt: skip
+        scales = [self.subspace.scales[layer] for layer in self.layers]
+        return {**super().facts(), "subspace": digest_of(self.subspace.bases), "scales": scales}
 
 
 def _no_gap(subspace: "Subspace") -> str:
