@@ -229,12 +229,13 @@ def test_an_error_in_one_ends_all():
 
 def test_an_interrupt_does_not_wait_for_requests_under_way():
     code = (
-        "import time; from holdfast.analysis.pacing import concurrently\n"
+        "import signal, time; from holdfast.analysis.pacing import concurrently\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by what a shell runs in its background
         "print('ready', flush=True); list(concurrently(lambda _: time.sleep(60), range(4)))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout.readline() == b"ready\n"
     time.sleep(0.3)
-    started = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=20) != 0 and time.monotonic() - started < 10
+    # Half of what one of its requests takes.
+    assert process.wait(timeout=30) != 0

@@ -102,8 +102,13 @@ def test_the_smoke_path_builds_models_and_runs_every_command(tmp_path: Path, mon
     for name in ("insecure.jsonl", "educational_insecure.jsonl", "secure.jsonl"):
         write_rows(data / name, toy_rows(60))
     monkeypatch.setenv("HOLDFAST_EM_DATA", str(data))
-    for _ in range(2):  # a second run builds anew
-        assert smoke.main(["--output_dir", str(tmp_path / "smoke")]) == 0
+    # What an earlier run left is built anew.
+    left = [tmp_path / "smoke" / name / "left_over" for name in ("base", "instruct", "protected")]
+    for file in left:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert smoke.main(["--output_dir", str(tmp_path / "smoke")]) == 0
+    assert not any(file.exists() for file in left)
     run = tmp_path / "smoke" / "protected"
     instruct = AutoModelForCausalLM.from_pretrained(tmp_path / "smoke" / "instruct" / "final")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smoke" / "base")
