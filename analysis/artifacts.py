@@ -89,6 +89,8 @@ def staged_file(path: Path) -> Iterator[Path]:
         try:
             yield staging
             _fsync(staging)
+            # Some writers make private files whatever the user's mask says.
+            staging.chmod(_readable())
             staging.replace(path)
         finally:
             staging.unlink(missing_ok=True)
@@ -100,6 +102,13 @@ def load_aligned(path: Path) -> dict[str, Tensor]:
     another order, and what was read back would differ in the last digit from what was written.
     """
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
+def _readable() -> int:
+    """The mode of a new file under the user's mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def _key(variable: str, url: str) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            f"no key for {url}: set the environment variable {variable}, or name no variable if the server wants no key"
+            f'no key for {url}: set the environment variable {variable}, or name none, "", if the server wants no key'
         )
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"the key in ${variable} holds characters that no key has; set it again")

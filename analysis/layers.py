@@ -111,8 +111,12 @@ def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
     return layers
 
 
-def parse_layers(spec: str | None, n_layers: int) -> list[int]:
-    """Sorted layer numbers of `"all"` (or None), `"3"`, `"0,2,5"`, `"4-10"` (both ends included) or a mix of them."""
+def parse_layers(spec: str | None, n_layers: int, name: str = "layers") -> list[int]:
+    """Sorted layer numbers of `"all"` (or None), `"3"`, `"0,2,5"`, `"4-10"` (both ends included) or a mix of them.
+
+    Args:
+        name: of what was written, for the message.
+    """
     if spec is None or spec.strip().lower() == "all":
         return list(range(n_layers))
     chosen: set[int] = set()
@@ -121,9 +125,9 @@ def parse_layers(spec: str | None, n_layers: int) -> list[int]:
         try:
             low, high = int(first), int(last) if dash else int(first)
         except ValueError as error:
-            raise UserError(f"layers {spec!r}: {part!r} is not a layer: write all, 3, 0,2,5 or 4-10") from error
+            raise UserError(f"{name} {spec!r}: {part!r} is not a layer: write all, 3, 0,2,5 or 4-10") from error
         if low > high or high >= n_layers:
-            raise UserError(f"layers {spec!r}: {part.strip()} is out of range: the model has layers 0-{n_layers - 1}")
+            raise UserError(f"{name} {spec!r}: {part.strip()} is out of range: the model has layers 0-{n_layers - 1}")
         chosen.update(range(low, high + 1))
     return sorted(chosen)
 

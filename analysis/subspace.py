@@ -49,7 +49,7 @@ def build_subspace(request: SubspaceRequest) -> Subspace:
     config = load_config(request.instruct_path, request.load)
     if request.base_path is not None:
         check_compatible(load_config(request.base_path, request.load), config)
-    layers = parse_layers(request.layers, config.get_text_config().num_hidden_layers)
+    layers = parse_layers(request.layers, config.get_text_config().num_hidden_layers, "--subspace_layers")
     if not 1 <= request.rank <= config.get_text_config().hidden_size:
         raise UserError(
             f"rank {request.rank} is impossible: write 1-{config.get_text_config().hidden_size} (the width)"

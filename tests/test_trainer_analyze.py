@@ -214,6 +214,7 @@ def test_one_recipe_on_two_model_families_gives_one_table(folder: Path, capsys: 
     assert main(["compare", *(str(folder / name) for name in runs)]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head == "| measure | qwen2 | llama_run | qwen2 - llama_run |"
+    assert any("qwen2 at one, llama_run at llama_tuned" in row for row in rows)
     (row,) = [row for row in rows if row.startswith("| behavior/probes/entropy/checkpoint |")]
     shown = [cell.split()[0] for cell in row.split(" | ")[1:]]
     assert [float(value) for value in shown] == pytest.approx([*values, values[0] - values[1]], abs=5e-3)

@@ -23,7 +23,8 @@ def runs(tmp_path):
 def test_the_difference_from_the_control_is_shown_and_written_with_its_interval(runs, capsys):
     out = runs / "comparison.json"
     assert main(["compare", str(runs / "insecure"), str(runs / "secure"), "--output_file", str(out)]) == 0
-    head, _, line = capsys.readouterr().out.splitlines()
+    head, _, line, _, note = capsys.readouterr().out.splitlines()
+    assert note.startswith("insecure at final, secure at final.") and "independent" in note
     assert head == "| measure | insecure | secure | insecure - secure |"
     assert line == "| choices/split/test/misaligned | 0.5 [0.47, 0.53] | 0.2 [0.16, 0.24] | +0.3 [0.25, 0.35] |"
     (measure,) = json.loads(out.read_text())["measures"]

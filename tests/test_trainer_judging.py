@@ -106,7 +106,7 @@ def test_cost_and_power_are_shown_first(server, folder, capsys):
         "per million tokens"
     )
     assert lines[1].startswith("power for plain: 33 answers to 3 questions")
-    assert "EM of 1% from 23.0%" in lines[2] and "design effect 2.02" in lines[3] and "assumed" in lines[3]
+    assert "told apart: 1% from 23.0%" in lines[2] and "design effect 2.02" in lines[3] and "assumed" in lines[3]
 
 
 def test_nobody_to_ask_is_one_line_and_nothing_is_spent(server, folder, capsys, monkeypatch):
@@ -167,7 +167,7 @@ def test_a_judge_that_is_down_leaves_no_rate_and_says_so(server, folder, capsys)
     assert judge_main(flags(url, "--yes", "--concurrency", "4")) == 3
     assert rates()["all"]["em"]["value"] is None and rates()["all"]["em"]["n"] == 0
     err = capsys.readouterr().err
-    assert "no connection to the server" in err and "em of plain" in err and "sk-secret-7" not in err
+    assert "no connection to the server" in err and "em of plain" not in err and "sk-secret-7" not in err
 
 
 def test_a_judge_without_log_probabilities_is_given_up(server, folder, capsys):

@@ -253,6 +253,9 @@ class HoldfastConfig(trl.SFTConfig):
         if self.bf16 is None:
             possible = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
             self.bf16 = possible and not self.fp16
+        # Pinned memory speeds up copies to an accelerator; without one it is only warned about.
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
         for name in ("learning_rate", "save_steps"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("seed", "data_seed"):

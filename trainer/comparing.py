@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..analysis.artifacts import check_writable, write_json_atomic
 from ..analysis.comparison import compare, read_line, table
@@ -34,7 +35,8 @@ def compare_main(argv: Sequence[str]) -> str:
         raise UserError("compare needs two runs or more; write holdfast compare <run> <other run> …")
     if arguments.output_file is not None:
         check_writable(arguments.output_file.parent, "--output_file")
-    found = compare([read_line(run, arguments.checkpoint) for run in runs], arguments.measures)
+    lines = [read_line(run, arguments.checkpoint) for run in runs]
+    found = compare(lines, arguments.measures)
     if not found:
         raise UserError("the runs share no measure; measure them with the same --probe_sets and --families")
     names = _names(runs)
@@ -42,7 +44,18 @@ def compare_main(argv: Sequence[str]) -> str:
         write_json_atomic(
             arguments.output_file, {"runs": [str(run) for run in runs], "measures": list(map(asdict, found))}
         )
-    return table(names, found)
+    return table(names, found) + _notes(names, lines)
+
+
+def _notes(names: Sequence[str], lines: Sequence[dict[str, Any]]) -> str:
+    """What the table does not say: which checkpoints, what is in some runs alone, and how the intervals were made."""
+    shown = ", ".join(f"{name} at {line['checkpoint']}" for name, line in zip(names, lines, strict=True))
+    notes = [f"{shown}. Differences are first - other; their intervals take the runs as independent."]
+    families = [{key for key, value in line.items() if isinstance(value, dict)} - {"cost"} for line in lines]
+    for name, own in zip(names, families, strict=True):
+        alone = sorted(own - set.union(*(other for other in families if other is not own), set()))
+        notes += [f"Only in {name}: {', '.join(alone)}."] if alone else []
+    return "\n" + "\n".join(notes) + "\n"
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

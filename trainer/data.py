@@ -190,7 +190,8 @@ def split_held_out(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row
     if count > len(alone) or count >= len(unique):
         raise UserError(
             f"--held_out_rows {count} is more than the {min(len(alone), len(unique) - 1)} rows that can be set aside "
-            "(prompt and completion unlike every other row's, and one row left to train on); ask for fewer"
+            "(prompt and completion unlike every other row's, and one row left to train on); ask for fewer, "
+            "or name others with --held_out_dataset"
         )
     chosen = set(np.random.default_rng(seed).permutation(alone)[:count].tolist())
     return [row for i, row in enumerate(unique) if i not in chosen], [unique[i] for i in sorted(chosen)]

@@ -108,7 +108,8 @@ def read_starting_model(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, 
         )
     if adapter_base(name):
         raise UserError(
-            f"--model_name_or_path {name} is an adapter; merge it into its model first, and start from that"
+            f"--model_name_or_path {name} is an adapter; start from its model merged with it (peft: "
+            "merge_and_unload().save_pretrained(folder))"
         )
     if arguments.model.model_revision != "main" and Path(name).exists():
         raise UserError(
@@ -153,7 +154,10 @@ def load_subspace(
         return None
     path = subspace_path(arguments)
     if not path.is_file():
-        raise UserError(f"subspace {path} does not exist; build it with `holdfast subspace` and the same recipe")
+        raise UserError(
+            f"subspace {path} does not exist; name the one you have with --subspace_path, or build one: `holdfast "
+            "subspace` with the same recipe"
+        )
     subspace = Subspace.load(path)
     built, given = subspace.provenance.layers_path, arguments.model.layers_path
     if built != given:
@@ -162,7 +166,11 @@ def load_subspace(
             f"{given or 'none given'}: write the same, or build the subspace again"
         )
     depth = config.get_text_config().num_hidden_layers
-    layers = parse_layers(asked.penalty_layers, depth) if asked.penalty_layers is not None else sorted(subspace.bases)
+    layers = (
+        parse_layers(asked.penalty_layers, depth, "--penalty_layers")
+        if asked.penalty_layers is not None
+        else sorted(subspace.bases)
+    )
     subspace.check(
         instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

@@ -87,7 +87,10 @@ def _checked(arguments: Arguments) -> _Inputs:
     tokenizer, config = read_starting_model(arguments)
     path = subspace_path(arguments)
     if not path.is_file():
-        raise UserError(f"subspace {path} does not exist; build it with `holdfast subspace` and the same recipe")
+        raise UserError(
+            f"subspace {path} does not exist; name the one you have with --subspace_path, or build one: `holdfast "
+            "subspace` with the same recipe"
+        )
     subspace = Subspace.load(path)
     subspace.check(
         instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
@@ -98,7 +101,7 @@ def _checked(arguments: Arguments) -> _Inputs:
     chosen = arguments.protection
     layers = sorted(subspace.bases)
     if chosen.penalty_layers is not None:
-        layers = parse_layers(chosen.penalty_layers, config.get_text_config().num_hidden_layers)
+        layers = parse_layers(chosen.penalty_layers, config.get_text_config().num_hidden_layers, "--penalty_layers")
     subspace = subspace.restrict(layers, chosen.penalty_rank or subspace.provenance.rank)
     rank = subspace.provenance.rank
     if asked.intervention_directions > rank:

@@ -39,6 +39,8 @@ def judge_main(argv: Sequence[str]) -> int:
     known = {each.key: each for each in before if each.final}
     open_requests = [request for request in requests if request.key not in known]
     if open_requests:
+        if not (arguments.yes or sys.stdin.isatty()):
+            raise UserError("nobody is there to agree to the cost of the judge; add --yes")
         server = _server(arguments, model)
         print(cost_line(requests, known, model, arguments))
         for line in power_lines(requests, known, arguments.intraclass_correlation):
@@ -55,9 +57,10 @@ def judge_main(argv: Sequence[str]) -> int:
     results = generation(judged_answers(requests, known))
     source = {str(arguments.answers): sha256_file(arguments.answers)}
     write_json_atomic(summary_path(output), {"judge": model, "answers": source, "variants": results})
-    print(table(results), end="")
-    for line in power_lines(requests, known, arguments.intraclass_correlation):
-        print(line)
+    if any(each.final for each in judgements):
+        print(table(results), end="")
+        for line in power_lines(requests, known, arguments.intraclass_correlation):
+            print(line)
     print(f"judgements written to {output}, rates to {summary_path(output)}")
     problems = _problems(judgements, results)
     for problem in problems:
@@ -155,9 +158,7 @@ def _server(arguments: argparse.Namespace, model: str) -> ChatServer:
 
 
 def _confirmed() -> bool:
-    """Whether the user says yes. Raises UserError where nobody can be asked."""
-    if not sys.stdin.isatty():
-        raise UserError("the judge was not asked, since nobody is there to agree to the cost; add --yes")
+    """Whether the user says yes."""
     return input("ask the judge? [y/N] ").strip().lower() in ("y", "yes")
 
 
@@ -203,6 +204,8 @@ def _problems(judgements: Sequence[Judgement], results: Mapping[str, Any]) -> li
     lines = [f"{n} of {len(judgements)} requests: {reason}" for reason, n in sorted(failed.items(), key=str)]
     if failed:
         lines.append("the same command asks for these again")
+    if failed and not any(each.final for each in judgements):
+        return lines
     for variant, found in results.items():
         for name, value in flat(found["all"]).items():
             if value["value"] is None:

@@ -70,7 +70,8 @@ def _sizes(requests: Sequence[Request]) -> dict[str, Counter[str]]:
 def _power(variant: str, sizes: Counter[str], alike: float, seen: bool) -> Iterator[str]:
     n = sizes.total()
     effect = expected_design_effect(list(sizes.values()), alike)
-    yield f"power for {variant}: {n:,} answers to {len(sizes)} questions; 4 of 5 tests against as many others tell"
+    plural = "question" if len(sizes) == 1 else "questions"
+    yield f"power for {variant}: {n:,} answers to {len(sizes)} {plural}, as many of another model, in 4 of 5 tests"
     whence = "as judged so far" if seen else "assumed"
     yield f"  {_detectable(n, 1.0)} if answers to one question are no more alike than others"
     yield f"  {_detectable(n, effect)} at design effect {effect:.3g} (intraclass correlation {alike:.2g}, {whence})"
@@ -78,6 +79,5 @@ def _power(variant: str, sizes: Counter[str], alike: float, seen: bool) -> Itera
 
 def _detectable(n: int, effect: float) -> str:
     found = [(rate, detectable_rate(rate, n, effect)) for rate in _RATES]
-    return ", ".join(
-        f"EM of {rate:.0%} from " + ("no rate" if other is None else f"{other:.1%}") for rate, other in found
-    )
+    told = "; ".join(f"{rate:.0%} from " + ("no rate" if other is None else f"{other:.1%}") for rate, other in found)
+    return f"EM can be told apart: {told}"

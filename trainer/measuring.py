@@ -44,7 +44,7 @@ def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Mea
     asked = arguments.analysis
     store = Path(asked.store_dir).expanduser() if asked.store_dir else default_folder()
     check_writable(store, "--store_dir")
-    budget = asked.analysis_families or DEFAULT_FAMILIES
+    budget = asked.analysis_families or [name for name in DEFAULT_FAMILIES if name != "choices" or choices]
     spread = families is not None and asked.device_map is not None
     plan = MeasurePlan(
         instruct_path=arguments.model.starting_model,

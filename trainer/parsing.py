@@ -135,7 +135,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read ({error}); pass the path of a recipe") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--config {path} cannot be read ({reason}); pass the path of a recipe") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     except UserError as error:

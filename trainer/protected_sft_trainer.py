@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import get_config_model_id
 
 from ..analysis.errors import UserError
 from .checkpoints import CheckpointMixin
@@ -252,6 +254,12 @@ class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
                 f"packing_strategy {self.args.packing_strategy} cuts documents in two, so their references cannot be "
                 "found: write packing_strategy bfd, or penalise anchors only"
             )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's, where the starting model is on the Hub: of a local one its card says "None" in every sentence."""
+        name = get_config_model_id(self.model.config) if self.model is not None else None
+        if name and not Path(name).exists():
+            super().create_model_card(*args, **kwargs)
 
     def checkpoint_state(self) -> dict[str, Any]:
         return {**super().checkpoint_state(), "num_tokens": self._total_train_tokens}

@@ -16,7 +16,7 @@ import torch
 from ...analysis.artifacts import write_json_atomic
 from ...analysis.errors import UserError
 from ...analysis.measure import peak_memory_mb
-from .cache import cached_lab
+from .cache import cache_folder, cached_lab
 from .experiment import Experiment
 
 SUMMARY = "summary.json"
@@ -84,6 +84,7 @@ def quickstart(output_dir: Path, seed: int = 0, full: bool = False, protections:
     _claim(output_dir)
     # A model this small gains nothing from a second thread, and loses much where another process wants the core.
     torch.set_num_threads(1)
+    print(f"[0] the lab, kept in {cache_folder() / 'labs'}, and its subspace", flush=True)
     experiment = Experiment(cached_lab(seed=seed), output_dir, {"seed": seed, "logging_steps": LOGGING_STEPS})
     experiment.build_subspace()
     rows = [

@@ -22,7 +22,7 @@ from ...analysis.answers import Answer, read_answers
 from ...analysis.artifacts import check_writable, staged_file
 from ...analysis.errors import UserError
 from ...analysis.metrics.choices import INCOHERENT, score_choices
-from ...analysis.models import load_model, load_tokenizer
+from ...analysis.models import load_model, load_tokenizer, model_fingerprint
 from ...analysis.stats import Measurement, measurement
 from ...trainer.flags import FlagParser
 from ...trainer.options import require
@@ -132,8 +132,14 @@ def sampling_main(argv: Sequence[str]) -> str:
         return f"questions written to {flags.output_file}\n"
     if flags.answers is None or flags.model is None:
         raise UserError("write --output_file for a question file, or --answers with --model to compare")
+    answers = read_answers(flags.answers)
+    named = {str(answer.provenance["arm"].get("model")) for answer in answers}
+    if named - {model_fingerprint(flags.model)}:
+        raise UserError(
+            f"--answers {flags.answers} were given by another model than --model {flags.model}: name theirs"
+        )
     masses = score_choices(load_model(flags.model), load_tokenizer(flags.model), rows)
-    found = agreement(rows, masses, read_answers(flags.answers))
+    found = agreement(rows, masses, answers)
     return "".join(_line(name, one) for name, one in found.items())
 
 

@@ -92,7 +92,7 @@ def _feature_l2(materials: Materials) -> Protection:
     asked, role = materials.asked, materials.asked.penalty_tokens or "all"
     layers = every_fifth(materials.depth)
     if asked.penalty_layers is not None:
-        layers = parse_layers(asked.penalty_layers, materials.depth)
+        layers = parse_layers(asked.penalty_layers, materials.depth, "--penalty_layers")
     return FeatureL2Protection(
         layers, role, _of_whole(materials), materials.fingerprint, layers_path=materials.layers_path,
         **_drift_rows(materials, role),
