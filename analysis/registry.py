@@ -24,6 +24,7 @@ from .patching import patched_curve
 from .probes import document_key
 from .ranks import is_sharded
 from .readout import Readout
+from .threads import on_one_thread
 
 _SHARDED = "weights are sharded over processes: measure the saved checkpoint with `holdfast analyze`"
 
@@ -130,14 +131,18 @@ _POOLED = frozenset({"pooled"})
 
 # Those that need no pass of their own first: what is delivered early is there when a later one fails.
 REGISTRY: dict[str, Family] = {
-    "behavior": Family(each_set(_behavior), reads=frozenset({"prompt_entropy"}), paper=True),
-    "loss_vectors": Family(_loss_vectors, paper=True),
+    "behavior": Family(on_one_thread(each_set(_behavior)), reads=frozenset({"prompt_entropy"}), paper=True),
+    "loss_vectors": Family(on_one_thread(_loss_vectors), paper=True),
     "projection": Family(
-        each_set(_projection), needs=("direction",), reads=_POOLED | {"projections"}, subspace=True, paper=True
+        on_one_thread(each_set(_projection)),
+        needs=("direction",),
+        reads=_POOLED | {"projections"},
+        subspace=True,
+        paper=True,
     ),
-    "subspaces": Family(_subspaces, reads=_POOLED | {"last"}, paper=True),
-    "drift_by_depth": Family(_drift_by_depth, reads=_POOLED),
-    "rerouting": Family(each_set(_rerouting), reads=_POOLED, subspace=True),
+    "subspaces": Family(on_one_thread(_subspaces), reads=_POOLED | {"last"}, paper=True),
+    "drift_by_depth": Family(on_one_thread(_drift_by_depth), reads=_POOLED),
+    "rerouting": Family(on_one_thread(each_set(_rerouting)), reads=_POOLED, subspace=True),
     "divergence": Family(each_set(_divergence), reads=frozenset({"final"})),
     "choices": Family(_choices, needs=("choices",), readings=False, probes=False),
     "gradients": Family(_gradients, paper=True, readings=False),

@@ -53,7 +53,7 @@ def _notes(names: Sequence[str], lines: Sequence[dict[str, Any]]) -> str:
     notes = [f"{shown}. Differences are first - other; their intervals take the runs as independent."]
     families = [{key for key, value in line.items() if isinstance(value, dict)} - {"cost"} for line in lines]
     for name, own in zip(names, families, strict=True):
-        alone = sorted(own - set.union(*(other for other in families if other is not own), set()))
+        alone = sorted(own.difference(*(other for other in families if other is not own)))
         notes += [f"Only in {name}: {', '.join(alone)}."] if alone else []
     return "\n" + "\n".join(notes) + "\n"
 

@@ -18,6 +18,7 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from ..analysis.errors import UserError
+from ..analysis.layers import unwrap
 from .checkpoints import CheckpointMixin
 from .documents import Batch, Document, DocumentStore, names_in
 from .protections import NoProtection, Protection
@@ -257,7 +258,7 @@ class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's, where the starting model is on the Hub: of a local one its card says "None" in every sentence."""
-        name = get_config_model_id(self.model.config) if self.model is not None else None
+        name = get_config_model_id(unwrap(cast(nn.Module, self.model)).config)
         if name and not Path(name).exists():
             super().create_model_card(*args, **kwargs)
 
