@@ -24,25 +24,45 @@ from .references import sha256_json
 from .subspace_methods import random_basis
 
 ABLATE, STEER = "ablate", "steer"
+# Part of the names of kept masses: raised when a random direction's step is made in another way.
+_STEPS = "steps 2"
 Masses = list[dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Displacement:
-    """The null of an ablation: the component inside V_l is counted, and as much is taken away along random U_l.
+class Recorded:
+    """An ablation that keeps the coordinates it took away: per layer, one tensor [B, T, k] for each pass of the model.
 
-    h - dose U Vᵀh: every token moves as far as the ablation moves it, in directions that mean nothing.
+    At layer l they are those of the stream as the lower layers' ablation left it.
     """
 
-    bases: ByLayer
-    random: ByLayer
-    dose: float
+    def __init__(self, bases: ByLayer, dose: float) -> None:
+        self.bases, self.ablation = bases, Ablation(bases, dose, None)
+        self.taken: dict[int, list[Tensor]] = {}
 
     def apply(self, layer: int, hidden: Tensor, now: ForwardPass | None) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             fine = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            moved = (fine @ self.bases.at(layer, hidden)) @ self.random.at(layer, hidden).T
-            return (fine - self.dose * moved).to(hidden.dtype)
+            self.taken.setdefault(layer, []).append((fine @ self.bases.at(layer, hidden)).cpu())
+        return self.ablation.apply(layer, hidden, now)
+
+
+class Displacement:
+    """The null of an ablation: at every layer each token moves as far as the ablation moved it, along random U_l.
+
+    h - dose U c, c being what the ablation took away there (`Recorded`) in the same passes, in the same order.
+    """
+
+    def __init__(self, taken: dict[int, list[Tensor]], random: ByLayer, dose: float) -> None:
+        self.taken, self.random, self.dose = taken, random, dose
+        self._passes = dict.fromkeys(taken, 0)
+
+    def apply(self, layer: int, hidden: Tensor, now: ForwardPass | None) -> Tensor:
+        taken = self.taken[layer][self._passes[layer]]
+        self._passes[layer] += 1
+        with torch.autocast(hidden.device.type, enabled=False):
+            fine = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            step = taken.to(fine.device, fine.dtype) @ self.random.at(layer, hidden).T
+            return (fine - self.dose * step).to(hidden.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,14 +82,18 @@ class Candidate:
             return Ablation(ByLayer(self.vectors), dose, None)
         return Steering(ByLayer({layer: vector[:, 0] for layer, vector in self.vectors.items()}), dose, "absolute")
 
-    def null(self, dose: float, draw: int) -> "Displacement | Steering":
-        """The same step of every token in a random direction; one draw has the same directions at every dose."""
+    def null(self, dose: float, draw: int, taken: dict[int, list[Tensor]]) -> "Displacement | Steering":
+        """The same step of every token in a random direction; one draw has the same directions at every dose.
+
+        Args:
+            taken: what the ablation took away at this dose (`Recorded`); of no use to a steering.
+        """
         drawn = {
             layer: random_basis(vectors.shape[0], vectors.shape[1], draw, layer).to(torch.float32)
             for layer, vectors in self.vectors.items()
         }
         if self.kind == ABLATE:
-            return Displacement(ByLayer(self.vectors), ByLayer(drawn), dose)
+            return Displacement(taken, ByLayer(drawn), dose)
         steps = {layer: drawn[layer][:, 0] * vectors[:, 0].norm() for layer, vectors in self.vectors.items()}
         return Steering(ByLayer(steps), dose, "absolute")
 
@@ -115,23 +139,39 @@ class CausalTest:
         drawn: list[list[Masses]] = []
         with tqdm(total=len(doses) * (draws + 1), desc=f"{tested.kind} {tested.name}", delay=5, leave=False) as bar:
             for dose in doses:
-                treated.append(self._at(tested, dose, None))
-                bar.update()
-                drawn.append([])
-                for draw in range(draws):
-                    drawn[-1].append(self._at(tested, dose, draw))
-                    bar.update()
+                found = self._at(tested, dose, draws, bar)
+                treated.append(found[0])
+                drawn.append(found[1:])
         return DoseCurve(tested, tuple(doses), self._clean, treated, drawn)
 
-    def _at(self, tested: Candidate, dose: float, draw: int | None) -> Masses:
-        change = tested.change(dose) if draw is None else tested.null(dose, draw)
-        facts = [tested.kind, digest(tested.vectors), repr(float(dose)), "" if draw is None else str(draw)]
-        return self._masses(facts, change, sorted(tested.vectors))
+    def _at(self, tested: Candidate, dose: float, draws: int, bar: tqdm) -> list[Masses]:
+        """Masses under the candidate, then under each random draw."""
+        facts = [_STEPS, tested.kind, digest(tested.vectors), repr(float(dose))]
+        layers, recorded = sorted(tested.vectors), Recorded(ByLayer(tested.vectors), dose)
+        # What the ablation takes away is kept in memory alone: a draw that is missing on disk needs it again.
+        absent = any(self._kept([*facts, str(draw)]) is None for draw in range(draws))
+        change = recorded if tested.kind == ABLATE else tested.change(dose)
+        found = [self._masses([*facts, ""], change, layers, anew=absent and tested.kind == ABLATE)]
+        bar.update()
+        for draw in range(draws):
+            found.append(self._masses([*facts, str(draw)], tested.null(dose, draw, recorded.taken), layers))
+            bar.update()
+        return found
 
-    def _masses(self, facts: list[str], change: "Change | Displacement | None", layers: list[int]) -> Masses:
-        path = None if self.folder is None else self.folder / f"{sha256_json([*self.facts, *facts])[:24]}.json"
-        if path is not None and path.is_file():
-            kept: Masses = json.loads(path.read_text())
+    def _kept(self, facts: list[str]) -> Path | None:
+        """The file of these masses, if it is there."""
+        path = self._path(facts)
+        return path if path is not None and path.is_file() else None
+
+    def _path(self, facts: list[str]) -> Path | None:
+        return None if self.folder is None else self.folder / f"{sha256_json([*self.facts, *facts])[:24]}.json"
+
+    def _masses(
+        self, facts: list[str], change: "Change | Recorded | Displacement | None", layers: list[int], anew: bool = False
+    ) -> Masses:
+        path, there = self._path(facts), self._kept(facts)
+        if there is not None and not anew:
+            kept: Masses = json.loads(there.read_text())
             return kept
         if change is None:
             found = score_prepared(self.model, self.prepared, self.batch_size)

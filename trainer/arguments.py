@@ -205,7 +205,9 @@ class ProtectionArguments:
     anchor_batch_size: int = option(4, "Anchor rows per forward and process. Default: 4.")
     anchor_every: int = option(1, "Use anchors on every n-th optimiser step. Default: 1.")
     steering_alpha: float = option(
-        1.0, "How far steering shifts the stream, in units of the contrast's mean step. Default: 1.0."
+        1.0,
+        "How far steering shifts the stream behind each layer, in units of the contrast's mean step there; the steps "
+        "of several layers add up. Default: 1.0.",
     )
     interleave_dataset: str | None = option(
         None, "Safe rows with answers that interleave mixes in. Default: the anchors, if they have answers."

@@ -10,7 +10,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..analysis.errors import UserError
-from .arguments import HoldfastConfig, ModelArguments
+from .arguments import HoldfastConfig, ModelArguments, ProtectionArguments
 from .parsing import Arguments
 from .protections.registry import KINDS
 
@@ -24,6 +24,7 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
     asked, training = arguments.protection, arguments.training
     if KINDS[asked.protection].drift and asked.reference == "adapter_off" and not arguments.model.use_peft:
         raise UserError("--reference adapter_off needs LoRA; add --use_peft, or write cached or frozen")
+    _check_protection(asked)
     if training.eval_strategy != IntervalStrategy.NO and not evaluates:
         raise UserError(
             f"--eval_strategy {IntervalStrategy(training.eval_strategy).value} has no rows to evaluate on; add "
@@ -32,6 +33,23 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
     if training.push_to_hub and not (training.hub_token or get_token()):
         raise UserError("--push_to_hub true needs a login; run `hf auth login`, or write false")
     _check_schedule(training)
+
+
+# Flags of the penalty that have no effect with these protections.
+_WITHOUT = {
+    "kl": ("penalty_layers", "penalty_rank"),
+    "feature_l2": ("penalty_rank",),
+    "ablation": ("penalty_side", "penalty_tokens"),
+    "steering": ("penalty_side", "penalty_tokens"),
+}
+
+
+def _check_protection(asked: ProtectionArguments) -> None:
+    """A flag without effect misleads."""
+    defaults = ProtectionArguments()
+    for name in _WITHOUT.get(asked.protection, ()):
+        if getattr(asked, name) != getattr(defaults, name):
+            raise UserError(f"--{name} has no effect with --protection {asked.protection}; leave it out")
 
 
 def _check_schedule(training: HoldfastConfig) -> None:

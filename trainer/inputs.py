@@ -159,12 +159,7 @@ def load_subspace(
             "subspace` with the same recipe"
         )
     subspace = Subspace.load(path)
-    built, given = subspace.provenance.layers_path, arguments.model.layers_path
-    if built != given:
-        raise UserError(
-            f"the subspace was built with layers_path {built or 'found by shape'} but this run has "
-            f"{given or 'none given'}: write the same, or build the subspace again"
-        )
+    check_layers_path(subspace, arguments)
     depth = config.get_text_config().num_hidden_layers
     layers = (
         parse_layers(asked.penalty_layers, depth, "--penalty_layers")
@@ -181,6 +176,16 @@ def load_subspace(
     if asked.protection == "random_subspace":
         return random_like(subspace, asked.null_seed, asked.null_scale)
     return subspace
+
+
+def check_layers_path(subspace: Subspace, arguments: Arguments) -> None:
+    """Raises UserError where the subspace was read at other blocks than this run's."""
+    built, given = subspace.provenance.layers_path, arguments.model.layers_path
+    if built != given:
+        raise UserError(
+            f"the subspace was built with layers_path {built or 'found by shape'} but this run has "
+            f"{given or 'none given'}: write the same, or build the subspace again"
+        )
 
 
 def load_choices(source: str) -> list[dict[str, Any]]:
@@ -235,14 +240,16 @@ def _protected_rows(arguments: Arguments, rows: list[Row]) -> list[Row]:
 
 def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
     """Raises UserError when a set the penalty acts on has no token of the subspace's role."""
-    if subspace is None or not KINDS[arguments.protection.protection].drift:
+    asked = arguments.protection
+    if not KINDS[asked.protection].drift:
         return
-    role, inputs = subspace.provenance.role, arguments.protection.penalty_inputs
+    role = asked.penalty_tokens or "all" if subspace is None else subspace.provenance.role
+    inputs = asked.penalty_inputs
     for name in {"task": ["train"], "anchors": ["anchors"], "both": ["train", "anchors"]}[inputs]:
         if not any(any(role_mask(row, role)) for row in rendered[name].rendered):
             raise UserError(
-                f"no row of the {name} set has a token of role {role}, on which the subspace was built; use others, "
-                "or build the subspace with another --subspace_positions"
+                f"no row of the {name} set has a token of role {role}, which the penalty acts on; use others, or "
+                "another role (--penalty_tokens; of a subspace, --subspace_positions when it is built)"
             )
 
 

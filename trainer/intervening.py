@@ -30,7 +30,7 @@ from ..analysis.probes import render
 from ..analysis.references import sha256_json
 from ..analysis.stats import missing
 from ..analysis.subspace import Subspace
-from .inputs import load_choices, load_options, read_starting_model, subspace_path
+from .inputs import check_layers_path, load_choices, load_options, read_starting_model, subspace_path
 from .intervening_table import table
 from .parsing import Arguments
 from .probe_sets import probe_sets
@@ -59,7 +59,9 @@ class _Inputs:
 
 
 def intervene(arguments: Arguments) -> Intervened:
-    """Runs the interventions asked for into <output_dir>/interventions.json; what was read before is not read again.
+    """Runs the interventions asked for into <output_dir>/interventions.json, in place of what it held.
+
+    Answers under ablation and steering that were read before are kept and not read again.
 
     Raises:
         UserError: bad input; nothing has been written then.
@@ -75,7 +77,7 @@ def intervene(arguments: Arguments) -> Intervened:
         found["tests"] = _curves(arguments, inputs, model, tests)
     if "patch" in asked.interventions:
         found["patch"] = _patched(inputs, model, donors, arguments.training.seed)
-        problems += [f"patch: {found['patch']['reason']}"] if "reason" in found["patch"] else []
+        problems += _absent(found["patch"])
     path = arguments.output_dir / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, found)
@@ -92,6 +94,7 @@ def _checked(arguments: Arguments) -> _Inputs:
             "subspace` with the same recipe"
         )
     subspace = Subspace.load(path)
+    check_layers_path(subspace, arguments)
     subspace.check(
         instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -174,7 +177,12 @@ def _curves(
     test = CausalTest(
         model,
         prepare_choices(inputs.tokenizer, inputs.rows),
-        [model_fingerprint(arguments.model.starting_model), sha256_json(inputs.rows), arguments.model.dtype or "auto"],
+        [
+            model_fingerprint(arguments.model.starting_model),
+            tokenizer_fingerprint(inputs.tokenizer),
+            sha256_json(inputs.rows),
+            str([arguments.model.dtype, arguments.model.attn_implementation, arguments.model.layers_path]),
+        ],
         arguments.output_dir / _KEPT,
         layers_path=arguments.model.layers_path,
     )
@@ -198,26 +206,37 @@ def _shown(curve: DoseCurve, rows: list[ChoiceRow], arguments: Arguments) -> dic
 def _donors(arguments: Arguments, inputs: _Inputs) -> dict[str, KeptDonor]:
     """Base's states, read before the starting model is loaded: one model at a time."""
     base = arguments.model.base_model_name_or_path
-    if not inputs.patch_rows or base is None:
+    usable = {name: rows for name, rows in inputs.patch_rows.items() if rows.rows}
+    if not usable or base is None:
         return {}
     model = _load(arguments, base)
     layers = sorted(inputs.subspace.bases)
-    return {name: KeptDonor.of(model, rows, layers) for name, rows in inputs.patch_rows.items()}
+    return {name: KeptDonor.of(model, rows, layers) for name, rows in usable.items()}
 
 
 def _patched(inputs: _Inputs, model: nn.Module, donors: dict[str, KeptDonor], seed: int) -> dict[str, Any]:
     """Loss and target-token curves by layer: base's whole state, and its coordinates inside the subspace alone."""
-    if not donors:
-        return missing(NO_BASE if not inputs.patch_rows else "no probe row has a completion")
+    if not inputs.patch_rows:
+        return missing(NO_BASE)
     found: dict[str, Any] = {}
-    for name, donor in donors.items():
-        rows = inputs.patch_rows[name]
+    for name, rows in inputs.patch_rows.items():
+        if name not in donors:
+            found[name] = missing("no row of this set has a completion", 0)
+            continue
+        donor = donors[name]
         curves = {"whole": None, "subspace": inputs.subspace.bases}
         found[name] = {
             what: patching(patched_curve(model, rows, donor, seed=seed, bases=bases), seed=seed)
             for what, bases in curves.items()
         }
     return found
+
+
+def _absent(patch: dict[str, Any]) -> list[str]:
+    """What could not be patched, with the reason."""
+    if "reason" in patch:
+        return [f"patch: {patch['reason']}"]
+    return [f"patch, {name}: {found['reason']}" for name, found in patch.items() if "reason" in found]
 
 
 def _load(arguments: Arguments, path: str) -> nn.Module:

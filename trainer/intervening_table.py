@@ -36,7 +36,7 @@ def _patch_lines(patch: dict[str, Any]) -> list[str]:
     """Change of the loss by layer, base's whole state and its coordinates in the subspace, each beside noise."""
     lines = []
     for name, curves in patch.items():
-        if not isinstance(curves, dict):
+        if not isinstance(curves, dict) or "reason" in curves:
             continue
         for what, curve in curves.items():
             cells = [

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from ..stats import Floats, Measurement, mean_ci, measurement, missing, permutation_p
+from ..stats_intervals import ALONE
 from .choices import INCOHERENT
 
 MARGIN = 0.02
@@ -33,17 +34,17 @@ def causal_effects(
 ) -> Results:
     """{"doses": {dose: as of `dose_effects`}, "verdict"}; the verdict is about class `name` at a dose of 1.
 
+    "incoherent" in the verdict is the change of the incoherent mass on the prompts that have the class.
+
     Args:
         by_dose: class masses of every row under the direction, and under each random one.
     """
     doses = {f"{dose:g}": dose_effects(rows, clean, *masses, seed) for dose, masses in by_dose.items()}
     # Coherence is that of the prompts in question: other prompts have classes of their own.
     inside = [i for i, row in enumerate(rows) if name in row["classes"]]
-    broken = np.array([by_dose[1.0][0][i][INCOHERENT] - clean[i][INCOHERENT] for i in inside])
-    return {
-        "doses": doses,
-        "verdict": verdict(doses["1"]["classes"][name]["beyond"], measurement(broken), margin),
-    }
+    broken = measurement(np.array([by_dose[1.0][0][i][INCOHERENT] - clean[i][INCOHERENT] for i in inside]))
+    found = verdict(doses["1"]["classes"][name]["beyond"], broken, margin)
+    return {"doses": doses, "verdict": {**found, "incoherent": broken["value"]}}
 
 
 def dose_effects(
@@ -82,7 +83,7 @@ def _has(row: dict[str, Any], name: str) -> bool:
 
 
 def _clusters(rows: Sequence[dict[str, Any]], inside: Sequence[int]) -> list[Hashable]:
-    return [(rows[i].get("domain"), rows[i].get("topic", i)) for i in inside]
+    return [(rows[i].get("domain"), i if rows[i].get("topic") is None else rows[i]["topic"]) for i in inside]
 
 
 def _values(masses: Masses, inside: Sequence[int], name: str) -> Floats:
@@ -100,10 +101,16 @@ def _change(
     return {
         "clean": measurement(before, clusters, seed, rate=True),
         "treated": measurement(after, clusters, seed, rate=True),
-        "change": {**measurement(change, clusters, seed), "ci95": list(mean_ci(change, clusters))},
+        "change": _difference(change, clusters, seed),
         "null": _null(float(change.mean()), draws),
         "beyond": beyond(change, draws, clusters),
     }
+
+
+def _difference(change: Floats, clusters: Sequence[Hashable], seed: int) -> Measurement:
+    """A mean that may be below 0, whatever its values look like; null interval with a single cluster."""
+    found = measurement(change, clusters, seed)
+    return found if found.get("ci95") is None else {**found, "ci95": list(mean_ci(change, clusters))}
 
 
 def _mass(
@@ -138,6 +145,8 @@ def beyond(change: Floats, draws: Floats, clusters: Sequence[Hashable] | None = 
         return missing("fewer than two random directions were drawn", len(change))
     differences = change - draws.mean(0)
     value = float(differences.mean())
+    if clusters is not None and len(set(clusters)) < 2:
+        return {"value": value, "n": len(change), "ci95": None, "reason": ALONE}
     low, high = mean_ci(differences, clusters)
     means = draws.mean(1)
     reach = float(scipy_stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))

@@ -123,7 +123,9 @@ def score_prepared(
     if shared:
         ranks = gathered(masses)
         masses = [{name: sum(rank[row][name] for rank in ranks) for name in mass} for row, mass in enumerate(masses)]
-    return [{**mass, INCOHERENT: 1.0 - sum(mass.values())} for mass in masses]
+    # Sums of float32 probabilities pass 1 by rounding.
+    masses = [{name: min(mass, 1.0) for name, mass in row.items()} for row in masses]
+    return [{**mass, INCOHERENT: max(0.0, 1.0 - sum(mass.values()))} for mass in masses]
 
 
 def _equal_length_groups(prepared: PreparedChoices, batch_size: int) -> list[list[Tokens]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...analysis.metrics.causal import MARGIN, verdict
+from ...analysis.metrics.causal import COHERENCE_LOST, MARGIN, verdict
 from ...analysis.metrics.choices import INCOHERENT
 from ...analysis.stats import measurement, sign_flip_test
 
@@ -50,6 +50,8 @@ def _tests(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
 
 def _over_labs(values: Sequence[float]) -> str:
     found = measurement(values)
+    if found["value"] is None:
+        return "-"
     interval = found.get("ci95")
     return f"{found['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
@@ -82,21 +84,24 @@ def _curves(results: Sequence[Result]) -> list[str]:
 
 def _verdicts(results: Sequence[Result]) -> list[str]:
     lines = [
-        f"At a dose of 1 and a margin of {MARGIN:g}, set before. *Over labs*: the same verdict on the labs' values.",
+        f"At a dose of 1 and a margin of {MARGIN:g}, set before. *Over labs*: the same verdict on the values of labs "
+        f"that stay coherent (at most {COHERENCE_LOST:g} more incoherent); in the others a rate shows nothing.",
         "",
-        "| intervention | labs: causal, not causal, not decided | over labs | effect beyond random | p (sign flips) |",
-        "|---|---|---|---|---|",
+        "| intervention | labs: causal, not causal, not decided | over labs | coherent labs | effect beyond random "
+        "in them | p (sign flips) |",
+        "|---|---|---|---|---|---|",
     ]
     for name, tests in _tests(results):
         counts = Counter(test["verdict"]["verdict"] for test in tests)
         at_one = [test["doses"]["1"]["classes"] for test in tests]
-        effects = [each[CLASS]["beyond"]["value"] for each in at_one]
-        broken = measurement([each[INCOHERENT]["change"]["value"] for each in at_one])
+        coherent = [test["verdict"]["incoherent"] <= COHERENCE_LOST for test in tests]
+        effects = [each[CLASS]["beyond"]["value"] for each, kept in zip(at_one, coherent, strict=True) if kept]
+        broken = measurement([test["verdict"]["incoherent"] for test in tests])
         whole = verdict(measurement(effects), broken)
         p_value = f"{sign_flip_test(effects):.3f}" if len(effects) > 1 else "-"
         lines.append(
             f"| {name} | {counts['causal']}, {counts['not causal']}, {counts['not decided']} | **{whole['verdict']}** "
-            f"| {_over_labs(effects)} | {p_value} |"
+            f"| {len(effects)} | {_over_labs(effects)} | {p_value} |"
         )
     return lines
 

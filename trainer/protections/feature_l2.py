@@ -72,7 +72,9 @@ class FeatureL2Protection(DriftProtection):
         return values_LBTk - 1.0
 
     def what(self) -> dict[str, Any]:
-        return {"stream": "whole", "layers": self.layers, "instruct": self._fingerprint}
+        return {
+            "stream": "whole", "layers": self.layers, "instruct": self._fingerprint, "layers_path": self._layers_path
+        }  # fmt: skip
 
 
 def every_fifth(depth: int) -> list[int]:

@@ -1,7 +1,8 @@
 """Preventative steering (arXiv 2507.21509, section 5): h + α v while training, v pointing away from alignment.
 
 The shift that the rows ask for is there already, so the weights need not learn it; after training it is gone. v is the
-mean step of the contrast, V Vᵀ mean(h_misaligned - h_aligned), at its own length: α = 1 is as far as that contrast.
+mean step of the contrast, V Vᵀ mean(h_misaligned - h_aligned), at its own length: α = 1 behind one block is as far as
+that contrast. Behind several blocks the stream carries the steps on, so that they add up from block to block.
 """
 
 import math
