@@ -94,9 +94,10 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
     for name, tests in _tests(results):
         counts = Counter(test["verdict"]["verdict"] for test in tests)
         at_one = [test["doses"]["1"]["classes"] for test in tests]
-        coherent = [test["verdict"]["incoherent"] <= COHERENCE_LOST for test in tests]
-        effects = [each[CLASS]["beyond"]["value"] for each, kept in zip(at_one, coherent, strict=True) if kept]
-        broken = measurement([test["verdict"]["incoherent"] for test in tests])
+        lost = [test["verdict"]["incoherent"] for test in tests]
+        pairs = list(zip(at_one, lost, strict=True))
+        effects = [each[CLASS]["beyond"]["value"] for each, share in pairs if share <= COHERENCE_LOST]
+        broken = measurement([share for share in lost if share <= COHERENCE_LOST])
         whole = verdict(measurement(effects), broken)
         p_value = f"{sign_flip_test(effects):.3f}" if len(effects) > 1 else "-"
         lines.append(
