@@ -7,7 +7,7 @@ from .plan import MeasurePlan
 from .references import ProbeReader, sha256_json, subspace_hash
 
 # Raised when a family's numbers change for the same inputs.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def result_key(

@@ -121,23 +121,11 @@ def _drift(states: dict[str, Floats], second: Floats, layer: int, subspace: Subs
             cosine = _mean_cosine(drift, states["base"][second] - states["instruct"][second])
         if subspace is not None and layer in subspace.bases:
             basis = subspace.bases[layer].double().numpy()
-            parts = np.stack([((drift @ basis) ** 2).sum(1), (drift**2).sum(1)], axis=1)
-            inside = {
-                "value": _share(parts),
-                "n": n,
-                "ci95": list(jackknife_ci(_share(parts), _shares(parts.sum(0) - parts), bounds=(0.0, 1.0))),
-                "null": basis.shape[1] / basis.shape[0],
-            }
+            share = fieller(((drift @ basis) ** 2).sum(1), (drift**2).sum(1))
+            inside = {**share, "null": basis.shape[1] / basis.shape[0]}
+            if share["value"] is not None:
+                inside["ci95"] = np.clip(share["ci95"], 0.0, 1.0).tolist()
     return {"drift_cosine": cosine, "drift_inside": inside}
-
-
-def _share(parts: Floats) -> float:
-    return float(_shares(parts.sum(0)[None])[0])
-
-
-def _shares(sums: Floats) -> Floats:
-    """First column [n] by second of sums [n, 2]; 0 where there is nothing."""
-    return np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
 
 
 def _mean_cosine(left: Floats, right: Floats) -> Measurement:
