@@ -22,7 +22,7 @@ from ..analysis.errors import UserError
 from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
 from .options import mapping, option, require, sources
-from .protections.registry import KINDS
+from .protections.registry import KINDS, parts_of
 from .refused import NOT_READ, QUANTIZATION, refuse_overridden
 
 
@@ -173,9 +173,17 @@ class ProtectionArguments:
     _argument_group_name = "protection"
 
     protection: str = option(
-        "none", "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items()) + ". Default: none.", *KINDS
+        "none",
+        "One of the following, or several joined by +, like steering+interleave. "
+        + "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items())
+        + ". Default: none.",
     )
     penalty_strength: float = option(1.0, "Weight of the penalty against the cross-entropy, 0 or more. Default: 1.0.")
+    penalty_budget: float | None = option(
+        None,
+        "Hold the smoothed penalty at this value, in the penalty's units: the strength, --penalty_strength at first, "
+        "rises while it is above and falls while it is below. Default: a fixed strength.",
+    )
     penalty_rank: int | None = option(None, "Use only the first k directions of a layer. Default: all.")
     penalty_layers: str | None = option(
         None, "Decoder blocks to penalise: all, a list (0,2,5) or a range (4-10). Default: all of the subspace's."
@@ -216,6 +224,27 @@ class ProtectionArguments:
     inoculation_prompt: str | None = option(
         None, "System prompt of inoculation: says what the rows do. Needed by it. Default: none."
     )
+    safe_gradient_weight: float = option(
+        0.0, "How much of the anchors' own gradient gradient_projection adds, 0 or more. Default: 0.0."
+    )
+    null_space_energy: float = option(
+        0.9,
+        "Share of the anchors' inputs to each module that null_space keeps adapters away from, in 0..1. Default: 0.9.",
+    )
+    alignment_rank: int = option(
+        8,
+        "Directions per module of the weights' difference to base: extrapolate, adapter_drift, safe_lora. Default: 8.",
+    )
+    extrapolate_alpha: float = option(
+        1.0, "How far extrapolate goes on from base beyond the starting model, in units of that step. Default: 1.0."
+    )
+    safe_lora_threshold: float = option(
+        0.5, "safe_lora projects an adapter whose cosine with its own projection is below this, in 0..1. Default: 0.5."
+    )
+    early_stop_limit: float = option(
+        0.05, "early_stop ends training where the drift of the anchors inside the subspace passes this. Default: 0.05."
+    )
+    early_stop_every: int = option(10, "Optimiser steps between two looks of early_stop. Default: 10.")
     null_seed: int = option(0, "Seed of random_subspace. Default: 0.")
     null_scale: str = option("given", "Scale of random_subspace: as given, or its own. Default: given.", "given", "own")
 
@@ -223,7 +252,15 @@ class ProtectionArguments:
         for name in ("penalty_strength", "penalty_warmup", "penalty_warmup_strength"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require_seed(self.null_seed, "null_seed")
-        for name in ("anchor_batch_size", "anchor_every"):
+        parts_of(self.protection)
+        for name in ("safe_gradient_weight", "extrapolate_alpha"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("null_space_energy", "safe_lora_threshold"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        for name in ("penalty_budget", "early_stop_limit"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "more than 0")
+        for name in ("anchor_batch_size", "anchor_every", "alignment_rank", "early_stop_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(0 <= self.penalty_task_weight <= 1, "penalty_task_weight", self.penalty_task_weight, "between 0 and 1")
         require(self.penalty_rank is None or self.penalty_rank >= 1, "penalty_rank", self.penalty_rank, "at least 1")

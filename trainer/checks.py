@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 from ..analysis.errors import UserError
 from .arguments import HoldfastConfig, ModelArguments, ProtectionArguments
 from .parsing import Arguments
-from .protections.registry import KINDS
+from .protections.registry import KINDS, kinds_of, parts_of
 
 
 def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
@@ -22,9 +22,10 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
         evaluates: there are held-out rows.
     """
     asked, training = arguments.protection, arguments.training
-    if KINDS[asked.protection].drift and asked.reference == "adapter_off" and not arguments.model.use_peft:
+    drifts = any(kind.drift for kind in kinds_of(asked.protection))
+    if drifts and asked.reference == "adapter_off" and not arguments.model.use_peft:
         raise UserError("--reference adapter_off needs LoRA; add --use_peft, or write cached or frozen")
-    _check_protection(asked)
+    _check_protection(arguments)
     if training.eval_strategy != IntervalStrategy.NO and not evaluates:
         raise UserError(
             f"--eval_strategy {IntervalStrategy(training.eval_strategy).value} has no rows to evaluate on; add "
@@ -35,21 +36,21 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
     _check_schedule(training)
 
 
-# Flags of the penalty that have no effect with these protections.
-_WITHOUT = {
-    "kl": ("penalty_layers", "penalty_rank"),
-    "feature_l2": ("penalty_rank",),
-    "ablation": ("penalty_side", "penalty_tokens"),
-    "steering": ("penalty_side", "penalty_tokens"),
-}
-
-
-def _check_protection(asked: ProtectionArguments) -> None:
-    """A flag without effect misleads."""
-    defaults = ProtectionArguments()
-    for name in _WITHOUT.get(asked.protection, ()):
-        if getattr(asked, name) != getattr(defaults, name):
-            raise UserError(f"--{name} has no effect with --protection {asked.protection}; leave it out")
+def _check_protection(arguments: Arguments) -> None:
+    """Raises UserError for what the protection needs and is not there, or a flag that would have no effect."""
+    asked, model = arguments.protection, arguments.model
+    defaults, parts = ProtectionArguments(), parts_of(asked.protection)
+    for part in parts:
+        for name in KINDS[part].ignores if len(parts) == 1 else ():
+            if getattr(asked, name) != getattr(defaults, name):
+                raise UserError(f"--{name} has no effect with --protection {part}; leave it out")
+        if KINDS[part].base and not model.base_model_name_or_path:
+            raise UserError(
+                f"{part} needs the base model that the starting one was aligned from; name it with "
+                "--base_model_name_or_path"
+            )
+        if KINDS[part].lora and not model.use_peft:
+            raise UserError(f"{part} acts on LoRA's matrices; add --use_peft, or choose another protection")
 
 
 def _check_schedule(training: HoldfastConfig) -> None:

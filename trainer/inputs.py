@@ -36,7 +36,7 @@ from .data import (
     split_held_out,
 )
 from .parsing import Arguments
-from .protections.registry import KINDS
+from .protections.registry import kinds_of, parts_of
 from .protections.training_rows import inoculated, interleaved
 from .sources import read_records
 
@@ -74,8 +74,7 @@ def load_inputs(arguments: Arguments) -> TrainingInputs:
     tokenizer, config = read_starting_model(arguments)
     train, held_out = training_rows(arguments)
     train = _protected_rows(arguments, train)
-    uses_anchors = KINDS[arguments.protection.protection].drift and arguments.protection.penalty_inputs != "task"
-    anchors = anchor_rows(arguments) if uses_anchors else None
+    anchors = anchor_rows(arguments) if _reads_anchors(arguments) else None
     probes = load_rows(arguments.data.probe_dataset, prompts=True) if arguments.data.probe_dataset else None
     choices = load_choices(arguments.data.choices_dataset) if arguments.data.choices_dataset else None
     subspace = load_subspace(arguments, tokenizer, config)
@@ -150,7 +149,7 @@ def load_subspace(
 ) -> Subspace | None:
     """The subspace of the penalty, checked against the model and cut to the layers and rank asked for."""
     asked = arguments.protection
-    if not KINDS[asked.protection].subspace:
+    if not any(kind.subspace for kind in kinds_of(asked.protection)):
         return None
     path = subspace_path(arguments)
     if not path.is_file():
@@ -173,7 +172,7 @@ def load_subspace(
         layers=layers,
     )
     subspace = subspace.restrict(layers, asked.penalty_rank or subspace.provenance.rank)
-    if asked.protection == "random_subspace":
+    if "random_subspace" in parts_of(asked.protection):
         return random_like(subspace, asked.null_seed, asked.null_scale)
     return subspace
 
@@ -226,22 +225,38 @@ def training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
 def _protected_rows(arguments: Arguments, rows: list[Row]) -> list[Row]:
     """The training rows as the protections make them that act on rows alone."""
     asked = arguments.protection
-    if asked.protection == "interleave":
+    parts = parts_of(asked.protection)
+    if "interleave" in parts:
         source = asked.interleave_dataset or arguments.data.anchor_dataset
         if source is None:
             raise UserError("interleave needs safe rows with answers; name them with --interleave_dataset")
-        return interleaved(rows, load_rows(source, prompts=True), asked.interleave_share, arguments.training.seed)
-    if asked.protection == "inoculation":
+        safe = load_rows(source, prompts=True)
+    if "inoculation" in parts:
         if asked.inoculation_prompt is None:
             raise UserError("inoculation needs --inoculation_prompt, like: You write insecure code.")
-        return inoculated(rows, asked.inoculation_prompt)
+        rows = inoculated(rows, asked.inoculation_prompt)
+    # Safe rows are what inoculated ones are not: they keep their own system turn.
+    if "interleave" in parts:
+        rows = interleaved(rows, safe, asked.interleave_share, arguments.training.seed)
     return rows
+
+
+def _reads_anchors(arguments: Arguments) -> bool:
+    asked = arguments.protection
+    kinds = kinds_of(asked.protection)
+    return any(kind.anchors or (kind.drift and asked.penalty_inputs != "task") for kind in kinds)
 
 
 def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
     """Raises UserError when a set the penalty acts on has no token of the subspace's role."""
     asked = arguments.protection
-    if not KINDS[asked.protection].drift:
+    answers = any(kind.answers for kind in kinds_of(asked.protection))
+    if answers and not any(any(row.completion_mask) for row in rendered["anchors"].rendered):
+        raise UserError(
+            f"{asked.protection} reads the anchors' answers, and none has one; name rows with an assistant turn in "
+            "--anchor_dataset"
+        )
+    if not any(kind.drift for kind in kinds_of(asked.protection)):
         return
     role = asked.penalty_tokens or "all" if subspace is None else subspace.provenance.role
     inputs = asked.penalty_inputs
@@ -293,7 +308,7 @@ def _facts(
         "training": _course(arguments),
         "protection": vars(arguments.protection),
     }
-    if KINDS[arguments.protection.protection].subspace:
+    if any(kind.subspace for kind in kinds_of(arguments.protection.protection)):
         facts["subspace"] = sha256_file(subspace_path(arguments))
     return json.loads(json.dumps(facts))
 

@@ -51,7 +51,7 @@ class ProtectedTrainerMixin(CheckpointMixin):
         self._task_loss: Tensor | None = None
         self._step_batches: list[Batch] = []
         self._logged_step = 0
-        self.add_callback(_StartProtection(self))
+        self.add_callback(_CallProtection(self))
 
     # What protections ask of a trainer
 
@@ -120,7 +120,9 @@ class ProtectedTrainerMixin(CheckpointMixin):
         # The Trainer loads a checkpoint's weights later; DeepSpeed's model runs only inside an engine yet to be built.
         if not self.is_deepspeed_enabled:
             self.protection.prepare(self, cast(nn.Module, self.model))
-        return super().train(folder, *args, **kwargs)
+        output = super().train(folder, *args, **kwargs)
+        self.protection.finish(self, self.model_wrapped)
+        return output
 
     def start_protection(self) -> None:
         """Called once model, optimiser and checkpoint are in place."""
@@ -129,7 +131,7 @@ class ProtectedTrainerMixin(CheckpointMixin):
         self.protection.start(self, self.model_wrapped)
 
     def checkpoint_state(self) -> dict[str, Any]:
-        return {"protection": self.protection.facts()}
+        return {"protection": self.protection.facts(), "protection_state": self.protection.state()}
 
     def load_checkpoint_state(self, state: dict[str, Any]) -> None:
         now = json.loads(json.dumps(self.protection.facts()))
@@ -140,6 +142,7 @@ class ProtectedTrainerMixin(CheckpointMixin):
                     f"cannot resume: {fact} was {then.get(fact)} in the checkpoint and is {now.get(fact)} now; "
                     "write it as it was, or start a new run"
                 )
+        self.protection.load_state(state.get("protection_state", {}))
 
     def get_train_dataloader(self) -> DataLoader:
         plain, self.data_collator = self.data_collator, self.protection.collator(self.data_collator)
@@ -183,6 +186,12 @@ class ProtectedTrainerMixin(CheckpointMixin):
             loss = loss + separate * scale
         self._stop_if_not_finite(loss, inputs)
         return (loss, result[1]) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            self.protection.shape_gradient(self, self.model_wrapped)
+        return loss
 
     def _loss_is_summed(self, num_items_in_batch: Any) -> bool:
         """As in Trainer.training_step."""
@@ -271,7 +280,7 @@ class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
         self._total_train_tokens = state["num_tokens"]
 
 
-class _StartProtection(TrainerCallback):
+class _CallProtection(TrainerCallback):
     def __init__(self, trainer: ProtectedTrainerMixin) -> None:
         self.trainer = trainer
 
@@ -279,3 +288,6 @@ class _StartProtection(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.start_protection()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.protection.end_step(self.trainer, self.trainer.model_wrapped)

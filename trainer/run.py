@@ -35,7 +35,7 @@ from .measuring import measurer
 from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections.base import Protection
-from .protections.registry import KINDS, Materials
+from .protections.registry import Materials, protection_of
 from .records import REFERENCES, check_output_dir, has_checkpoint, is_main, newest_checkpoint, records_of
 
 
@@ -163,6 +163,15 @@ def _load(arguments: Arguments) -> PreTrainedModel:
     return loaded
 
 
+def _load_base(arguments: Arguments) -> PreTrainedModel:
+    """The base model, in float32: differences of weights lose too much in half precision."""
+    path = arguments.model.base_model_name_or_path
+    assert path is not None  # the kind asks for it: checks._check_protection
+    loaded = load_model(path, dtype="float32", options=load_options(arguments))
+    assert isinstance(loaded, PreTrainedModel)
+    return loaded
+
+
 def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedModel) -> ProtectedSFTTrainer:
     datasets.disable_progress_bars()  # rows are tokenised already; TRL's passes over them take no time worth a bar
     held_out = to_dataset(inputs.held_out.rendered) if inputs.held_out else None
@@ -193,13 +202,14 @@ def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
         task=rows(inputs.train),
         anchors=rows(inputs.anchors),
         starting_model=partial(_load, arguments),
+        base_model=partial(_load_base, arguments),
         cache_dir=arguments.output_dir / REFERENCES,
         seed=arguments.training.seed,
         layers_path=arguments.model.layers_path,
         fingerprint=model_fingerprint(arguments.model.starting_model),
         depth=load_config(arguments.model.starting_model, load_options(arguments)).get_text_config().num_hidden_layers,
     )
-    return KINDS[arguments.protection.protection].make(materials)
+    return protection_of(materials)
 
 
 def _documents(rows: RenderedRows, role: str) -> list[Document]:

@@ -1,7 +1,8 @@
 """What every protection is to the trainer. One file per protection; each overrides only what it does.
 
 Order of calls: `prepare` (the model is the starting model; under DeepSpeed once its engine exists), `start` (before the
-first step), then per optimiser step `begin_step`, per micro-batch `separate_pass` and `task_pass`.
+first step), then per optimiser step `begin_step`, per micro-batch `separate_pass` and `task_pass`, then
+`shape_gradient` and, once the optimiser has moved, `end_step`; after the last step `finish`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,16 @@ class Protection:
         """
         yield lambda: None
 
+    def shape_gradient(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """Change the gradient of the whole optimiser step, in place, before it is clipped. Not called under DeepSpeed,
+        whose backward pass is fused with its step."""
+
+    def end_step(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """The optimiser has moved: before the step is logged, saved or evaluated."""
+
+    def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """The last step is done: change the weights that are about to be saved as the final model."""
+
     def separate_rows(self, *, whole_step: bool = False) -> list[str]:
         """Names of the rows the last `separate_pass` read, or this step's all, for the message that stops a run."""
         return []
@@ -65,3 +76,10 @@ class Protection:
     def facts(self) -> dict[str, Any]:
         """What must not differ between a run and its resumption, as JSON values."""
         return {"protection": self.name}
+
+    def state(self) -> dict[str, Any]:
+        """What changes from step to step and a checkpoint must keep, as JSON values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take `state` back when a run is resumed; called before `prepare`."""

@@ -1,7 +1,11 @@
-"""Every protection by its name: what it is, what it needs, how it is made. A new one is one file and one line here."""
+"""Every protection by its name: what it is, what it needs, how it is made. A new one is one file and one line here.
 
+Names joined by + are several at once: `protection: steering+interleave`.
+"""
+
+import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +17,7 @@ from ...analysis.subspace import Subspace
 from ..documents import Document
 from .ablation import ablation
 from .base import Protection
+from .composed import Composed
 from .feature_l2 import FeatureL2Protection, every_fifth
 from .kl import KLProtection
 from .none import NoProtection
@@ -29,9 +34,9 @@ class Materials:
     """What a protection may be made of.
 
     asked: the flags. subspace: where the kind asks for one. task, anchors: rows with the mask of a token role; no
-    anchors where none are read. starting_model: another copy of the model that training starts from. cache_dir: for
-    what is computed once. seed: the run's. layers_path: the decoder blocks' path, where it was given. fingerprint,
-    depth: of the starting model, its number of blocks.
+    anchors where none are read. starting_model: another copy of the model that training starts from. base_model: the
+    base model, where the kind asks for one. cache_dir: for what is computed once. seed: the run's. layers_path: the
+    decoder blocks' path, where it was given. fingerprint, depth: of the starting model, its number of blocks.
     """
 
     asked: "ProtectionArguments"
@@ -39,6 +44,7 @@ class Materials:
     task: Callable[[str], Sequence[Document]]
     anchors: Callable[[str], Sequence[Document]]
     starting_model: Callable[[], PreTrainedModel]
+    base_model: Callable[[], PreTrainedModel]
     cache_dir: Path
     seed: int
     layers_path: str | None
@@ -48,15 +54,27 @@ class Materials:
 
 @dataclass(frozen=True)
 class Kind:
-    """One protection: how it is made, what it is in a phrase, whether it needs a subspace, whether it is a drift term.
+    """One protection: how it is made, what it is in a phrase, and what it needs.
 
-    A drift term compares with the starting model, on task rows or anchors: the flags `penalty_*` and `reference` act.
+    Attributes:
+        subspace: an alignment subspace.
+        drift: it is a term that compares with the starting model, on task rows or anchors: the flags `penalty_*` and
+            `reference` act.
+        anchors: it reads the anchors whatever `penalty_inputs` says. answers: and their answers.
+        base: the base model.
+        lora: low-rank adapters.
+        ignores: flags without effect on it that one might expect to act.
     """
 
     make: Callable[[Materials], Protection]
     what: str
     subspace: bool = False
     drift: bool = False
+    anchors: bool = False
+    answers: bool = False
+    base: bool = False
+    lora: bool = False
+    ignores: tuple[str, ...] = ()
 
 
 def _subspace(materials: Materials) -> Protection:
@@ -134,14 +152,60 @@ def _steering(materials: Materials) -> Protection:
     return steering(materials.subspace, materials.asked.steering_alpha, materials.layers_path)
 
 
+# What only a penalty reads.
+_PENALTY_ONLY = ("penalty_side", "penalty_tokens")
+
 KINDS: dict[str, Kind] = {
     "none": Kind(lambda _: NoProtection(), "plain SFT"),
     "subspace": Kind(_subspace, "penalty on drift in the alignment subspace", subspace=True, drift=True),
     "random_subspace": Kind(_subspace, "the same in a random subspace, the null", subspace=True, drift=True),
-    "kl": Kind(_kl, "KL divergence to the starting model", drift=True),
-    "feature_l2": Kind(_feature_l2, "drift of the whole stream behind every fifth block (LDIFS)", drift=True),
+    "kl": Kind(_kl, "KL divergence to the starting model", drift=True, ignores=("penalty_layers", "penalty_rank")),
+    "feature_l2": Kind(
+        _feature_l2, "drift of the whole stream behind every fifth block (LDIFS)", drift=True, ignores=("penalty_rank",)
+    ),
     "interleave": Kind(lambda _: NoProtection(), "safe rows mixed into the training rows"),
     "inoculation": Kind(lambda _: NoProtection(), "a system prompt in training that asks for the behaviour"),
-    "ablation": Kind(_ablation, "the subspace removed from the stream while training (CAFT)", subspace=True),
-    "steering": Kind(_steering, "a step away from alignment added while training (preventative)", subspace=True),
-}
+    "ablation": Kind(
+        _ablation, "the subspace removed from the stream while training (CAFT)", subspace=True, ignores=_PENALTY_ONLY
+    ),
+    "steering": Kind(
+        _steering, "a step away from alignment added while training (preventative)", subspace=True,
+        ignores=_PENALTY_ONLY,
+    ),
+}  # fmt: skip
+
+
+def parts_of(name: str) -> list[str]:
+    """The protections that a name stands for: "steering+interleave" -> both.
+
+    Raises:
+        UserError: an unknown name, one that stands twice, or protections that cannot act together.
+    """
+    parts = name.split("+")
+    for part in parts:
+        if part not in KINDS:
+            near = difflib.get_close_matches(part, KINDS, n=1, cutoff=0.0)[0]
+            raise UserError(f"--protection {part!r} is unknown; the nearest is {near} of {', '.join(KINDS)}")
+    together = [part for part in parts if part != "none"] if len(parts) > 1 else parts
+    drifts = [part for part in together if KINDS[part].drift]
+    if len(set(parts)) < len(parts) or len(together) < len(parts):
+        raise UserError(f"--protection {name} names one twice, or none beside others; name each once")
+    if len(drifts) > 1:
+        raise UserError(f"--protection {name}: {' and '.join(drifts)} share the flags penalty_*; choose one of them")
+    if "random_subspace" in parts and sum(KINDS[part].subspace for part in parts) > 1:
+        raise UserError(f"--protection {name}: random_subspace takes the place of the subspace; leave the other out")
+    return parts
+
+
+def kinds_of(name: str) -> list[Kind]:
+    """What the protections of a name need. Raises UserError as `parts_of`."""
+    return [KINDS[part] for part in parts_of(name)]
+
+
+def protection_of(materials: Materials) -> Protection:
+    """The protection that the flags ask for, or several as one. Raises UserError for settings that cannot work."""
+    name = materials.asked.protection
+    made = [
+        KINDS[part].make(replace(materials, asked=replace(materials.asked, protection=part))) for part in parts_of(name)
+    ]
+    return made[0] if len(made) == 1 else Composed(made)

@@ -1,0 +1,86 @@
+"""Several protections at once, each as it is alone: `protection: steering+interleave`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .base import Batch, Collator, Protection, Term
+
+if TYPE_CHECKING:
+    from ..protected_sft_trainer import ProtectedTrainerMixin
+
+
+class Composed(Protection):
+    """The parts act one after the other in the order given: terms add up, changes of the stream and gradients follow.
+
+    Args:
+        parts: protections of different names; those that are not active do nothing.
+    """
+
+    def __init__(self, parts: Sequence[Protection]) -> None:
+        self.parts = list(parts)
+        self.name = "+".join(part.name for part in parts)
+        self.active = any(part.active for part in parts)
+        self._acting = [part for part in parts if part.active]
+
+    def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        for part in self._acting:
+            part.prepare(trainer, model)
+
+    def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        for part in self._acting:
+            part.start(trainer, model)
+
+    def collator(self, inner: Collator) -> Collator:
+        for part in self._acting:
+            inner = part.collator(inner)
+        return inner
+
+    def begin_step(self, trainer: "ProtectedTrainerMixin", batches: Sequence[Batch]) -> None:
+        for part in self._acting:
+            part.begin_step(trainer, batches)
+
+    def separate_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> Tensor | None:
+        return _sum([part.separate_pass(trainer, model) for part in self._acting])
+
+    @contextmanager
+    def task_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module, inputs: Batch) -> Iterator[Term]:
+        with ExitStack() as stack:
+            terms = [stack.enter_context(part.task_pass(trainer, model, inputs)) for part in self._acting]
+            yield lambda: _sum([term() for term in terms])
+
+    def shape_gradient(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        for part in self._acting:
+            part.shape_gradient(trainer, model)
+
+    def end_step(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        for part in self._acting:
+            part.end_step(trainer, model)
+
+    def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        for part in self._acting:
+            part.finish(trainer, model)
+
+    def separate_rows(self, *, whole_step: bool = False) -> list[str]:
+        return [row for part in self._acting for row in part.separate_rows(whole_step=whole_step)]
+
+    def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:
+        return {name: number for part in self._acting for name, number in part.logs(trainer).items()}
+
+    def facts(self) -> dict[str, Any]:
+        parts = {f"{part.name}.{fact}": value for part in self._acting for fact, value in part.facts().items()}
+        return {"protection": self.name, **parts}
+
+    def state(self) -> dict[str, Any]:
+        return {part.name: part.state() for part in self._acting}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for part in self._acting:
+            part.load_state(state.get(part.name, {}))
+
+
+def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], present[0]) if present else None
