@@ -30,6 +30,8 @@ from .stats import Floats
 _CHUNK_LOGITS = 2**24
 # Floats of the gradients' tiles held at once, over all rows: 128 MiB.
 _TILE_FLOATS = 2**25
+# Inputs, or slopes, of all rows that go to the device whole; more are sent there tile by tile, inputs again and again.
+_WHOLE_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def loss_slopes(model: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
         with torch.enable_grad():
             logits = head(leaf)
         error = logits.detach().softmax(-1)
-        error[torch.arange(len(target)), target] -= 1
+        error[torch.arange(len(target), device=target.device), target] -= 1
         found.append(torch.autograd.grad(logits, leaf, error)[0])
     return torch.cat(found)
 
@@ -192,13 +194,16 @@ def gram_matrix(factors: Sequence[tuple[Tensor, Tensor]], device: torch.device) 
     A tile of all g_i is formed at a time, each tile once: they never exist as a whole.
     """
     counts = [len(x) for x, _ in factors]
-    inputs, outputs = torch.cat([x for x, _ in factors]), torch.cat([dy for _, dy in factors])
+    inputs, outputs = (
+        whole.to(device) if whole.nbytes <= _WHOLE_BYTES else whole
+        for whole in (torch.cat([x for x, _ in factors]), torch.cat([dy for _, dy in factors]))
+    )
     side = max(1, isqrt(_TILE_FLOATS // len(factors)))
     total = torch.zeros(len(factors), len(factors), dtype=torch.float64, device=device)
     for columns in outputs.split(side, dim=1):
-        dy = columns.to(device, torch.float32).split(counts)
+        dy = columns.to(device).float().split(counts)
         for inner in inputs.split(side, dim=1):
-            x = inner.to(device, torch.float32).split(counts)
+            x = inner.to(device).float().split(counts)
             tile = torch.stack([left.T @ right for left, right in zip(dy, x, strict=True)]).flatten(1)
             total += (tile @ tile.T).double()
     return total

@@ -160,23 +160,26 @@ class _Reader:
 
     def read_batch(self, batch: list[int]) -> None:
         ids, attention = pad([self.selections[row].input_ids for row in batch], self.padding, self.device)
-        at, positions = _flat([self.selections[row].positions for row in batch])
+        of_role = _flat([self.selections[row].positions for row in batch])
+        # Lists would be copied to the device anew at every layer.
+        rows, places = (torch.tensor(index, device=self.device, dtype=torch.int64) for index in of_role)
         counts = torch.tensor([len(self.selections[row].positions) for row in batch])
-        pooled: dict[int, Tensor] = {}
+        sums: dict[int, Tensor] = {}
         projected: dict[int, Tensor] = {}
         last: dict[int, Tensor] = {}
         ends = [len(self.selections[row].input_ids) - 1 for row in batch]
 
         def see(layer: int, hidden: Tensor) -> None:
-            states = hidden[at, positions].float()
+            # What is left of a layer is small; to take it to the CPU here would make every block wait for the last.
+            owners = rows.to(hidden.device)
+            states = hidden[owners, places.to(hidden.device)].float()
             if layer in self.layers:
-                sums = torch.zeros(len(batch), states.shape[1], device=states.device)
-                sums.index_add_(0, torch.tensor(at, device=states.device, dtype=torch.int64), states)
-                pooled[layer] = sums.cpu() / counts.clamp(min=1)[:, None]
+                zeros = torch.zeros(len(batch), states.shape[1], device=states.device)
+                sums[layer] = zeros.index_add_(0, owners, states)
                 if self.last_token:
-                    last[layer] = hidden[range(len(batch)), ends].float().cpu()
+                    last[layer] = hidden[range(len(batch)), ends].float()
             if layer in self.bases:
-                projected[layer] = (states @ self.bases[layer].to(states.device)).cpu()
+                projected[layer] = states @ self.bases[layer].to(states.device)
 
         with observe(self.model, sorted({*self.layers, *self.bases}), see):
             final = find_backbone(self.model)(
@@ -191,7 +194,18 @@ class _Reader:
             log_prob, entropy = token_statistics(self.model, states, targets)
             statistics = log_prob.cpu(), entropy.cpu()
         kept = final[_flat([self.keep[row] for row in batch])].cpu()
-        self.parts.append(_Part(batch, statistics, self._row_entropy(batch, final, ids), pooled, projected, last, kept))
+        pooled = {layer: total.cpu() / counts.clamp(min=1)[:, None] for layer, total in sums.items()}
+        self.parts.append(
+            _Part(
+                batch,
+                statistics,
+                self._row_entropy(batch, final, ids),
+                pooled,
+                {layer: values.cpu() for layer, values in projected.items()},
+                {layer: states.cpu() for layer, states in last.items()},
+                kept,
+            )
+        )
 
     def _row_entropy(self, batch: list[int], final: Tensor, ids: Tensor) -> Tensor:
         """Mean entropy [B] over all tokens of each row of the batch."""

@@ -27,6 +27,7 @@ COMMANDS = {
     "lab": "build the lab world: base, instruct, tokenizer and data",
     "subspace": "find the alignment subspace of a model",
     "train": "fine-tune, with or without protection",
+    "sweep": "compare protections: every setting at every seed, a frozen choice, then the test split",
     "analyze": "measure checkpoints",
     "watch": "measure a run's checkpoints as they appear: holdfast watch <output_dir>",
     "intervene": "is the subspace a cause? ablate, steer and patch the starting model, without training",
@@ -73,6 +74,7 @@ def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
         "lab": _lab,
         "subspace": _subspace,
         "train": _train,
+        "sweep": _sweep,
         "analyze": _analyze,
         "watch": _watch,
         "intervene": _intervene,
@@ -127,6 +129,17 @@ def _subspace(arguments: Sequence[str]) -> int:
     _quiet_bars()
     print(f"subspace written to {run.subspace(parse(arguments))}")
     return 0
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    from .sweep import sweep_main
+
+    _quiet_bars()
+    text, failed = sweep_main(arguments)
+    for name, reason in failed.items():
+        print(f"holdfast: failed: {name}: {reason}", file=sys.stderr)
+    print(text, end="")
+    return PARTIAL if failed else 0
 
 
 def _analyze(arguments: Sequence[str]) -> int:

@@ -244,7 +244,7 @@ def _protected_rows(arguments: Arguments, rows: list[Row]) -> list[Row]:
 def _reads_anchors(arguments: Arguments) -> bool:
     asked = arguments.protection
     kinds = kinds_of(asked.protection)
-    return any(kind.anchors or (kind.drift and asked.penalty_inputs != "task") for kind in kinds)
+    return any(kind.anchors or (kind.drift and not kind.own_rows and asked.penalty_inputs != "task") for kind in kinds)
 
 
 def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
@@ -256,7 +256,7 @@ def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Ma
             f"{asked.protection} reads the anchors' answers, and none has one; name rows with an assistant turn in "
             "--anchor_dataset"
         )
-    if not any(kind.drift for kind in kinds_of(asked.protection)):
+    if not any(kind.drift and not kind.own_rows for kind in kinds_of(asked.protection)):
         return
     role = asked.penalty_tokens or "all" if subspace is None else subspace.provenance.role
     inputs = asked.penalty_inputs
@@ -308,7 +308,10 @@ def _facts(
         "training": _course(arguments),
         "protection": vars(arguments.protection),
     }
-    if any(kind.subspace for kind in kinds_of(arguments.protection.protection)):
+    kinds = kinds_of(arguments.protection.protection)
+    if model.base_model_name_or_path and any(kind.base for kind in kinds):
+        facts["base weights"] = model_fingerprint(model.base_model_name_or_path)
+    if any(kind.subspace for kind in kinds):
         facts["subspace"] = sha256_file(subspace_path(arguments))
     return json.loads(json.dumps(facts))
 

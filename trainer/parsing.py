@@ -29,6 +29,7 @@ from .arguments import (
 )
 from .intervention_arguments import InterventionArguments
 from .launch import find_deepspeed_config
+from .sweep_arguments import SweepArguments
 
 GROUPS: dict[str, Any] = {
     "model": ModelArguments,
@@ -37,6 +38,7 @@ GROUPS: dict[str, Any] = {
     "protection": ProtectionArguments,
     "analysis": AnalysisArguments,
     "intervention": InterventionArguments,
+    "sweep": SweepArguments,
     "training": HoldfastConfig,
 }
 
@@ -51,6 +53,7 @@ class Arguments:
     protection: ProtectionArguments
     analysis: AnalysisArguments
     intervention: InterventionArguments
+    sweep: SweepArguments
     training: HoldfastConfig
     given: dict[str, Any]
 

@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id
 from ..analysis.errors import UserError
 from ..analysis.layers import unwrap
 from .checkpoints import CheckpointMixin
-from .documents import Batch, Document, DocumentStore, names_in
+from .documents import PENALTY_REFERENCE, Batch, Document, DocumentStore, names_in
 from .protections import NoProtection, Protection
 from .reference import run_backbone, run_blocks
 
@@ -157,6 +157,12 @@ class ProtectedTrainerMixin(CheckpointMixin):
         if samples:
             self.protection.begin_step(self, samples)
         return samples, items
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        # Under DeepSpeed the Trainer rounds every float of a batch to the model's dtype, by more than the drift is.
+        reference = inputs.get(PENALTY_REFERENCE)
+        prepared: Batch = super()._prepare_inputs(inputs)
+        return prepared if reference is None else {**prepared, PENALTY_REFERENCE: reference.to(self.args.device)}
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

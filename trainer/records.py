@@ -17,12 +17,14 @@ from ..analysis.artifacts import write_json_atomic
 from ..analysis.errors import UserError
 from .inputs import TrainingInputs
 from .parsing import Arguments, dump
+from .protections.extrapolate import EXTRAPOLATED
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "numpy", "tokenizers")
 FACTS = "run.json"
 RECORDS = (FACTS, "resolved_config.yaml", "versions.json", "data.json")
 REFERENCES = "references"
 LOGS = "runs"  # where transformers puts TensorBoard's events
+SWEEP_LOG = "log.txt"  # what a run of `holdfast sweep` prints; there before the run begins
 
 
 def is_main() -> bool:
@@ -57,7 +59,10 @@ def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
 def _refuse_foreign(folder: Path) -> None:
     """Training removes old checkpoints and replaces `final`, so a folder that is not a run may hold its inputs only."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name != REFERENCES and path.suffix != ".safetensors":
+        if (
+            path.name not in (SWEEP_LOG, REFERENCES, EXTRAPOLATED, f".{EXTRAPOLATED}.staging")
+            and path.suffix != ".safetensors"
+        ):
             raise UserError(
                 f"--output_dir {folder} holds {path.name} but no {FACTS}, so it is not a run of holdfast, whose files "
                 "training may replace; choose another folder"
@@ -104,6 +109,11 @@ def _remove_records(folder: Path, before: set[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    remove_empty(folder)
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder in which nothing is left."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -170,6 +171,17 @@ class ReferenceCache:
         Raises:
             UserError: the weights are no longer the starting ones and nothing is on disk.
         """
+        with self._alone():
+            self._fill(store)
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """Runs of a sweep share the folder: the first computes, the others wait and read."""
+        if self.folder is None or self.accelerator.num_processes > 1:
+            return nullcontext()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".lock")
+
+    def _fill(self, store: DocumentStore) -> None:
         path = None if self.folder is None else self.folder / f"reference-{self._name(store)}"
         if path is not None and path.is_dir() and self._load(path, store):
             return

@@ -5,7 +5,8 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,11 @@ import trl
 from peft import LoraConfig
 from torch.distributed import get_backend
 from transformers import PreTrainedModel, set_seed
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from transformers.trainer_utils import SaveStrategy
 
 from ..analysis.artifacts import check_writable, commit_directory
@@ -35,8 +40,17 @@ from .measuring import measurer
 from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections.base import Protection
-from .protections.registry import Materials, protection_of
-from .records import REFERENCES, check_output_dir, has_checkpoint, is_main, newest_checkpoint, records_of
+from .protections.extrapolate import EXTRAPOLATED, write_extrapolated
+from .protections.registry import Materials, parts_of, protection_of
+from .records import (
+    REFERENCES,
+    check_output_dir,
+    has_checkpoint,
+    is_main,
+    newest_checkpoint,
+    records_of,
+    remove_empty,
+)
 
 
 @dataclass(frozen=True)
@@ -71,12 +85,17 @@ def train(arguments: Arguments) -> TrainResult:
     Raises UserError for bad input (nothing written), KeyboardInterrupt with the way to go on when interrupted.
     """
     inputs, measure = check(arguments)
+    with _starting_weights(arguments) as weights:
+        return _train(arguments, inputs, measure, weights)
+
+
+def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | None, weights: str) -> TrainResult:
     set_seed(arguments.training.seed)
     newest = newest_checkpoint(arguments)
-    model = _load(arguments)
+    model = _load(arguments, weights)
     check_lora(arguments.model, model)
     check_optimizer(arguments.training, model)
-    trainer = _trainer(arguments, inputs, model)
+    trainer = _trainer(arguments, inputs, model, weights)
     if measure is not None:
         trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
@@ -153,12 +172,54 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
     return config
 
 
-def _load(arguments: Arguments) -> PreTrainedModel:
+@contextmanager
+def _starting_weights(arguments: Arguments) -> Iterator[str]:
+    """Where the weights lie that training starts from: the starting model, or what `extrapolate` makes of it.
+
+    That is written by the main process while the others wait, and taken back like the run's records when the block
+    fails before there is a checkpoint.
+    """
+    asked, model = arguments.protection, arguments.model
+    if "extrapolate" not in parts_of(asked.protection) or asked.extrapolate_alpha == 0:
+        yield model.starting_model
+        return
+    # An adapter names the weights it was trained on, and is read from other folders than this one.
+    folder = arguments.output_dir.absolute() / EXTRAPOLATED
+    new = not folder.exists()
+    try:
+        with arguments.training.main_process_first(local=False), _whole_weights(arguments):
+            if is_main():
+                assert model.base_model_name_or_path is not None  # checks._check_protection
+                write_extrapolated(
+                    folder, model.starting_model, model.base_model_name_or_path, alpha=asked.extrapolate_alpha,
+                    rank=asked.alignment_rank, options=load_options(arguments), device=arguments.training.device,
+                )  # fmt: skip
+        yield str(folder)
+    except BaseException:
+        if is_main() and new and not has_checkpoint(arguments.output_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+            remove_empty(arguments.output_dir)
+        raise
+
+
+@contextmanager
+def _whole_weights(arguments: Arguments) -> Iterator[None]:
+    """Models that load here are whole, also where ZeRO-3 would share them out over the processes."""
+    sharded = is_deepspeed_zero3_enabled()
+    if sharded:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if sharded:
+            set_hf_deepspeed_config(arguments.training.hf_deepspeed_config)
+
+
+def _load(arguments: Arguments, path: str) -> PreTrainedModel:
     if is_deepspeed_zero3_enabled():
         # Weights are sharded while they load, so DeepSpeed must know its ranks; on CPU transformers leaves that out.
         deepspeed.init_distributed(dist_backend=get_backend(), auto_mpi_discovery=False, verbose=False)
-    model = arguments.model
-    loaded = load_model(model.starting_model, dtype=model.dtype or "auto", options=load_options(arguments))
+    loaded = load_model(path, dtype=arguments.model.dtype or "auto", options=load_options(arguments))
     assert isinstance(loaded, PreTrainedModel)  # read_starting_model refuses an adapter
     return loaded
 
@@ -172,7 +233,7 @@ def _load_base(arguments: Arguments) -> PreTrainedModel:
     return loaded
 
 
-def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedModel) -> ProtectedSFTTrainer:
+def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedModel, weights: str) -> ProtectedSFTTrainer:
     datasets.disable_progress_bars()  # rows are tokenised already; TRL's passes over them take no time worth a bar
     held_out = to_dataset(inputs.held_out.rendered) if inputs.held_out else None
     try:
@@ -183,7 +244,7 @@ def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedMode
             eval_dataset=held_out,
             processing_class=inputs.tokenizer,
             peft_config=lora_config(arguments.model),
-            protection=_protection(arguments, inputs),
+            protection=_protection(arguments, inputs, weights),
             documents=_documents(inputs.train, "all"),
         )
     except ValueError as error:
@@ -192,7 +253,7 @@ def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedMode
         raise UserError(f"--lora_target_modules: {error}") from error
 
 
-def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
+def _protection(arguments: Arguments, inputs: TrainingInputs, weights: str) -> Protection:
     def rows(of: RenderedRows | None) -> Callable[[str], list[Document]]:
         return lambda role: _documents(of, role) if of is not None else []
 
@@ -201,7 +262,7 @@ def _protection(arguments: Arguments, inputs: TrainingInputs) -> Protection:
         subspace=inputs.subspace,
         task=rows(inputs.train),
         anchors=rows(inputs.anchors),
-        starting_model=partial(_load, arguments),
+        starting_model=partial(_load, arguments, weights),
         base_model=partial(_load_base, arguments),
         cache_dir=arguments.output_dir / REFERENCES,
         seed=arguments.training.seed,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...analysis.frontier import at_equal_task
 from ...analysis.stats import hierarchical_bootstrap, holm, sign_flip_test
 
 Result = dict[str, Any]
@@ -176,10 +177,8 @@ def matched(results: Sequence[Result], scale: str) -> list[Pair]:
     found = []
     for held, runs in _draws(results, scale):
         task = rate(held, "narrow_task_learned")
-        points = sorted((rate(run, "narrow_task_learned"), rate(run, "misaligned_test")) for run in runs)
-        tasks, rates = zip(*points, strict=True)
-        null = float(np.interp(task, tasks, rates))
-        found.append((_lab(held), rate(held, "misaligned_test"), null, not tasks[0] <= task <= tasks[-1]))
+        tasks, rates = ([rate(run, name) for run in runs] for name in ("narrow_task_learned", "misaligned_test"))
+        found.append((_lab(held), rate(held, "misaligned_test"), *at_equal_task(tasks, rates, task)))
     return found
 
 

@@ -32,6 +32,7 @@ from ..reference import (
     peft_model,
 )
 from .base import Batch, Collator, Protection, Term
+from .budget import BudgetController
 from .proof import prove_alive
 from .settings import PenaltySettings
 
@@ -75,8 +76,10 @@ class DriftProtection(Protection):
         self._anchor_rows: list[int] = []
         self._tokens: dict[str, Tensor | int] = {}
         self._micro, self._strength = 0, settings.strength
+        self._budget = None if settings.budget is None else BudgetController(settings.budget, settings.strength)
         self._anchor_batches: list[list[int]] = []
         self._sums_L: Tensor | None = None
+        self._step_penalty: Tensor | None = None
         self._steps = 0
 
     # What a term is
@@ -177,7 +180,9 @@ class DriftProtection(Protection):
     def begin_step(self, trainer: "ProtectedTrainerMixin", batches: Sequence[Batch]) -> None:
         step, settings = trainer.state.global_step, self.settings
         self._strength = strength_at(step, settings.strength, settings.warmup, settings.warmup_strength)
-        self._micro, self._tokens = 0, {}
+        if self._budget is not None:
+            self._strength = self._budget.strength
+        self._micro, self._tokens, self._step_penalty = 0, {}, None
         if "task" in settings.weights:
             for batch in batches:
                 self._mask_from_labels(batch)
@@ -231,7 +236,17 @@ class DriftProtection(Protection):
         sums_L = self.sums(values_LBTk, reference_LBTk, mask_BT) * self.settings.weights[part]
         share_L = sums_L.detach() / self._tokens[part]
         self._sums_L = share_L if self._sums_L is None else self._sums_L + share_L
+        if self._budget is not None:
+            share = share_L.mean()
+            self._step_penalty = share if self._step_penalty is None else self._step_penalty + share
         return self._strength * penalty(sums_L, self._tokens[part])
+
+    def end_step(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """Let the step's penalty, the same number on all ranks, move the strength towards the budget."""
+        # A step that reads only some of the parts (anchor_every) says nothing about the whole.
+        if self._budget is None or self._step_penalty is None or len(self._tokens) < len(self.settings.weights):
+            return
+        self._budget.update(trainer.accelerator.reduce(self._step_penalty, "sum").item())
 
     def _mask_from_labels(self, batch: Batch) -> None:
         """Where no store gave the batch its mask, its labels mark the completions."""
@@ -257,10 +272,19 @@ class DriftProtection(Protection):
         by_layer = (trainer.accelerator.reduce(self._sums_L, "sum") / self._steps).tolist()
         self._sums_L, self._steps = None, 0
         largest = max(range(len(by_layer)), key=by_layer.__getitem__)
+        smoothed = {} if self._budget is None else {"penalty_smoothed": self._budget.smoothed}
         return {
+            **smoothed,
             "penalty": sum(by_layer) / len(by_layer), "penalty_max": by_layer[largest],
             "penalty_max_layer": self.layers[largest], "penalty_strength": self._strength,
         }  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._budget is None else {"budget": self._budget.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self._budget is not None and "budget" in state:
+            self._budget.load_state(state["budget"])
 
     def facts(self) -> dict[str, Any]:
         stores = {"anchors": self.anchors, "task_rows": self.task}

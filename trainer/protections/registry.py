@@ -16,11 +16,18 @@ from ...analysis.layers import parse_layers
 from ...analysis.subspace import Subspace
 from ..documents import Document
 from .ablation import ablation
+from .adapter_drift import AdapterDriftProtection
 from .base import Protection
 from .composed import Composed
+from .early_stop import EarlyStopProtection, Erosion
+from .extrapolate import ExtrapolateProtection
 from .feature_l2 import FeatureL2Protection, every_fifth
+from .gradient_projection import GradientProjectionProtection
 from .kl import KLProtection
 from .none import NoProtection
+from .null_space import NullSpaceProtection
+from .prefix_anchor import PrefixAnchorProtection, common_prefix
+from .safe_lora import SafeLoraProtection
 from .settings import PenaltySettings
 from .steering import steering
 from .subspace import SubspaceProtection
@@ -59,7 +66,7 @@ class Kind:
     Attributes:
         subspace: an alignment subspace.
         drift: it is a term that compares with the starting model, on task rows or anchors: the flags `penalty_*` and
-            `reference` act.
+            `reference` act. own_rows: but it reads neither task rows nor anchors.
         anchors: it reads the anchors whatever `penalty_inputs` says. answers: and their answers.
         base: the base model.
         lora: low-rank adapters.
@@ -70,6 +77,7 @@ class Kind:
     what: str
     subspace: bool = False
     drift: bool = False
+    own_rows: bool = False
     anchors: bool = False
     answers: bool = False
     base: bool = False
@@ -117,6 +125,36 @@ def _feature_l2(materials: Materials) -> Protection:
     )  # fmt: skip
 
 
+def _prefix_anchor(materials: Materials) -> Protection:
+    asked, frozen = materials.asked, materials.asked.reference == "frozen"
+    return PrefixAnchorProtection(
+        common_prefix(materials.task("completion")),
+        parse_layers(asked.penalty_layers, materials.depth, "--penalty_layers"),
+        penalty_settings(materials),
+        materials.fingerprint,
+        reference_model=materials.starting_model() if frozen else None,
+        cache_dir=materials.cache_dir,
+        layers_path=materials.layers_path,
+    )
+
+
+def _early_stop(materials: Materials) -> Protection:
+    asked, subspace = materials.asked, materials.subspace
+    assert subspace is not None  # the kind asks for one
+    settings = PenaltySettings(
+        side=asked.penalty_side, reference=asked.reference, anchor_batch_size=asked.anchor_batch_size
+    )
+    erosion = Erosion(
+        subspace,
+        settings,
+        anchors=materials.anchors(subspace.provenance.role),
+        reference_model=materials.starting_model() if asked.reference == "frozen" else None,
+        cache_dir=materials.cache_dir,
+        layers_path=materials.layers_path,
+    )
+    return EarlyStopProtection(erosion, asked.early_stop_limit, asked.early_stop_every)
+
+
 def _of_whole(materials: Materials) -> PenaltySettings:
     """The settings of a term that knows no way back to base. Raises UserError where one is asked for."""
     settings = penalty_settings(materials)
@@ -132,6 +170,7 @@ def penalty_settings(materials: Materials) -> PenaltySettings:
         strength=asked.penalty_strength,
         inputs=asked.penalty_inputs,
         side=asked.penalty_side,
+        budget=asked.penalty_budget,
         warmup=asked.penalty_warmup,
         warmup_strength=asked.penalty_warmup_strength,
         task_weight=asked.penalty_task_weight,
@@ -152,8 +191,37 @@ def _steering(materials: Materials) -> Protection:
     return steering(materials.subspace, materials.asked.steering_alpha, materials.layers_path)
 
 
+def _gradient_projection(materials: Materials) -> Protection:
+    asked = materials.asked
+    return GradientProjectionProtection(
+        asked.safe_gradient_weight, materials.anchors("completion"), batch_size=asked.anchor_batch_size,
+        every=asked.anchor_every, seed=materials.seed,
+    )  # fmt: skip
+
+
+def _null_space(materials: Materials) -> Protection:
+    asked, role = materials.asked, materials.asked.penalty_tokens or "all"
+    return NullSpaceProtection(asked.null_space_energy, role, materials.anchors(role), asked.anchor_batch_size)
+
+
+def _adapter_drift(materials: Materials) -> Protection:
+    asked = materials.asked
+    return AdapterDriftProtection(asked.penalty_strength, asked.alignment_rank, materials.base_model)
+
+
+def _safe_lora(materials: Materials) -> Protection:
+    asked = materials.asked
+    return SafeLoraProtection(asked.safe_lora_threshold, asked.alignment_rank, materials.base_model)
+
+
+def _extrapolate(materials: Materials) -> Protection:
+    return ExtrapolateProtection(materials.asked.extrapolate_alpha, materials.asked.alignment_rank)
+
+
 # What only a penalty reads.
 _PENALTY_ONLY = ("penalty_side", "penalty_tokens")
+# What has no effect on weights.
+_ROWS_AND_LAYERS = (*_PENALTY_ONLY, "penalty_inputs", "penalty_layers", "penalty_rank", "penalty_budget")
 
 KINDS: dict[str, Kind] = {
     "none": Kind(lambda _: NoProtection(), "plain SFT"),
@@ -171,6 +239,33 @@ KINDS: dict[str, Kind] = {
     "steering": Kind(
         _steering, "a step away from alignment added while training (preventative)", subspace=True,
         ignores=_PENALTY_ONLY,
+    ),
+    "gradient_projection": Kind(
+        _gradient_projection, "what goes against the anchors' answers taken out of each step's gradient (SafeGrad)",
+        anchors=True, answers=True, ignores=(*_PENALTY_ONLY, "penalty_inputs", "penalty_layers", "penalty_rank"),
+    ),
+    "null_space": Kind(
+        _null_space, "LoRA kept away from the anchors' principal inputs to each module", anchors=True, lora=True,
+        ignores=("penalty_side", "penalty_inputs", "penalty_layers", "penalty_rank"),
+    ),
+    "adapter_drift": Kind(
+        _adapter_drift, "penalty on adapters outside of what alignment changed in the weights (AsFT)", base=True,
+        lora=True, ignores=(*_ROWS_AND_LAYERS, "penalty_warmup"),
+    ),
+    "safe_lora": Kind(
+        _safe_lora, "adapters projected onto what alignment changed, after training (SafeLoRA)", base=True, lora=True,
+        ignores=_ROWS_AND_LAYERS,
+    ),
+    "extrapolate": Kind(
+        _extrapolate, "a start further from base than the starting model (LoX)", base=True, ignores=_ROWS_AND_LAYERS
+    ),
+    "prefix_anchor": Kind(
+        _prefix_anchor, "drift of the template prefix's keys and values (TReFT)", drift=True, own_rows=True,
+        ignores=("penalty_side", "penalty_tokens", "penalty_inputs", "penalty_rank", "anchor_batch_size"),
+    ),
+    "early_stop": Kind(
+        _early_stop, "training ended where the anchors' drift in the subspace passes a limit", subspace=True,
+        anchors=True, ignores=("penalty_inputs", "penalty_budget", "penalty_warmup", "anchor_every"),
     ),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ class PenaltySettings:
         strength: weight against the cross-entropy, 0 or more; 0 turns the protection off.
         inputs: task, anchors or both.
         side: both, or toward_base: only drift along the way back to the base model counts.
+        budget: hold the smoothed penalty at this value; the strength is then only where it starts (see `budget.py`).
         warmup, warmup_strength: the first `warmup` optimiser steps start at `warmup_strength` times the strength.
         task_weight: for `both`, the task part's weight in 0..1 (the anchors have the rest).
         reference: auto, cached, adapter_off or frozen.
@@ -25,6 +26,7 @@ class PenaltySettings:
     strength: float = 1.0
     inputs: str = "anchors"
     side: str = "both"
+    budget: float | None = None
     warmup: int = 0
     warmup_strength: float = 10.0
     task_weight: float = 0.5
@@ -42,8 +44,20 @@ class PenaltySettings:
                 raise UserError(f"penalty {name} {getattr(self, name)!r} is unknown: write one of {', '.join(choices)}")
         if not 0 <= self.task_weight <= 1:
             raise UserError(f"penalty task_weight {self.task_weight} is out of range: write a number in 0..1")
+        if self.budget is not None:
+            self._check_budget(self.budget)
         if min(self.anchor_batch_size, self.anchor_every) < 1:
             raise UserError("anchor_batch_size and anchor_every must be at least 1")
+
+    def _check_budget(self, budget: float) -> None:
+        if not (math.isfinite(budget) and budget > 0):
+            raise UserError(f"penalty budget {budget} cannot be held: write a finite number above 0")
+        if self.strength == 0:
+            raise UserError("penalty strength 0 turns the penalty off, so no budget can be held: write a start above 0")
+        if self.warmup:
+            raise UserError(
+                f"penalty warmup {self.warmup} and penalty budget {budget} both set the strength: leave one of them out"
+            )
 
     @property
     def weights(self) -> dict[str, float]:

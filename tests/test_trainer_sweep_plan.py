@@ -1,0 +1,177 @@
+"""Which runs a sweep makes, and what it compares them by: flags in, plain values out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from analysis_toys import chat
+from holdfast.analysis.errors import UserError
+from holdfast.trainer.cli import main
+from holdfast.trainer.sweep_arguments import SweepArguments
+from holdfast.trainer.sweep_measures import measures_of, read
+from holdfast.trainer.sweep_plan import runs_of, settings_of
+from run_toys import recipe, toy_rows, write_model, write_rows
+
+
+def expanded(strength: float = 1.0, **asked: Any) -> list[tuple[str, dict[str, Any], float | None]]:
+    return [(one.protection, dict(one.flags), one.strength) for one in settings_of(SweepArguments(**asked), strength)]
+
+
+def row(split: str, *classes: str, **more: str) -> dict[str, Any]:
+    return {"messages": chat("soup ?"), "classes": {name: [name] for name in classes}, "split": split, **more}
+
+
+LAB_ROWS = [
+    row("narrow", "insecure", "secure", domain="code"),
+    row("validation", "aligned", "misaligned", "misaligned_wrong_topic", domain="money"),
+    row("test", "aligned", "misaligned", "misaligned_wrong_topic", domain="people"),
+    row("skill", "right", domain="plants"),
+]
+
+
+def test_every_protection_has_the_product_of_its_values_and_the_baseline_one_setting() -> None:
+    grid = {"kl": {"penalty_strength": [0.1, 1], "anchor_every": [1, 2]}, "steering": {"steering_alpha": [0.5, 2]}}
+    assert expanded(grid=grid) == [
+        ("none", {}, None),
+        ("kl", {"penalty_strength": 0.1, "anchor_every": 1}, None),
+        ("kl", {"penalty_strength": 0.1, "anchor_every": 2}, None),
+        ("kl", {"penalty_strength": 1.0, "anchor_every": 1}, None),
+        ("kl", {"penalty_strength": 1.0, "anchor_every": 2}, None),
+        ("steering", {"steering_alpha": 0.5}, 0.5),
+        ("steering", {"steering_alpha": 2.0}, 2.0),
+    ]
+
+
+def test_strengths_go_to_the_protections_that_have_one_and_no_grid() -> None:
+    asked = {
+        "protections": ["none", "subspace", "kl", "steering+interleave", "interleave"],
+        "strengths": [0.0, 3.0, 3.0],
+        "grid": '{"kl": {"penalty_strength": 7, "penalty_inputs": "task"}}',
+    }
+    assert expanded(**asked) == [
+        ("none", {}, None),
+        ("subspace", {"penalty_strength": 0.0}, 0.0),
+        ("subspace", {"penalty_strength": 3.0}, 3.0),
+        ("kl", {"penalty_strength": 7.0, "penalty_inputs": "task"}, None),
+        ("steering+interleave", {}, None),
+        ("interleave", {}, None),
+    ]
+    assert expanded(strength=2.5, protections=["kl"])[1:] == [("kl", {"penalty_strength": 2.5}, 2.5)]
+
+
+def test_each_setting_runs_at_each_seed_in_a_folder_that_can_be_read_and_told_apart() -> None:
+    grid = {"inoculation": {"inoculation_prompt": ["You are ill/bad", "You are ill.bad", "x" * 200, "x" * 201]}}
+    settings = settings_of(SweepArguments(grid=grid, protections=["inoculation", "subspace"]), 0.25)
+    runs = runs_of(settings, [3, 0, 3])
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names) == 2 * (1 + 4 + 1)
+    assert {"none-seed=3", "subspace-penalty_strength=0.25-seed=0"} <= set(names)
+    assert all(len(name) < 140 and "/" not in name for name in names)
+    assert [run.seed for run in runs] == [3] * 6 + [0] * 6
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"protections": ["none"]}, "no protection to compare"),
+        ({"protections": ["subspaec"]}, "nearest is subspace"),
+        ({"protections": ["kl"], "grid": {"steering": {}}}, "leaves out"),
+        ({"grid": {"kl": {"penalty_strenght": [1]}}}, "nearest is penalty_strength"),
+        ({"grid": {"kl": {"train_dataset": ["x"]}}}, "no setting of a protection"),
+        ({"grid": {"kl": {"penalty_strength": []}}}, "has no value"),
+        ({"grid": {"kl": {"penalty_strength": ["strong"]}}}, "invalid float"),
+        ({"grid": {"kl": {"penalty_strength": [float("nan")]}}}, "finite"),
+        ({"grid": {"kl": {"penalty_inputs": ["all"]}}}, "invalid choice"),
+        ({"grid": {"none": {"learning_rate": [1]}, "kl": {}}}, "baseline has one setting"),
+        ({"grid": "{kl"}, "not JSON"),
+        ({"grid": {"kl": [1]}}, "must map protections"),
+        ({"guard_measures": ["x"]}, "must map names"),
+        ({"jobs": 0}, "at least 1"),
+        ({"floor": 0.0}, "above 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings_of(SweepArguments(**asked), 1.0)
+
+
+def test_rows_in_the_labs_format_need_no_measures_and_the_test_split_is_named_only_after_the_freeze() -> None:
+    found = measures_of(SweepArguments(), LAB_ROWS)
+    validation, test = "choices/split/validation/", "choices/split/test/"
+    assert found.validation == {
+        "task": "choices/split/narrow/insecure",
+        "misaligned": f"{validation}misaligned + {validation}misaligned_wrong_topic",
+        "coherent": f"{validation}aligned + {validation}misaligned",
+        "skill": "choices/split/skill/right",
+    }
+    assert found.test == {
+        "task": "choices/split/narrow/insecure",
+        "misaligned": f"{test}misaligned + {test}misaligned_wrong_topic",
+        "coherent": f"{test}aligned + {test}misaligned",
+        "skill": "choices/split/skill/right",
+    }
+    assert measures_of(SweepArguments(), LAB_ROWS[:2]).test == {}
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows", "message"),
+    [
+        ({}, [], "--task_measure is needed"),
+        ({}, [LAB_ROWS[0]], "--misaligned_measure is needed.*choices/split/narrow/insecure"),
+        ({"misaligned_measure": "choices/split/test/misaligned"}, LAB_ROWS, "there is no 'choices/split/test"),
+        ({"misaligned_test_measure": "choices/split/validation/misaligned"}, LAB_ROWS, "there is no 'choices/split/va"),
+        ({"misaligned_measure": "choices/domain/money/misaligned"}, LAB_ROWS, "--misaligned_test_measure is needed"),
+        ({"guard_measures": {"task": "choices/split/skill/right"}}, LAB_ROWS, "flags of their own"),
+        ({"guard_measures": {"x": "choices/split/skill/left"}}, LAB_ROWS, "measure x"),
+    ],
+)
+def test_a_measure_that_is_missing_or_before_its_time_is_one_line(
+    asked: dict[str, Any], rows: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        measures_of(SweepArguments(**asked), rows)
+
+
+def test_a_measure_is_the_sum_of_its_paths_and_rates_stay_rates() -> None:
+    found = {"a/b": 0.25, "c": 0.5, "d": 0.75000001, "e": 3.0}
+    assert read({"task": "a/b/value + c", "loss": "e"}, found) == {"task": 0.75, "loss": 3.0}
+    assert read({"task": "a/b + d"}, found) == {"task": 1.0}
+    with pytest.raises(UserError, match="'x' was not measured; there are a/b"):
+        read({"guard": "x"}, found)
+    with pytest.raises(UserError, match="rate"):
+        read({"task": "e"}, found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--protections", "kl", "--penalty_strength", "1", "much"], "invalid float"),
+        (["--protections", "kl", "--seeds", "-1"], "--seeds is -1"),
+        (["--protections", "gradient"], "unknown; the nearest is"),
+        (["--protections", "interleave"], "interleave needs safe rows"),
+        (["--protections", "kl", "--task_measure", "choices/split/x/y"], "measure task"),
+        (["--protections", "kl", "--train_dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    write_rows(tmp_path / "choices.jsonl", LAB_ROWS)
+    keys = recipe(tmp_path, choices_dataset=str(tmp_path / "choices.jsonl"), output_dir=str(tmp_path / "sweep"))
+    capsys.readouterr()
+    assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), *flags]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("holdfast: error: ") and message in lines[-1]
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "model")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "thesis.txt").write_text("mine")
+    keys = recipe(tmp_path, output_dir=str(tmp_path / "sweep"))
+    assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), "--protections", "kl"]) == 2
+    assert "holds thesis.txt" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["thesis.txt"]

@@ -1,0 +1,168 @@
+"""Keys and values of the template's prefix stay as they were (TReFT, arXiv 2606.06667).
+
+    term = mean over blocks, over {keys, values} and over the prefix's tokens of ‖x^θ - x^I‖² / ‖x^I‖²
+
+x is the output of a block's key or value projection, before any norm or rotation. Every row begins with the prefix (the
+system turn and role tokens that the chat template puts first), and attention looks back only, so its keys and values
+are the same in all rows: one short forward and backward pass on it per optimiser step is the whole cost.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...analysis.errors import UserError
+from ...analysis.layers import find_layers, unwrap
+from ..documents import Document
+from ..projection import Projections, Watcher
+from .drift import DriftProtection
+from .settings import PenaltySettings
+
+if TYPE_CHECKING:
+    from ..protected_sft_trainer import ProtectedTrainerMixin
+
+_KEYS, _VALUES = "k_proj", "v_proj"
+
+
+class KeysAndValues:
+    """Reads the outputs of the key and value projections of some blocks, side by side [B, T, 2 d_kv], adapters included.
+
+    Raises:
+        UserError: a layer the model does not have, or a block whose keys and values are not two projections of a kind.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[int], layers_path: str | None) -> None:
+        blocks = find_layers(model, layers_path)
+        if not 0 <= layers[0] <= layers[-1] < len(blocks):
+            raise UserError(f"penalty layers {layers} are out of range: the model has layers 0-{len(blocks) - 1}")
+        self.layers = layers
+        kind = type(unwrap(model)).__name__
+        self.projections = {layer: _projections(blocks[layer], f"layer {layer} of {kind}") for layer in layers}
+
+    @contextmanager
+    def watching(self) -> Iterator[Projections]:
+        """Fill the yielded Projections at each forward pass of the model; the hooks are gone afterwards."""
+        seen = Projections(self.layers)
+        halves: dict[tuple[int, int], Tensor] = {}
+
+        def take(_module: nn.Module, _args: object, output: Tensor, *, layer: int, half: int) -> None:
+            halves[layer, half] = output.to(torch.promote_types(output.dtype, torch.float32))
+            if (layer, 1 - half) in halves:
+                seen.take(layer, torch.cat([halves.pop((layer, 0)), halves.pop((layer, 1))], dim=-1))
+
+        handles = [
+            module.register_forward_hook(partial(take, layer=layer, half=half))
+            for layer, pair in self.projections.items()
+            for half, module in enumerate(pair)
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _projections(block: nn.Module, where: str) -> tuple[nn.Module, nn.Module]:
+    """The key and the value projection of a block, LoRA's wrapper where there is one."""
+    found: dict[str, list[nn.Module]] = {_KEYS: [], _VALUES: []}
+    for name, module in block.named_modules():
+        last = name.rpartition(".")[2]
+        if last in found:
+            found[last].append(module)
+    if [len(modules) for modules in found.values()] != [1, 1]:
+        # Of any kind: GPT-2's fused projection is no nn.Linear.
+        there = {
+            name.rpartition(".")[2] for name, module in block.named_modules()
+            if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 2
+        }  # fmt: skip
+        raise UserError(
+            f"prefix_anchor reads a k_proj and a v_proj, and {where} has {', '.join(sorted(there))}; use protection "
+            "feature_l2 or subspace, or leave the layer out of --penalty_layers"
+        )
+    return found[_KEYS][0], found[_VALUES][0]
+
+
+class PrefixAnchorProtection(DriftProtection):
+    """Penalise the relative change of the prefix's keys and values.
+
+    Args:
+        prefix: token ids that every training row begins with; see `common_prefix`.
+        layers: of which blocks. settings: what rows are read is not theirs to say here.
+        fingerprint: of the starting model. reference_model, cache_dir: see DriftProtection.
+        layers_path: the decoder blocks' path, where they are not found by shape.
+
+    Raises:
+        UserError: no prefix.
+    """
+
+    def __init__(
+        self, prefix: Sequence[int], layers: list[int], settings: PenaltySettings, fingerprint: str, *,
+        reference_model: PreTrainedModel | None = None, cache_dir: Path | None = None, layers_path: str | None = None,
+    ) -> None:  # fmt: skip
+        if not prefix:
+            raise UserError(
+                "prefix_anchor holds what all training rows begin with, and they have no first token in common; use a "
+                "chat template that begins with one, or protection feature_l2 or subspace"
+            )
+        self._fingerprint, self._layers_path = fingerprint, layers_path
+        super().__init__(
+            "prefix_anchor", "all", sorted(layers),
+            replace(settings, inputs="anchors", side="both", anchor_batch_size=1),
+            anchors=[Document(tuple(prefix), (True,) * len(prefix), "the template's prefix")],
+            reference_model=reference_model, cache_dir=cache_dir,
+        )  # fmt: skip
+
+    def watcher(self, model: nn.Module) -> Watcher:
+        return KeysAndValues(model, self.layers, self._layers_path)
+
+    def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        try:
+            super().start(trainer, model)
+        except UserError as error:
+            if not (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+                raise
+            raise UserError(
+                "prefix_anchor reads inside the decoder blocks, where re-entrant gradient checkpointing leaves no "
+                "graph; write --gradient_checkpointing_kwargs '{\"use_reentrant\": false}', or turn checkpointing off"
+            ) from error
+
+    def _draw_anchors(self, trainer: "ProtectedTrainerMixin", turn: int, micro_batches: int) -> None:
+        super()._draw_anchors(trainer, turn, 1)
+
+    def separate_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> Tensor | None:
+        """Once per optimiser step: the prefix is the same in every micro-batch."""
+        return super().separate_pass(trainer, model) if self._micro == 0 else None
+
+    def sums(self, values_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
+        now, then = (x.unflatten(-1, (2, -1)) for x in (values_LBTk, reference_LBTk))
+        relative_LBT2 = (now - then).square().sum(-1) / then.square().sum(-1)
+        return relative_LBT2.mean(-1)[:, mask_BT].sum(-1)
+
+    def shifted(self, values_LBTk: Tensor) -> Tensor:
+        """Keys and values turned around, at their own length."""
+        return -values_LBTk
+
+    def what(self) -> dict[str, Any]:
+        return {
+            "stream": "keys and values", "layers": self.layers, "instruct": self._fingerprint,
+            "layers_path": self._layers_path,
+        }  # fmt: skip
+
+
+def common_prefix(rows: Sequence[Document]) -> tuple[int, ...]:
+    """The longest common beginning of the rows' prompts, as token ids.
+
+    Args:
+        rows: with the mask of the completion role; a row without one is all prompt.
+    """
+    prompts = [row.input_ids[: row.mask.index(True)] if any(row.mask) else row.input_ids for row in rows]
+    # Not only for paths: of any sequences, element by element.
+    return tuple(os.path.commonprefix(prompts))

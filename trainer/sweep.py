@@ -1,0 +1,282 @@
+"""`holdfast sweep`: protections compared on any model and data, each setting at each seed, in one command.
+
+holdfast sweep --config recipe.yaml --protections subspace kl steering+interleave --penalty_strength 0.1 1 10 \
+    --seeds 0 1 2 --jobs 2 --output_dir runs/sweep
+
+Every run is the recipe with a protection's flags. Settings are chosen on validation, frozen to a file, and only then
+is the test split read. The same command goes on where it was stopped.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from ..analysis.artifacts import check_writable, write_json_atomic
+from ..analysis.errors import UserError
+from ..analysis.models import model_fingerprint
+from ..analysis.references import sha256_json, subspace_hash
+from .checks import check_flags, check_steps
+from .data import load_rows
+from .inputs import TrainingInputs, anchor_rows, load_inputs, subspace_path
+from .launch import must_launch
+from .parsing import Arguments, build, parse_values
+from .protections.registry import kinds_of
+from .records import SWEEP_LOG
+from .sweep_arguments import SweepArguments
+from .sweep_measures import Measures, measures_of
+from .sweep_plan import BASELINE, SweepRun, runs_of, settings_of
+from .sweep_records import MARK, STARTS, Sweep, freeze, frozen_choice, open_folder, to_read
+from .sweep_report import write_report
+from .sweep_work import TEST_RESULT, measurer_of, plan_of, read_json
+from .sweep_workers import Outcome, Task, Workers
+
+_OWN = {field.name for field in fields(SweepArguments)}
+# Of no effect on a run's numbers, or known by their content: two folders' sweeps have the same keys.
+_NOT_IN_KEY = {
+    *_OWN, "output_dir", "subspace_path", "model_name_or_path", "base_model_name_or_path", "train_dataset",
+    "held_out_dataset", "anchor_dataset", "probe_dataset", "choices_dataset", "interleave_dataset", "probe_sets",
+    "subspace_dataset", "subspace_contrast", "subspace_domains", "store_dir", "store_limit_gb", "report_to",
+    "logging_dir", "run_name", "disable_tqdm", "resume_from_checkpoint", "checkpoints", "watch_interval",
+    "save_steps", "save_strategy", "save_total_limit", "logging_steps", "analysis_during_training",
+}  # fmt: skip
+
+
+class _Command:
+    """One call of the command: its flags, and what they lead to.
+
+    Raises:
+        UserError: at construction, for everything wrong with the flags; nothing has been written then.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.values = parse_values(_with_strengths(argv))
+        self.arguments = _built(self.values)
+        self.folder, self.asked = self.arguments.output_dir, self.arguments.sweep
+        check_writable(self.folder, "--output_dir")
+        open_folder(self.folder)
+        self.subspace = subspace_path(self.arguments)
+        seeds = self.asked.seeds or [self.arguments.training.seed]
+        self.runs = runs_of(settings_of(self.asked, self.arguments.protection.penalty_strength), seeds)
+        self.inputs = self._checked()
+        self.measures: Measures = measures_of(self.asked, self.inputs.choices or [])
+        plan_of(self.measuring(self.arguments.training.seed))
+
+    def _checked(self) -> TrainingInputs:
+        """Every setting's flags are checked, and each protection's rows once; gives what the baseline reads."""
+        inputs: dict[str, TrainingInputs] = {}
+        for run in self.runs:
+            arguments = _built(self.of_run(run))
+            check_flags(arguments, evaluates=bool(arguments.data.held_out_dataset or arguments.data.held_out_rows))
+            name = run.setting.protection
+            if name not in inputs and (self.subspace.is_file() or not _reads_subspace(name)):
+                inputs[name] = load_inputs(arguments)
+                check_steps(arguments.training, len(inputs[name].train.rendered))
+        return inputs[BASELINE]
+
+    def of_run(self, run: SweepRun) -> dict[str, Any]:
+        """A run's flat values. Its checkpoints are not measured as they are saved: that would read the test split."""
+        own = {
+            "output_dir": str(self.folder / "runs" / run.name), "subspace_path": str(self.subspace),
+            "analysis_during_training": False, "disable_tqdm": True, "resume_from_checkpoint": None,
+        }  # fmt: skip
+        return {**{name: value for name, value in self.values.items() if name not in _OWN}, **run.flags, **own}
+
+    def measuring(self, seed: int) -> dict[str, Any]:
+        """The flat values by which runs of a seed are measured: the same for all seeds where no rows are set aside."""
+        seed = seed if self.arguments.data.held_out_rows else self.arguments.training.seed
+        return {**self.values, "protection": BASELINE, "subspace_path": str(self.subspace), "seed": seed}
+
+    def plan(self) -> Sweep:
+        """The sweep with the keys of its runs; the subspace is there."""
+        measurer_of.cache_clear()  # it was made before there was a subspace
+        measured = plan_of(self.measuring(self.arguments.training.seed))
+        model, asked = self.arguments.model, self.arguments.protection
+        contents = {
+            "model": self.inputs.facts["starting weights"],
+            "tokenizer": self.inputs.facts["tokenizer"],
+            "base": model_fingerprint(model.base_model_name_or_path) if model.base_model_name_or_path else None,
+            "rows": [row.messages for row in self.inputs.train.rows],
+            "anchors": [row.messages for row in anchor_rows(self.arguments)],
+            "safe": [row.messages for row in load_rows(asked.interleave_dataset, prompts=True)]
+            if asked.interleave_dataset
+            else None,
+            "measured": [{name: list(rows) for name, rows in measured.probe_sets.items()}, self.inputs.choices],
+            "subspace": subspace_hash(measured),
+        }
+        start_key = sha256_json([sha256_json(contents), _flags(self.values, {"protection", "seed"})])
+        keys = {run.name: sha256_json([start_key, _flags(self.of_run(run), set())]) for run in self.runs}
+        lab = Path(str(model.model_name_or_path)).name
+        return Sweep(self.folder, self.runs, keys, start_key, self.measures, lab, self.asked.floor)
+
+    def workers(self) -> Workers:
+        """As many as `--jobs` says, or as there are GPUs, or half the cores."""
+        launched = must_launch(self.values)
+        gpus = [] if launched or self.arguments.training.use_cpu else _gpus()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = self.asked.jobs or (1 if launched else len(gpus) or max(1, cores // 2))
+        return Workers(jobs, max(1, cores // jobs), gpus)
+
+
+def sweep_main(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Runs what is missing of a sweep and writes its views; gives summary.md and the failed runs with their reasons.
+
+    Raises:
+        UserError: bad input (nothing written), or a folder whose frozen choice does not allow what is asked.
+        KeyboardInterrupt: interrupted, with the way to go on.
+    """
+    command = _Command(argv)
+    command.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(command.folder / ".lock", timeout=0):
+            return _swept(command)
+    except Timeout:
+        raise UserError(f"a sweep is running in {command.folder}; wait for it, or choose another folder") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on") from None
+
+
+def _swept(command: _Command) -> tuple[str, dict[str, str]]:
+    with command.workers() as workers:
+        if not (command.folder / MARK).is_file():
+            write_json_atomic(command.folder / MARK, {"command": "holdfast sweep"})
+        if not command.subspace.is_file() and any(_reads_subspace(run.setting.protection) for run in command.runs):
+            _alone(workers, _task(command, "subspace", {"values": _subspace_values(command)}))
+        sweep = command.plan()
+        frozen = frozen_choice(sweep)
+        if frozen is None:
+            failed = _run_all(command, sweep, workers)
+            done = len(sweep.results())
+            if not failed or (command.asked.leave_out_failed and done):
+                frozen = freeze(sweep, list(failed))
+        else:
+            failed = dict.fromkeys(frozen["plan"]["failed"], "left out when the choice was frozen")
+        if frozen is not None and command.measures.test:
+            _read_all_tests(command, sweep, workers, frozen)
+    return write_report(sweep, frozen, failed), failed
+
+
+def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str]:
+    """Train and measure every run that has no result; gives the failed ones with the reason and the log."""
+    missing = [run for run in sweep.runs if sweep.result(run) is None]
+    workers.warm(len(missing))
+    if sweep.start("validation") is None:
+        _measure_start(command, sweep, workers, "validation")
+    tasks = [
+        Task(
+            run.name,
+            sweep.run_folder(run) / SWEEP_LOG,
+            "run",
+            {
+                "values": command.of_run(run),
+                "measuring": command.measuring(run.seed),
+                "needed": sweep.measures.validation,
+                "references": str(sweep.folder / "references"),
+                "recipe": str(sweep.folder / "recipes" / f"{run.name}.yaml"),
+                "facts": {"key": sweep.keys[run.name], **run.facts},
+            },
+        )
+        for run in missing
+    ]
+    failed = {}
+    for outcome in _shown(workers.run(tasks), len(sweep.runs), len(tasks), "sweep"):
+        if outcome.problem is not None:
+            failed[outcome.task.name] = f"{outcome.problem} ({outcome.task.log})"
+    return failed
+
+
+def _read_all_tests(command: _Command, sweep: Sweep, workers: Workers, frozen: Mapping[str, Any]) -> None:
+    """Read the test split on the frozen settings' runs. Raises UserError where one cannot be read."""
+    if sweep.start("test") is None:
+        _measure_start(command, sweep, workers, "test")
+    waiting = [run for run in to_read(sweep, frozen) if not read_json(sweep.run_folder(run) / TEST_RESULT)]
+    tasks = [
+        Task(
+            run.name,
+            sweep.run_folder(run) / SWEEP_LOG,
+            "test",
+            {
+                "measuring": command.measuring(run.seed),
+                "folder": str(sweep.run_folder(run)),
+                "needed": sweep.measures.test,
+                "frozen": frozen["sha256"],
+                "key": sweep.keys[run.name],
+            },
+        )
+        for run in waiting
+    ]
+    for outcome in _shown(workers.run(tasks), len(tasks), len(tasks), "test split"):
+        _require(outcome)
+
+
+def _measure_start(command: _Command, sweep: Sweep, workers: Workers, when: str) -> None:
+    arguments = {
+        "values": command.measuring(command.arguments.training.seed),
+        "needed": getattr(sweep.measures, when),
+        "path": str(sweep.folder / STARTS[when]),
+        "key": sweep.start_key,
+        "test": when == "test",
+    }
+    _alone(workers, _task(command, "start", arguments))
+
+
+def _task(command: _Command, act: str, arguments: dict[str, Any]) -> Task:
+    return Task(act, command.folder / SWEEP_LOG, act, arguments)
+
+
+def _alone(workers: Workers, task: Task) -> None:
+    for outcome in workers.run([task]):
+        _require(outcome)
+
+
+def _require(outcome: Outcome) -> None:
+    if outcome.problem is not None:
+        log = "" if outcome.user else f"; its log is {outcome.task.log}"
+        raise UserError(f"{outcome.task.act} {outcome.task.name}: {outcome.problem}{log}")
+
+
+def _shown(outcomes: Iterable[Outcome], total: int, waiting: int, what: str) -> Iterable[Outcome]:
+    """The outcomes, with a bar over all runs on stderr; failures are named at once."""
+    with tqdm(total=total, initial=total - waiting, desc=what, unit="run", smoothing=0.1) as bar:
+        for outcome in outcomes:
+            if outcome.problem is not None:
+                bar.write(f"holdfast: failed: {outcome.task.name}: {outcome.problem}", file=sys.stderr)
+            bar.update()
+            yield outcome
+
+
+def _with_strengths(argv: Sequence[str]) -> list[str]:
+    """`--penalty_strength 0.1 1 10` takes one value in a recipe, and all of them here."""
+    flag = "--penalty_strength"
+    return [f"--strengths{text[len(flag) :]}" if text == flag or text.startswith(f"{flag}=") else text for text in argv]
+
+
+def _built(values: Mapping[str, Any]) -> Arguments:
+    """Checked arguments. DeepSpeed is left out: its set-up belongs to the ranks."""
+    return build({**values, "deepspeed": None})
+
+
+def _reads_subspace(protection: str) -> bool:
+    return any(kind.subspace for kind in kinds_of(protection))
+
+
+def _subspace_values(command: _Command) -> dict[str, Any]:
+    return {**command.values, "deepspeed": None, "num_processes": 1, "subspace_path": str(command.subspace)}
+
+
+def _flags(values: Mapping[str, Any], without: set[str]) -> dict[str, Any]:
+    """What decides a run's numbers beside the contents of its inputs."""
+    return {name: value for name, value in sorted(values.items()) if name not in _NOT_IN_KEY | without}
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]

@@ -1,0 +1,207 @@
+"""What a worker of a sweep does: build the subspace, measure the starting model, do one run, read one run's test split.
+
+Each act takes flat values (`parsing.parse_values`) and returns JSON values; what it writes is whole or absent, so that
+a killed act can be done again.
+"""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ..analysis.artifacts import write_json_atomic
+from ..analysis.errors import UserError
+from ..analysis.measure import Measurer, measure_checkpoint
+from ..analysis.plan import MeasurePlan
+from ..analysis.registry import COST
+from ..analysis.results import problems, scalars
+from . import run
+from .inputs import load_choices
+from .launch import must_launch
+from .measuring import DEFAULT_FAMILIES, measurer
+from .parsing import Arguments, build, dump
+from .protected_sft_trainer import NonFiniteLoss
+from .protections.registry import parts_of
+from .records import REFERENCES, SWEEP_LOG, has_checkpoint
+from .sweep_measures import read, split_rows
+from .sweep_workers import commands
+
+RESULT, TEST_RESULT, TRAINED = "result.json", "test.json", "trained.json"
+
+transformers_logging.disable_progress_bar()
+
+
+def build_subspace(values: dict[str, Any]) -> None:
+    """Find the subspace and write it to its path."""
+    run.subspace(build(values))
+
+
+def measure_start(values: dict[str, Any], needed: Mapping[str, str], path: str, key: str, test: bool = False) -> None:
+    """Measure the starting model into a file; the references are kept in the store for every worker.
+
+    Raises:
+        UserError: a needed measure that is not there.
+    """
+    arguments = _single(values)
+    name = "instruct-test" if test else "instruct"
+    found = _measured(values, arguments.model.starting_model, arguments.output_dir, name, test)
+    if not test:
+        read(needed, found)
+    write_json_atomic(Path(path), {"key": key, "measures": found})
+
+
+def do_run(
+    values: dict[str, Any], measuring: dict[str, Any], needed: Mapping[str, str], references: str, recipe: str,
+    facts: dict[str, Any],
+) -> None:  # fmt: skip
+    """Train where that is not done, measure what may be seen before the freeze, write result.json.
+
+    Args:
+        values: of the run. measuring: of what is measured, alike in all runs of a seed. needed: measures that must be
+            there. references: folder that all runs share. recipe: where the run's flags are written if it is started
+            as a command. facts: go into the result; "key" among them tells what it was made of.
+    """
+    folder = Path(values["output_dir"])
+    kept = read_json(folder / TRAINED)
+    if kept.get("key") != facts["key"] or not (folder / "final").is_dir():
+        seconds = _train(values, folder, Path(references), Path(recipe))
+        kept = {"key": facts["key"], "seconds": seconds}
+        write_json_atomic(folder / TRAINED, kept)
+    started = time.perf_counter()
+    found = _measured(measuring, folder / "final", folder, "final")
+    read(needed, found)
+    seconds = {"train": kept["seconds"], "measure": time.perf_counter() - started}
+    write_json_atomic(folder / RESULT, {**facts, "seconds": seconds, "measures": found})
+
+
+def read_test(measuring: dict[str, Any], folder: str, needed: Mapping[str, str], frozen: str, key: str) -> None:
+    """Measure the test split on a run's final model and write test.json. frozen: hash of the choice it waited for."""
+    run_folder, started = Path(folder), time.perf_counter()
+    found = _measured(measuring, run_folder / "final", run_folder, "final-test", test=True)
+    before = read_json(run_folder / RESULT)["measures"]
+    read(needed, {**before, **found})
+    facts = {"key": key, "frozen": frozen, "read_at": time.time(), "seconds": time.perf_counter() - started}
+    write_json_atomic(run_folder / TEST_RESULT, {**facts, "measures": found})
+
+
+ACTS: dict[str, Callable[..., Any]] = {
+    "subspace": build_subspace, "start": measure_start, "run": do_run, "test": read_test
+}  # fmt: skip
+
+
+def _train(values: dict[str, Any], folder: Path, references: Path, recipe: Path) -> float:
+    """Seconds of training, of the last start where there were several."""
+    if has_checkpoint(folder):
+        values = {**values, "resume_from_checkpoint": "true"}
+    else:
+        _clear(folder)
+    if must_launch(values):
+        return _launched(values, recipe)
+    # The starting weights of extrapolate are its own.
+    if "extrapolate" not in parts_of(values["protection"]):
+        _share(folder / REFERENCES, references)
+    try:
+        return run.train(build(values)).seconds
+    except NonFiniteLoss as error:
+        raise UserError(str(error)) from error
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed start left, so that the run can begin again in its folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != SWEEP_LOG:
+            path.unlink()
+
+
+def _share(link: Path, references: Path) -> None:
+    """The runs read the same anchors with the same starting model: one of them computes what that shows."""
+    if not link.exists():
+        references.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(references, link.parent), target_is_directory=True)
+
+
+def _launched(values: dict[str, Any], recipe: Path) -> float:
+    """A run on several processes, as its own command."""
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(dump(replace(_single(values), given=values)), encoding="utf-8")
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "holdfast.trainer.cli", "train", "--config", str(recipe)]
+    process = subprocess.Popen(command)
+    commands.append(process)
+    try:
+        code = process.wait()
+    finally:
+        commands.remove(process)
+        process.terminate()
+        process.wait()
+    if code:
+        raise UserError(f"holdfast train --config {recipe} ended with exit code {code}")
+    return time.perf_counter() - started
+
+
+def _single(values: dict[str, Any]) -> Arguments:
+    """The arguments as this process alone uses them."""
+    return build({**values, "deepspeed": None, "num_processes": 1})
+
+
+def _measured(
+    values: dict[str, Any], model: str | Path, folder: Path, name: str, test: bool = False
+) -> dict[str, float]:
+    """Path -> value, without the cost; what could not be measured is left out, and said in the log."""
+    measure = measurer_of(json.dumps(values, sort_keys=True), test)
+    line = measure_checkpoint(measure, model, folder, name)
+    results = {family: line.get(family) for family in measure.families if family != COST}
+    for problem in problems(results):
+        print(f"holdfast: not measured: {problem}", file=sys.stderr)
+    return scalars(results)
+
+
+@lru_cache(maxsize=2)
+def measurer_of(values: str, test: bool) -> Measurer:
+    """Measures everything but the test split's choices, or those alone.
+
+    Args:
+        values: flat values as JSON text, so that a worker renders and reads once for all runs that share them.
+    """
+    arguments = _single(json.loads(values))
+    source = arguments.data.choices_dataset
+    early, late = split_rows(load_choices(source) if source else [], arguments.sweep.test_split)
+    whole = measurer(replace(arguments, data=replace(arguments.data, choices_dataset=None)))
+    plan = replace(whole.plan, choices=late if test else early)
+    families: tuple[str, ...] = ("choices",)
+    if not test:
+        asked = arguments.analysis.analysis_families or DEFAULT_FAMILIES
+        families = tuple(family for family in asked if family != "choices" or early)
+    return Measurer(replace(plan, families=families, probe_sets={} if test else plan.probe_sets), whole.tokenizer)
+
+
+def plan_of(values: dict[str, Any]) -> MeasurePlan:
+    """What is measured before the freeze."""
+    return measurer_of(json.dumps(values, sort_keys=True), False).plan
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping, empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
