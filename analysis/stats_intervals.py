@@ -1,8 +1,9 @@
 """Intervals of one mean, rate, ratio or other statistic over rows that may come in clusters.
 
 tests/benchmarks/COVERAGE.md says how often each covers the truth. In short: bootstrap percentiles, BCa included, cover
-too little below about 30 clusters; the t interval corrected for skewness keeps its promise from 5 clusters on, needs no
-resampling, and is what everything here rests on. Rates near 0 take Wilson's interval on the effective number of rows.
+too little below about 30 clusters; the t interval corrected for skewness needs no resampling and is what everything
+here rests on, its side away from 0 stretched for values of one sign. Rates near 0 take Wilson's interval, opened to an
+exact bound, and in clusters that on the effective number of rows.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,6 +19,8 @@ Measurement = dict[str, Any]
 Floats = NDArray[np.float64]
 
 ALONE = "one independent row or cluster has no interval"
+# What an exact bound leaves out, in units of 1 - confidence: where the other bounds leave out nothing, and else.
+_TAILS = np.array([1.3, 1.0])
 # Below so many clusters BCa's quantiles of the resampled values lie too far inside.
 FEW_CLUSTERS = 30
 
@@ -48,10 +51,31 @@ def _score_interval(rate: float, n: float, quantile: float) -> Interval:
     return low, 1.0 if rate == 1 else min(1.0, float(centre + half))
 
 
+def binomial_ci(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Interval of the rate of independent answers: `wilson` with each bound opened to a one-sided exact one.
+
+    Wilson's lower bound lies too high below about ten events: he covers 84% at some rates, however many the answers
+    (Brown, Cai and DasGupta 2001, who replace his first bounds). This interval covers at least 93.1% at every rate to
+    2%, and 95.1-96.8% on average over them, with 100 to 5,000 answers. Above some ten events it is Wilson's.
+    """
+    low, high = wilson(successes, n, confidence)
+    return min(low, _exact(successes, n, confidence)), max(high, 1.0 - _exact(n - successes, n, confidence))
+
+
+def _exact(successes: int, n: int, confidence: float) -> float:
+    """Lower bound of a rate by the binomial distribution (Clopper and Pearson 1934), one-sided."""
+    if successes == 0:
+        return 0.0
+    alone, beside = scipy_stats.beta.ppf(_TAILS * (1 - confidence), successes, n - successes + 1)
+    # At a rate that no event at all would allow, the bounds of too many events are all that can miss it.
+    return float(alone if alone < wilson(0, n, confidence)[1] else beside)
+
+
 def mean_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: float = 0.95) -> Interval:
     """Mean over all rows, clusters as the units that vary: Student's t corrected for skewness (Hall 1992).
 
-    Closed form of what a bootstrap-t simulates: as good from 5 clusters on, in time linear in the rows.
+    Closed form of what a bootstrap-t simulates: as good from 5 clusters on, in time linear in the rows. Of values that
+    all have one sign the side away from 0 is stretched (`stretch`), since few of them show less skewness than there is.
 
     Args:
         values: [n]. clusters: a label per row (its question, topic or seed); None: each row its own.
@@ -60,15 +84,17 @@ def mean_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: flo
         ValueError: a single cluster, or labels and values that differ in number.
     """
     sums, counts = cluster_sums(values, clusters)
-    return skewed_t(float(sums.sum() / counts.sum()), _influence(sums, counts), confidence)
+    mean, influence = float(sums.sum() / counts.sum()), _influence(sums, counts)
+    interval = skewed_t(mean, influence, confidence)
+    return stretch(interval, mean, influence, confidence) if one_sign(values) else interval
 
 
 def rate_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: float = 0.95) -> Interval:
     """Mean of values in [0, 1] (answers that are 0 or 1, or probabilities), inside [0, 1], fit for rates near 0.
 
-    Wilson's interval on the effective number of rows rate (1 - rate) / se^2, se and Student's quantile being those of
-    the clusters (Dean and Pagano 2015); the side away from the nearer end reaches at least as far as `mean_ci`, since
-    questions differ more than coins do. Answers without clusters have exactly Wilson's.
+    `rate_bounds`: Wilson's interval on the effective number of rows rate (1 - rate) / se^2, se and Student's quantile
+    being those of the clusters (Dean and Pagano 2015); the side away from the nearer end reaches at least as far as
+    `mean_ci`, since questions differ more than coins do. Answers without clusters have `binomial_ci`.
     With no event at all the design effect cannot be seen, and the rows count as independent.
 
     Raises:
@@ -78,9 +104,11 @@ def rate_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: flo
     if rows.size and not (rows.min() >= 0 and rows.max() <= 1):
         raise ValueError(f"rate_ci: values from {rows.min()} to {rows.max()} are not rates")
     if clusters is None and is_binary(rows):
-        return wilson(float(rows.sum()), len(rows), confidence)
+        return binomial_ci(int(rows.sum()), len(rows), confidence)
     sums, counts = cluster_sums(rows, clusters)
-    return rate_bounds(sums, counts, skewed_t(float(rows.mean()), _influence(sums, counts), confidence), confidence)
+    rate, influence = float(rows.mean()), _influence(sums, counts)
+    other = stretch(skewed_t(rate, influence, confidence), rate, influence, confidence, end=float(rate > 0.5))
+    return rate_bounds(sums, counts, other, confidence)
 
 
 def is_binary(rows: Floats) -> bool:
@@ -91,6 +119,9 @@ def is_binary(rows: Floats) -> bool:
 def rate_bounds(sums: Floats, counts: Floats, other: Interval | None = None, confidence: float = 0.95) -> Interval:
     """Wilson's interval on effective rows, from sums and numbers of rows per cluster [G].
 
+    The bound toward the nearer end has Student's quantile with 2 (G - 1) degrees of freedom: with G - 1 it misses in
+    1-2% instead of 2.5% at few events in few clusters, most of its variance being that of the answers, which is known.
+
     Args:
         other: an interval of the same mean, to whose bound the side away from the nearer end is stretched.
     """
@@ -98,12 +129,14 @@ def rate_bounds(sums: Floats, counts: Floats, other: Interval | None = None, con
     variance = _squared_error(_influence(sums, counts))
     # One rate in all clusters, if it is not 0 or 1, says that they do not differ at all.
     effective = rate * (1 - rate) / variance if variance > (1e-12 * rate) ** 2 else n
-    low, high = _score_interval(rate, effective, float(scipy_stats.t.ppf(0.5 + confidence / 2, len(sums) - 1)))
-    if other is not None and rate <= 0.5:
-        high = min(1.0, max(high, other[1]))
-    elif other is not None:
-        low = max(0.0, min(low, other[0]))
-    return low, high
+    freedom = (len(sums) - 1) * np.array([1, 2])
+    (low, high), (near_low, near_high) = (
+        _score_interval(rate, effective, float(quantile))
+        for quantile in scipy_stats.t.ppf(0.5 + confidence / 2, freedom)
+    )
+    if rate <= 0.5:
+        return near_low, high if other is None else min(1.0, max(high, other[1]))
+    return low if other is None else max(0.0, min(low, other[0])), near_high
 
 
 def cluster_sums(values: ArrayLike, clusters: Clusters | None) -> tuple[Floats, Floats]:
@@ -146,11 +179,40 @@ def skewed_t(
     return float(np.clip(low, *bounds)), float(np.clip(high, *bounds))
 
 
-def _unskewed(quantile: float, skew: float) -> float:
+def _unskewed(quantile: float, skew: ArrayLike) -> Floats:
     """The value of t that Hall's transformation t + skew t^2 / 3 + skew^2 t^3 / 27 + skew / 6 maps on `quantile`."""
-    if abs(skew) < 1e-9:
-        return quantile
-    return float(3 / skew * (np.cbrt(1 + skew * (quantile - skew / 6)) - 1))
+    skews = np.asarray(skew, dtype=np.float64)
+    safe = np.where(np.abs(skews) < 1e-9, 1.0, skews)
+    return np.where(np.abs(skews) < 1e-9, quantile, 3 / safe * (np.cbrt(1 + safe * (quantile - safe / 6)) - 1))
+
+
+def one_sign(values: ArrayLike) -> bool:
+    """Whether no value lies on the other side of 0 from another."""
+    rows = np.asarray(values, dtype=np.float64)
+    return bool(rows.min() >= 0 or rows.max() <= 0)
+
+
+def stretch(
+    interval: Interval, value: float, influence: Floats, confidence: float = 0.95, end: float = 0.0
+) -> Interval:
+    """The interval, its side away from `end`, which no value passes, as far out as a larger skewness would put it.
+
+    A sample shows less skewness than there is, the less the smaller it is, and past some skewness Hall's interval
+    becomes shorter again. So the bound is the furthest of any skewness up to 1 + 3 / sqrt(G) times the sample's, or, if
+    that is less, up to 3 cv + cv^3: that of lognormal values whose sd is cv times their mean's distance from `end`.
+    Values far from it stay as they are.
+    """
+    n = len(influence)
+    error, away = np.sqrt(_squared_error(influence)), value - end
+    if error <= max(1e-12 * abs(value), 1e-100) or np.sum(influence**3) * away <= 0:
+        return interval
+    skew = float(abs(np.mean(influence**3)) / np.mean(influence**2) ** 1.5)
+    variation = float(error * np.sqrt(n) / abs(away))
+    most = min((1 + 3 / np.sqrt(n)) * skew, 3 * variation + variation**3) / np.sqrt(n)
+    quantile = float(scipy_stats.t.ppf(0.5 + confidence / 2, n - 1))
+    reach = float(error * np.max(-_unskewed(-quantile, np.linspace(0, most, 200))))
+    low, high = interval
+    return (low, max(high, value + reach)) if away > 0 else (min(low, value - reach), high)
 
 
 def jackknife_ci(

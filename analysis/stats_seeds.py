@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
-from .stats_intervals import Floats, Interval, cluster_codes, rate_bounds
+from .stats_intervals import Floats, Interval, cluster_codes, one_sign, rate_bounds, stretch
 
 # With fewer outermost units too many resamples draw one unit only and have no spread to be studentised by.
 _FEWEST_UNITS = 5
@@ -23,8 +23,9 @@ def hierarchical_bootstrap(
     """Bootstrap-t interval of the mean when every level is resampled within the one above it.
 
     Each resampled mean is measured in standard errors of its own outermost units (Efron and Tibshirani 1993, 12.5);
-    percentiles, which this replaces, cover 0.74-0.91 with 5 to 10 seeds that differ. Under 5 outermost units it is
-    Student's t over them. Values that all lie in [0, 1] and differ get an interval inside it (`rate_bounds`).
+    percentiles, which this replaces, cover 0.74-0.91 with 5 to 10 seeds that differ. Of values of one sign the side
+    away from 0 reaches at least as far as `stretch` puts it. Under 5 outermost units it is Student's t over them.
+    Values that all lie in [0, 1] and differ get an interval inside it (`rate_bounds`).
 
     Args:
         values: [n].
@@ -49,7 +50,11 @@ def hierarchical_bootstrap(
         spread = errors > 1e-9 * error
         quantiles = np.quantile((means[spread] - mean) / errors[spread], tails)
     interval = mean - float(quantiles[1]) * error, mean - float(quantiles[0]) * error
-    if rate or (rows.min() >= 0 and rows.max() <= 1 and np.ptp(rows) > 0):
+    as_rate = rate or (rows.min() >= 0 and rows.max() <= 1 and np.ptp(rows) > 0)
+    if n_units >= _FEWEST_UNITS and one_sign(rows):
+        influence = (sums - mean * counts) / counts.mean()
+        interval = stretch(interval, mean, influence, confidence, end=float(as_rate and mean > 0.5))
+    if as_rate:
         return rate_bounds(sums, counts, interval, confidence)
     return interval
 

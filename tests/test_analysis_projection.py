@@ -7,6 +7,7 @@ from holdfast.analysis.metrics.behavior import behavior
 from holdfast.analysis.metrics.projection import projection
 from holdfast.analysis.readout import Readout
 from holdfast.analysis.subspace_file import Provenance, Subspace
+from scipy.stats import t
 
 ROWS, WIDTH, TOKENS = 40, 12, 3
 AXIS = torch.eye(WIDTH)[0]
@@ -44,6 +45,34 @@ def test_retention_separation_and_drift_of_planted_positions():
         assert found["p_instruct"]["value"] - found["p_base"]["value"] == pytest.approx(4, abs=0.1)
         assert found["separation"]["value"] > 1 and found["retention"]["n"] == ROWS // 2
     assert result["mean"]["retention"]["value"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_interval_of_the_drift_cosine_multiplies_different_rows_only():
+    readings = (planted(2.0, sideways=4.0, noise=1.0), planted(4.0, noise=1.0), planted(0.0, noise=1.0))
+    found = projection(*readings, variant="paper")["layers"]["0"]["drift_cosine"]
+    ours, instruct, base = (reading.pooled[0].double().numpy() for reading in readings)
+    drift, toward = ours - instruct, base - instruct
+    means = drift.mean(0), toward.mean(0)
+    assert found["value"] == pytest.approx(np.dot(*means) / np.prod([np.linalg.norm(mean) for mean in means]))
+
+    def cosine(rows):
+        pairs = [(i, j) for i in rows for j in rows if i != j]
+        shared, one, other = (
+            np.mean([left[i] @ right[j] for i, j in pairs])
+            for left, right in ((drift, toward), (drift, drift), (toward, toward))
+        )
+        return shared / np.sqrt(one * other)
+
+    without = np.array([cosine([row for row in range(ROWS) if row != left_out]) for left_out in range(ROWS)])
+    half = t.ppf(0.975, ROWS - 1) * np.sqrt((ROWS - 1) / ROWS * np.sum((without - without.mean()) ** 2))
+    middle = cosine(range(ROWS))
+    assert found["ci95"] == pytest.approx([middle - half, middle + half], abs=1e-6)
+
+
+def test_a_drift_that_is_noise_alone_may_point_anywhere():
+    still = (planted(1.0, noise=1.0), planted(1.001, noise=1.0), planted(0.999, noise=1.0))
+    cosines = [projection(*still, seed=seed)["layers"]["0"]["drift_cosine"]["ci95"] for seed in range(20)]
+    assert [-1.0, 1.0] in cosines
 
 
 @pytest.mark.parametrize(("position", "expected"), [(4.0, 0.0), (0.0, 1.0), (2.0, 0.25)])

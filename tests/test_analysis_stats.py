@@ -7,6 +7,7 @@ import pytest
 from holdfast.analysis import stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import optimize
 from scipy import stats as scipy_stats
 
 
@@ -46,7 +47,7 @@ def test_bca_equals_scipys_at_the_expanded_level(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_interval_of_a_mean_solves_halls_equation(seed):
-    values = np.random.default_rng(seed).exponential(size=12)
+    values = np.random.default_rng(seed).exponential(size=12) - 1
     error, skew = values.std(ddof=1) / math.sqrt(12), scipy_stats.skew(values) / math.sqrt(12)
     for bound, quantile in zip(stats.mean_ci(values), scipy_stats.t.ppf([0.975, 0.025], 11), strict=True):
         t = (values.mean() - bound) / error
@@ -56,8 +57,27 @@ def test_the_interval_of_a_mean_solves_halls_equation(seed):
     assert stats.mean_ci(even) == pytest.approx((-half, half))
 
 
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_values_of_one_sign_reach_as_far_as_any_skewness_in_doubt(seed):
+    values = np.random.default_rng(seed).lognormal(size=10)
+    mean, sd, quantile = values.mean(), values.std(ddof=1), scipy_stats.t.ppf(0.975, 9)
+    low, high = stats.mean_ci(values)
+    most = min((1 + 3 / math.sqrt(10)) * scipy_stats.skew(values), 3 * sd / mean + (sd / mean) ** 3)
+
+    def bound(skew: float) -> float:
+        """Where Hall's polynomial in t = (mean - bound) / error is the lower quantile, by root finding."""
+        g = skew / math.sqrt(10)
+        t = optimize.brentq(lambda t: t + g * t**2 / 3 + g**2 * t**3 / 27 + g / 6 + quantile, -100, 100)
+        return mean - t * sd / math.sqrt(10)
+
+    assert high == pytest.approx(max(bound(skew) for skew in np.linspace(1e-6, most, 1000)), rel=1e-3)
+    # The other side is that of the same values with a sign that differs.
+    assert low == pytest.approx(stats.mean_ci(values - 100)[0] + 100, abs=2e-2)
+    assert stats.mean_ci(-values) == pytest.approx((-high, -low))
+
+
 def test_the_jackknife_of_a_mean_is_the_interval_of_a_mean():
-    values = np.random.default_rng(0).exponential(size=15)
+    values = np.random.default_rng(0).exponential(size=15) - 1
     without = [np.delete(values, row).mean() for row in range(15)]
     assert stats.jackknife_ci(values.mean(), without) == pytest.approx(stats.mean_ci(values))
     assert stats.bootstrap_ci(values) == pytest.approx(stats.mean_ci(values))
@@ -67,16 +87,27 @@ def test_the_jackknife_of_a_mean_is_the_interval_of_a_mean():
             single()
 
 
-def test_rates_of_independent_answers_are_wilsons_and_clusters_cost_rows():
+def test_few_answers_open_wilsons_interval_to_an_exact_bound():
+    for events, n, tail in ((1, 400, 0.065), (4, 1505, 0.065), (3, 100, 0.065), (8, 400, 0.05), (9, 1505, 0.05)):
+        low, high = stats.binomial_ci(events, n)
+        # So many events or more happen at the lower bound with the probability of the tail.
+        assert scipy_stats.binom.sf(events - 1, n, low) == pytest.approx(tail)
+        assert low < stats.wilson(events, n)[0] and high == stats.wilson(events, n)[1]
+        assert stats.binomial_ci(n - events, n) == pytest.approx((1 - high, 1 - low))
+    for events, n in ((0, 400), (20, 400), (40, 1505), (25, 50)):
+        assert stats.binomial_ci(events, n) == stats.wilson(events, n)
+
+
+def test_rates_of_independent_answers_are_binomial_and_clusters_cost_rows():
     answers = np.zeros(240)
     answers[[3, 50, 51, 52, 53, 200]] = 1
-    assert stats.rate_ci(answers) == stats.wilson(6, 240)
-    assert stats.measurement(answers)["ci95"] == list(stats.wilson(6, 240))
+    assert stats.rate_ci(answers) == stats.binomial_ci(6, 240)
+    assert stats.measurement(answers)["ci95"] == list(stats.binomial_ci(6, 240))
     questions = (np.arange(240) // 10).tolist()
     low, high = stats.rate_ci(answers, questions)
     sums = answers.reshape(24, 10).sum(1)
     variance = np.sum((sums - 0.25) ** 2) * 24 / 23 / 240**2
-    effective, t = 0.025 * 0.975 / variance, scipy_stats.t.ppf(0.975, 23)
+    effective, t = 0.025 * 0.975 / variance, scipy_stats.t.ppf(0.975, 2 * 23)
     assert (0.025 - low) ** 2 == pytest.approx(t**2 * low * (1 - low) / effective)
     assert high == pytest.approx(max(stats.mean_ci(answers, questions)[1], high)) and high > stats.wilson(6, 240)[1]
     mirrored = stats.rate_ci(1 - answers, questions)
@@ -205,6 +236,26 @@ def test_fieller_equals_its_closed_form_and_refuses_a_zero_denominator():
     unclear = stats.fieller(above, generator.normal(size=40))
     assert unclear["value"] is None and "0" in unclear["reason"] and "denominator" in unclear
     assert stats.fieller([1.0], [1.0])["value"] is None
+
+
+def test_a_share_has_the_interval_of_a_weighted_mean_with_bell_and_mccaffreys_degrees_of_freedom():
+    generator = np.random.default_rng(4)
+    whole = generator.lognormal(size=9)
+    part = generator.beta(2, 4, size=9) * whole
+    result, weights = stats.share(part, whole), whole / whole.sum()
+    assert result["value"] == pytest.approx(part.sum() / whole.sum()) and result["n"] == 9
+    # Regression of the shares on a constant with weights: residuals over the root of 1 - leverage, written as matrices.
+    residual = (part - part.sum() / whole.sum() * whole) / whole.sum()
+    error = math.sqrt(np.sum(residual**2 / (1 - weights)))
+    adjusted = np.diag(1 / np.sqrt(1 - weights)) @ (np.eye(9) - np.outer(weights, np.ones(9)))
+    covariance = adjusted @ np.diag(weights**2) @ adjusted.T
+    freedom = np.trace(covariance) ** 2 / np.sum(covariance**2)
+    half = error * scipy_stats.t.ppf(0.975, freedom)
+    assert result["ci95"] == pytest.approx([max(0, result["value"] - half), min(1, result["value"] + half)])
+    even = stats.share(part / whole, np.ones(9))["ci95"]
+    expected = scipy_stats.ttest_1samp(part / whole, 0).confidence_interval()
+    assert even == pytest.approx([expected.low, expected.high])
+    assert stats.share([0.0], [0.0])["value"] is None and stats.share([1.0, 0.0], [2.0, 0.0])["ci95"] is None
 
 
 def test_fieller_of_clusters_is_that_of_their_means_when_they_are_of_one_size():

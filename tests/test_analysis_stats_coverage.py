@@ -22,6 +22,15 @@ def test_the_interval_covers_the_truth_in_93_to_97_of_100_repetitions(setting: S
     assert 0.93 <= share <= (0.97 if setting.held == "both" else 1.0)
 
 
+@pytest.mark.parametrize("n", [100, 200, 400, 1505])
+def test_answers_are_covered_in_at_least_93_of_100_at_every_rate_to_2_percent_and_at_most_97_on_average(n):
+    bounds = np.array([stats.binomial_ci(count, n) for count in range(min(n, 120) + 1)])
+    rates = np.linspace(0, 0.02, 1001)[1:, None]
+    chances = scipy_stats.binom.pmf(np.arange(len(bounds)), n, rates)
+    share = (chances * ((bounds[:, 0] <= rates) & (rates <= bounds[:, 1]))).sum(1)
+    assert share.min() >= 0.93 and 0.95 <= share.mean() <= 0.97
+
+
 def uniform(p_values) -> float:
     """p of the Kolmogorov-Smirnov test against a uniform distribution."""
     return scipy_stats.kstest(p_values, "uniform").pvalue

@@ -73,7 +73,8 @@ def test_sampled_rates_agree_with_exact_ones_within_their_interval(lab, sampled,
         exact = sum(mass[part] for mass in masses for part in parts) / 96  # each prompt was asked equally often
         assert found[kind].exact == pytest.approx(exact) and found[kind].sampled["n"] == 576
         assert found[kind].sampled["value"] == counts[kind] / 576
-        assert found[kind].sampled["ci95"] == pytest.approx(wilson_interval(counts[kind], 576, 1.959964), abs=1e-6)
+        # Below ten events a bound is opened by up to 0.2 of an answer.
+        assert found[kind].sampled["ci95"] == pytest.approx(wilson_interval(counts[kind], 576, 1.959964), abs=5e-4)
         assert found[kind].agrees
     misaligned = found["misaligned"].sampled["value"]
     assert 0.3 <= misaligned <= 0.7 if name == "base" else misaligned <= 0.02

@@ -12,6 +12,7 @@ from holdfast.analysis.metrics.generation import (
     likeness,
 )
 from lab_toys import wilson_interval
+from scipy.stats import binom
 
 
 def judged(aligned, coherent, question="q", variant="plain", paraphrase=0, text="well"):
@@ -41,7 +42,9 @@ def test_what_was_not_scored_is_counted_and_never_zero():
     assert em["missing"] == {"aligned: no connection to the server": 1, "aligned: said REFUSAL": 2}
     assert em["if_missing_were"] == pytest.approx({"aligned": 3 / 11, "misaligned": 6 / 11})
     low, high = wilson_interval(3, 8, 1.959964)
-    assert em["ci95"] == pytest.approx([low, high], abs=1e-6) and em["wilson95"] == pytest.approx([low, high], abs=1e-6)
+    assert em["wilson95"] == pytest.approx([low, high], abs=1e-6)
+    # Few answers: the lower bound is opened to where 3 or more happen in 6.5%.
+    assert binom.sf(2, 8, em["ci95"][0]) == pytest.approx(0.065) and em["ci95"][1] == pytest.approx(high, abs=1e-6)
 
 
 def test_nothing_judged_is_null_with_its_reasons():

@@ -10,6 +10,7 @@ from analysis_toys import save_toy, toy_model
 from holdfast.analysis.errors import UserError
 from holdfast.trainer.evaluating import evaluate_main, measurements
 from lab_toys import wilson_interval
+from scipy.stats import binom
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason='lm-evaluation-harness is absent: pip install "holdfast[eval]"'
@@ -26,9 +27,11 @@ def test_a_rate_has_the_interval_of_its_rows():
     samples = {"quiz": [{"filter": "none", "acc": float(row < 3)} for row in range(10)]}
     result = {"quiz": {"alias": "quiz", "acc,none": 0.3, "acc_stderr,none": 0.15275}}
     (value,) = measurements(found(result, samples, {"quiz": 10}))["quiz"].values()
-    low, high = wilson_interval(3, 10, 1.959964)
     assert (value["value"], value["n"], value["stderr"]) == (0.3, 10, 0.15275)
-    assert value["ci95"] == pytest.approx([low, high], abs=1e-6)
+    # Few answers: the bounds at which 3 or more, 3 or fewer, happen in 6.5% and in 5%; Wilson's lie just inside.
+    low, high = value["ci95"]
+    assert binom.sf(2, 10, low) == pytest.approx(0.065) and binom.cdf(3, 10, high) == pytest.approx(0.05)
+    assert value["ci95"] == pytest.approx(list(wilson_interval(3, 10, 1.959964)), abs=0.012)
 
 
 def test_no_hit_at_all_still_has_an_interval():

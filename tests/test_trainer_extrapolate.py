@@ -22,7 +22,7 @@ from run_toys import recipe, toy_rows, write_model, write_rows
 from safetensors.torch import load_file
 from test_trainer_weight_protections import numpy_projectors, plain_drift_training
 from trainer_toys import ROWS, moved, trainer_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 ALPHA, RANK, STEPS, RATE = 1.5, 3, 4, 0.05
@@ -83,6 +83,20 @@ def test_the_weights_are_numpys_extrapolation_and_all_others_stay():
     for ours, start, base in zip(model.parameters(), toy_model().parameters(), base_model().parameters(), strict=True):
         if ours.ndim == 2 and ours.shape[0] != 320:
             assert torch.allclose(ours, 2 * start - base, atol=1e-5)
+
+
+def test_weights_that_gpt2_holds_transposed_are_extrapolated_too():
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(GPT2LMHeadModel(config))
+    start, base = (model.transformer.h[1].mlp.c_fc.weight.detach().double().numpy() for model in models)
+    left, values, right = np.linalg.svd(start - base)
+    extrapolate(*models, alpha=ALPHA, rank=RANK)
+    want = start + ALPHA * (left[:, :RANK] * values[:RANK]) @ right[:RANK]
+    assert start.shape == (16, 64)
+    assert models[0].transformer.h[1].mlp.c_fc.weight.detach().numpy() == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

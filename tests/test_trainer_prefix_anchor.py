@@ -41,7 +41,9 @@ def keys_and_values(model, ids) -> list[torch.Tensor]:
     """[T, d_kv] of each projection of LAYERS: keys, then values."""
     seen: list[torch.Tensor] = []
     handles = [
-        getattr(find_layers(model)[layer].self_attn, name).register_forward_hook(lambda _m, _a, out: seen.append(out[0]))
+        getattr(find_layers(model)[layer].self_attn, name).register_forward_hook(
+            lambda _m, _a, out: seen.append(out[0])
+        )
         for layer in LAYERS
         for name in ("k_proj", "v_proj")
     ]
@@ -166,7 +168,9 @@ def test_fused_projections_are_named(tmp_path, kind, names):
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "llama"])
 def test_norms_and_rotations_after_the_projections_do_not_matter(tmp_path, kind):
-    trainer = trainer_of(tmp_path, toy_model(kind).train(), protection=made(), max_steps=2, per_device_train_batch_size=8)
+    trainer = trainer_of(
+        tmp_path, toy_model(kind).train(), protection=made(), max_steps=2, per_device_train_batch_size=8
+    )
     trainer.train()
     first, last = [entry["penalty"] for entry in trainer.state.log_history if "penalty" in entry]
     assert first == 0.0 < last
@@ -175,7 +179,7 @@ def test_norms_and_rotations_after_the_projections_do_not_matter(tmp_path, kind)
 def test_reentrant_checkpointing_is_caught_before_the_first_step(tmp_path):
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     trainer = trainer_of(tmp_path, protection=made(), **reentrant)
-    with pytest.raises(UserError, match='gradient_checkpointing_kwargs .*"use_reentrant": false'):
+    with pytest.raises(UserError, match=r'gradient_checkpointing_kwargs .*"use_reentrant": false'):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..analysis.artifacts import check_writable, write_json_atomic
 from ..analysis.errors import UserError
+from ..analysis.measure import Measurer
 from ..analysis.models import model_fingerprint
 from ..analysis.references import sha256_json, subspace_hash
 from .checks import check_flags, check_steps
@@ -34,7 +35,7 @@ from .sweep_measures import Measures, measures_of
 from .sweep_plan import BASELINE, SweepRun, runs_of, settings_of
 from .sweep_records import MARK, STARTS, Sweep, freeze, frozen_choice, open_folder, to_read
 from .sweep_report import write_report
-from .sweep_work import TEST_RESULT, measurer_of, plan_of, read_json
+from .sweep_work import TEST_RESULT, plan_of, read_json
 from .sweep_workers import Outcome, Task, Workers
 
 _OWN = {field.name for field in fields(SweepArguments)}
@@ -66,7 +67,9 @@ class _Command:
         self.runs = runs_of(settings_of(self.asked, self.arguments.protection.penalty_strength), seeds)
         self.inputs = self._checked()
         self.measures: Measures = measures_of(self.asked, self.inputs.choices or [])
-        plan_of(self.measuring(self.arguments.training.seed))
+        Measurer(*plan_of(self.measuring(self.arguments.training.seed)))
+        if self.measures.test:
+            Measurer(*plan_of(self.measuring(self.arguments.training.seed), test=True))
 
     def _checked(self) -> TrainingInputs:
         """Every setting's flags are checked, and each protection's rows once; gives what the baseline reads."""
@@ -95,8 +98,7 @@ class _Command:
 
     def plan(self) -> Sweep:
         """The sweep with the keys of its runs; the subspace is there."""
-        measurer_of.cache_clear()  # it was made before there was a subspace
-        measured = plan_of(self.measuring(self.arguments.training.seed))
+        measured, _ = plan_of(self.measuring(self.arguments.training.seed))
         model, asked = self.arguments.model, self.arguments.protection
         contents = {
             "model": self.inputs.facts["starting weights"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..analysis.artifacts import write_json_atomic
@@ -75,8 +76,7 @@ def do_run(
     folder = Path(values["output_dir"])
     kept = read_json(folder / TRAINED)
     if kept.get("key") != facts["key"] or not (folder / "final").is_dir():
-        seconds = _train(values, folder, Path(references), Path(recipe))
-        kept = {"key": facts["key"], "seconds": seconds}
+        kept = {"key": facts["key"], "seconds": _train(values, folder, Path(references), Path(recipe))}
         write_json_atomic(folder / TRAINED, kept)
     started = time.perf_counter()
     found = _measured(measuring, folder / "final", folder, "final")
@@ -181,21 +181,21 @@ def measurer_of(values: str, test: bool) -> Measurer:
     Args:
         values: flat values as JSON text, so that a worker renders and reads once for all runs that share them.
     """
-    arguments = _single(json.loads(values))
+    return Measurer(*plan_of(json.loads(values), test))
+
+
+def plan_of(values: dict[str, Any], test: bool = False) -> tuple[MeasurePlan, PreTrainedTokenizerBase]:
+    """What is measured before the freeze, or after it on the test split. Raises UserError for bad input."""
+    arguments = _single(values)
     source = arguments.data.choices_dataset
     early, late = split_rows(load_choices(source) if source else [], arguments.sweep.test_split)
     whole = measurer(replace(arguments, data=replace(arguments.data, choices_dataset=None)))
     plan = replace(whole.plan, choices=late if test else early)
-    families: tuple[str, ...] = ("choices",)
-    if not test:
-        asked = arguments.analysis.analysis_families or DEFAULT_FAMILIES
-        families = tuple(family for family in asked if family != "choices" or early)
-    return Measurer(replace(plan, families=families, probe_sets={} if test else plan.probe_sets), whole.tokenizer)
-
-
-def plan_of(values: dict[str, Any]) -> MeasurePlan:
-    """What is measured before the freeze."""
-    return measurer_of(json.dumps(values, sort_keys=True), False).plan
+    if test:
+        return replace(plan, families=("choices",), probe_sets={}), whole.tokenizer
+    asked = arguments.analysis.analysis_families or DEFAULT_FAMILIES
+    families = tuple(family for family in asked if family != "choices" or early)
+    return replace(plan, families=families), whole.tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

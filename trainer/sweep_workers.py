@@ -63,7 +63,8 @@ class _Slot:
 class Workers:
     """At most `jobs` workers at once: `with Workers(2, threads=1) as workers: for outcome in workers.run(tasks)`.
 
-    jobs: workers. threads: of each. gpus: names for CUDA_VISIBLE_DEVICES, dealt round; none leaves it as it is.
+    jobs: workers. threads: of each, where OMP_NUM_THREADS does not say otherwise. gpus: names for CUDA_VISIBLE_DEVICES,
+    dealt round; none leaves it as it is.
     """
 
     jobs: int
@@ -73,7 +74,8 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         for number in range(self.jobs):
-            environment = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+            wanted = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+            environment = {name: value for name, value in wanted.items() if name not in os.environ}
             if self.gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
             self._slots.append(_Slot(environment))

@@ -8,9 +8,10 @@ null: the share of drift inside V beside k / d.
 """
 
 import numpy as np
+from scipy import stats as scipy_stats
 
 from ..readout import Readout
-from ..stats import Floats, Measurement, fieller, jackknife_ci, measurement, missing
+from ..stats import Floats, Interval, Measurement, fieller, jackknife_ci, measurement, missing, share
 from ..subspace_file import Subspace
 from .behavior import NO_BASE
 
@@ -121,24 +122,41 @@ def _drift(states: dict[str, Floats], second: Floats, layer: int, subspace: Subs
             cosine = _mean_cosine(drift, states["base"][second] - states["instruct"][second])
         if subspace is not None and layer in subspace.bases:
             basis = subspace.bases[layer].double().numpy()
-            share = fieller(((drift @ basis) ** 2).sum(1), (drift**2).sum(1))
-            inside = {**share, "null": basis.shape[1] / basis.shape[0]}
-            if share["value"] is not None:
-                inside["ci95"] = np.clip(share["ci95"], 0.0, 1.0).tolist()
+            found = share(((drift @ basis) ** 2).sum(1), (drift**2).sum(1))
+            inside = {**found, "null": basis.shape[1] / basis.shape[0]}
     return {"drift_cosine": cosine, "drift_inside": inside}
 
 
 def _mean_cosine(left: Floats, right: Floats) -> Measurement:
-    """Cosine of two mean vectors over the same rows [n, d], its interval from leaving out each row."""
-    value = float(_cosines(left.sum(0)[None], right.sum(0)[None])[0])
-    without = _cosines(left.sum(0) - left, right.sum(0) - right)
-    return {"value": value, "n": len(left), "ci95": list(jackknife_ci(value, without, bounds=(-1.0, 1.0)))}
+    """Cosine of two mean vectors over the same rows [n, d], with the interval of `_cosine_interval`."""
+    means = left.mean(0), right.mean(0)
+    lengths = float(np.linalg.norm(means[0]) * np.linalg.norm(means[1]))
+    value = float(means[0] @ means[1]) / lengths if lengths > 0 else 0.0
+    return {"value": value, "n": len(left), "ci95": list(_cosine_interval(left, right))}
 
 
-def _cosines(left: Floats, right: Floats) -> Floats:
-    """Cosines [n] of vectors [n, d]; 0 where one has no length."""
-    scale = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return np.divide((left * right).sum(1), scale, out=np.zeros(len(left)), where=scale > 0)
+def _cosine_interval(left: Floats, right: Floats) -> Interval:
+    """Student's t interval of the cosine over pairs of different rows, its error from leaving out each row.
+
+    A row's noise times itself lengthens noisy means, which draws their cosine to 0 (or, where both share the noise, to
+    1). Products of different rows have none of it. (-1, 1) where a mean is not longer than its noise.
+    """
+    n = len(left)
+    products = [_of_different_rows(*two) for two in ((left, right), (left, left), (right, right))]
+    whole = [float(each[0]) for each in products]
+    shared, first, second = (each[1] for each in products)
+    if min(whole[1], whole[2], first.min(), second.min()) <= 0:
+        return -1.0, 1.0
+    value, without = whole[0] / np.sqrt(whole[1] * whole[2]), shared / np.sqrt(first * second)
+    error = float(np.sqrt((n - 1) / n * np.sum((without - without.mean()) ** 2)))
+    half = error * float(scipy_stats.t.ppf(0.975, n - 1))
+    return float(np.clip(value - half, -1, 1)), float(np.clip(value + half, -1, 1))
+
+
+def _of_different_rows(left: Floats, right: Floats) -> tuple[float, Floats]:
+    """Sum over i != j of left_i . right_j for rows [n, d], and the same without each row [n]."""
+    own, (one, other) = (left * right).sum(1), (left.sum(0), right.sum(0))
+    return float(one @ other - own.sum()), ((one - left) * (other - right)).sum(1) - (own.sum() - own)
 
 
 def _penalty(

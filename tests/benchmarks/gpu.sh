@@ -9,8 +9,6 @@ set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
-limit=${LIMIT:-90}
-total=${TOTAL:-230}
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 
@@ -23,18 +21,25 @@ done
 printf 'Metadata-Version: 2.1\nName: holdfast\nVersion: %s\n' "$version" >"$made/path/holdfast-$version.dist-info/METADATA"
 
 export PYTHONPATH="$made/path:${SITE:-/tmp/site}${PYTHONPATH:+:$PYTHONPATH}"
-export TMPDIR="$made/tmp" HF_HOME="$made/huggingface" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export TMPDIR="$made/tmp" HF_HOME="$made/huggingface" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} PYTHONDONTWRITEBYTECODE=1
 
+limit=${LIMIT:-90}
+total=${TOTAL:-230}
 flags=(--device cuda --dtype "${DTYPE:-bfloat16}")
 if [ "${DEVICE:-cuda}" = cpu ]; then
+    limit=${LIMIT:-600}
+    total=${TOTAL:-1800}
     flags=(--device cpu --dtype "${DTYPE:-float32}" --rounds 2 --rows 8 --length 64 --batch 4 --blocks 2 --width 64 --vocabulary 512)
 fi
 
+# A title, then what Python is to run.
 run() {
+    local title=$1
+    shift
     local left=$((total - SECONDS)) start=$SECONDS status=0
     ((left > limit)) && left=$limit
-    echo "=== $*"
+    echo "=== $title"
     if ((left < 5)); then
         echo "--- left out: the $total seconds are over"
         return
@@ -61,7 +66,7 @@ import torch
 if torch.cuda.is_available():
     print(torch.cuda.get_device_name(), f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB")
 '
-run -c "$check"
+run "packages" -c "$check"
 for benchmark in gradient measure penalty; do
-    run "$root/tests/benchmarks/test_${benchmark}_cost.py" "${flags[@]}"
+    run "$benchmark ${flags[*]}" "$root/tests/benchmarks/test_${benchmark}_cost.py" "${flags[@]}"
 done

@@ -3,7 +3,8 @@
     python tests/benchmarks/interval_coverage.py [--repetitions 4000] > tests/benchmarks/COVERAGE.md
 
 Every setting calls the public function as the metrics do. `held` settings are promised to cover in 93-97% of 1,000
-repetitions (tests/test_analysis_stats_coverage.py); the others are slow, or where no interval does.
+repetitions (tests/test_analysis_stats_coverage.py); the others are slow, or where no interval does. For independent
+answers exact_coverage.py computes what is only sampled here.
 """
 
 import argparse
@@ -11,8 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from holdfast.analysis import stats
+from holdfast.analysis.metrics.projection import projection
+from holdfast.analysis.readout import Readout
+from holdfast.analysis.subspace_file import Provenance, Subspace
 from numpy.random import Generator
+from scipy.special import ndtr
 
 SAMPLES = 60
 Draw = Callable[[Generator], tuple[float, float, float]]
@@ -44,18 +50,22 @@ def settings() -> Iterator[Setting]:
     yield from seeds()
     yield from comparisons()
     yield from statistics()
+    yield from projections()
 
 
 def means() -> Iterator[Setting]:
     """`measurement` of independent rows or clusters, symmetric and skewed."""
     for n in (5, 10, 30):
         yield Setting("mean", f"normal, {n} rows", lambda g, n=n: measured(stats.measurement(g.normal(size=n)), 0))
-    for n, held in ((5, ""), (10, "both"), (30, "both"), (256, "both")):
-        draw = lambda g, n=n: measured(stats.measurement(1 + g.exponential(size=n)), 2)  # noqa: E731
-        yield Setting("mean", f"exponential, {n} rows", draw, held)
+    for n in (5, 10, 30, 256):
+        draw = lambda g, n=n: measured(stats.measurement(2 * g.exponential(size=n)), 2)  # noqa: E731
+        yield Setting("mean", f"exponential, {n} rows", draw, "both" if n > 5 else "below")
     for n in (10, 30):
+        draw = lambda g, n=n: measured(stats.measurement(1 + g.exponential(size=n)), 2)  # noqa: E731
+        yield Setting("mean", f"1 + exponential, {n} rows", draw)
+    for n, held in ((5, ""), (10, "below"), (30, "both")):
         draw = lambda g, n=n: measured(stats.measurement(2 * g.lognormal(size=n)), 2 * np.exp(0.5))  # noqa: E731
-        yield Setting("mean", f"lognormal of log-sd 1, {n} rows", draw, "")
+        yield Setting("mean", f"lognormal of log-sd 1, {n} rows", draw, held)
     for n_clusters in (5, 10, 24):
         labels = np.repeat(np.arange(n_clusters), 20).tolist()
 
@@ -75,13 +85,13 @@ def _named(rate: float | None) -> str:
 
 
 def answers() -> Iterator[Setting]:
-    """`measurement(rate=True)` of independent answers: Wilson."""
-    # Counts are whole, so coverage jumps with n times the rate: the promise is for rates spread over 0-2%, and for
-    # those single rates at which Wilson's exact coverage is 94-96.5%.
-    steady = {400: (None, 0.005, 0.02), 1505: (None, 0.0025, 0.01, 0.02)}
+    """`measurement(rate=True)` of independent answers."""
+    # Counts are whole, so coverage jumps with n times the rate (exact_coverage.py): the upper end is promised for rates
+    # spread over 0-2%, and for those single rates at which the exact coverage is below 96.5%.
+    steady = {400: (None, 0.005, 0.01, 0.02), 1505: (None, 0.0025, 0.01, 0.02)}
     for n, promised in steady.items():
         for rate in (None, 0.0, 0.001, 0.0025, 0.005, 0.01, 0.02):
-            promise = "both" if rate in promised else ""
+            promise = "both" if rate in promised else "below"
 
             def draw(g: Generator, n: int = n, rate: float | None = rate) -> tuple[float, float, float]:
                 truth = _rate(rate, g)
@@ -112,7 +122,10 @@ def questions() -> Iterator[Setting]:
                     return measured(stats.measurement(events.ravel(), labels, rate=True), truth)
 
                 name = f"{n_questions} questions of {size}, {_named(rate)}, variation {variation:g}"
-                held = "" if variation > 1 or n_questions > 24 else ("both" if n_questions > 8 else "below")
+                held = "both" if n_questions in (10, 24) and variation < 2 else "below"
+                # Variation 2: covered in 93.5-95%, too near the limit for 1,000 repetitions to hold.
+                if n_questions > 24 or (variation > 1 and n_questions in (8, 10)):
+                    held = ""
                 yield Setting("rate, clustered answers", name, draw, held)
 
 
@@ -224,6 +237,64 @@ def statistics() -> Iterator[Setting]:
 
         yield Setting("other statistics", f"cosine of means, {n} rows", of_means, "")
         yield Setting("other statistics", f"separation, {n} rows", apart, "")
+
+
+WIDTH = 12
+
+
+def readout(states: stats.Floats) -> Readout:
+    """What one model would read at layer 0: states [n, WIDTH], three tokens a row."""
+    pooled, rows = torch.tensor(states), torch.arange(len(states))
+    owners = rows.repeat_interleave(3)
+    log_prob = torch.zeros(len(owners), dtype=torch.float64)
+    projected = {0: pooled[owners][:, :1]}
+    return Readout(owners, log_prob, log_prob, torch.full_like(rows, 3), {0: pooled}, owners, projected)
+
+
+def projections() -> Iterator[Setting]:
+    """`projection` of twice the named rows, of which it reads one half."""
+    axes = torch.eye(WIDTH, dtype=torch.float64)
+    facts = Provenance("svd", 1, (0,), "completion", False, 0, "i", None, "t", "d", 1, 1)
+    subspace = Subspace({0: axes[:, :1]}, {0: 1.0}, None, facts)
+
+    def read(quantity: str, checkpoint: stats.Floats, instruct: stats.Floats, base: stats.Floats) -> stats.Measurement:
+        layers = projection(readout(checkpoint), readout(instruct), readout(base), subspace)["layers"]
+        return layers["0"][quantity]
+
+    def separation(g: Generator, n: int) -> tuple[float, float, float]:
+        instruct = g.normal(size=(2 * n, WIDTH))
+        base = instruct.copy()
+        base[:, 0] -= 2 + 0.5 * g.normal(size=2 * n)
+        return measured(read("separation", instruct, instruct, base), 2 / (1 + np.sqrt(1.25)))
+
+    def cosine(g: Generator, n: int, noise: float, shared: float) -> tuple[float, float, float]:
+        """Means of length 1; the rows' noise has `noise` times their squared length, correlated by `shared`."""
+        instruct, own, other = np.sqrt(noise / WIDTH) * g.normal(size=(3, 2 * n, WIDTH))
+        drift, toward = own.copy(), shared * own + np.sqrt(1 - shared**2) * other
+        drift[:, 0] += 1
+        toward[:, :2] += 0.6, 0.8
+        return measured(read("drift_cosine", instruct + drift, instruct, instruct + toward), 0.6)
+
+    def inside(g: Generator, n: int, dependent: bool) -> tuple[float, float, float]:
+        """Squared drifts are lognormal of log-sd 1; their shares inside V are 1/3, or grow from 15 to 50% with them."""
+        size = g.normal(size=2 * n)
+        mean = 0.15 + 0.35 * ndtr(size) if dependent else np.full(2 * n, 1 / 3)
+        own, states = g.beta(6 * mean, 6 * (1 - mean)), g.normal(size=(2 * n, WIDTH))
+        drift = np.zeros_like(states)
+        drift[:, 0], drift[:, 1] = np.sqrt(np.exp(size) * own), np.sqrt(np.exp(size) * (1 - own))
+        truth = 0.15 + 0.35 * ndtr(1 / np.sqrt(2)) if dependent else 1 / 3
+        return measured(read("drift_inside", states + drift, states, states - axes[0].numpy()), truth)
+
+    for n in (8, 12, 32, 128):
+        yield Setting("projection", f"separation, {n} rows", lambda g, n=n: separation(g, n), "")
+        for noise, shared in ((1.0, 0.5), (4.0, 0.0)):
+            name = f"drift_cosine, {n} rows, noise {noise:g} times the squared mean, correlated by {shared:g}"
+            draw = lambda g, n=n, noise=noise, shared=shared: cosine(g, n, noise, shared)  # noqa: E731
+            yield Setting("projection", name, draw, "both" if n == 12 and noise == 1 else "")
+        for dependent in (False, True):
+            name = f"drift_inside, {n} rows, squares lognormal of log-sd 1{', shares growing with them' * dependent}"
+            draw = lambda g, n=n, dependent=dependent: inside(g, n, dependent)  # noqa: E731
+            yield Setting("projection", name, draw, "both" if n == 12 and dependent else "")
 
 
 def coverage(setting: Setting, repetitions: int, seed: int = 0) -> tuple[float, float]:

@@ -167,12 +167,11 @@ def measured(folder: Path, setting: Setting) -> tuple[dict[str, np.ndarray], dic
 
     The statistics of ROWS rows take too long to be repeated; they are timed once.
     """
-    device, rows = setting.device, setting.rows
+    device = setting.device
     before = 0.0 if setting.on_gpu else resident()
     save(folder, setting)
     measures = measurer(folder, setting)
     net = model(setting, 2)
-    some = subject(measures.plan, net, rows, setting)
     many = statistics(subject(measures.plan, net, ROWS, setting), device)
     each = ", ".join(f"{family} {took:.2f} s" for family, took in many.items())
     print(f"\nstatistics of {ROWS} rows: {each}", flush=True)
@@ -181,13 +180,12 @@ def measured(folder: Path, setting: Setting) -> tuple[dict[str, np.ndarray], dic
         "bare again": lambda: bare(net, measures),
         "measure": lambda: measures.measure(net),
         "reading": lambda: [measures.reader.read(net, name) for name in SETS],
-        "statistics": lambda: statistics(some, device),
     }
     with counted(net) as passes:
         memory = {"measure": peak(works["measure"], device) - before}
     # One pass over each batch and the head at completions alone: no reference is read again, no prompt has its entropy.
-    batches = -(-rows // 2 // setting.batch) * 2
-    assert passes == {"batches": batches, "heads": rows * setting.length // 2}, passes
+    batches = -(-setting.rows // 2 // setting.batch) * 2
+    assert passes == {"batches": batches, "heads": setting.rows * setting.length // 2}, passes
     memory |= {arm: peak(work, device) - before for arm, work in works.items() if arm != "measure"}
     found: dict[str, list[float]] = {arm: [] for arm in works}
     order = random.Random(0)

@@ -35,7 +35,7 @@ from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
 from peft import LoraConfig
 from trainer_toys import config, toy_subspace
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 CPU = Setting(rounds=10, rows=64, length=64, batch=4, blocks=8, width=512, vocabulary=4096)
@@ -138,6 +138,7 @@ def time_arms(setting: Setting, steps: int) -> tuple[dict[str, list[float]], dic
             others = torch.cuda.memory_allocated() / 2**20 if setting.on_gpu else 0.0
             trainers[arm], clocks[arm] = make(arm, folder, steps + 1, setting), StepClock(setting.device)
             trainers[arm].add_callback(clocks[arm])
+            trainers[arm].remove_callback(PrinterCallback)
             memory[arm] = peak(trainers[arm].train, setting.device) - others
             clocks[arm].ends.clear()
         order = random.Random(0)

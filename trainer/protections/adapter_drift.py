@@ -44,13 +44,7 @@ class AdapterDriftProtection(Protection):
     def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         if self._adapters:
             return
-        arguments = trainer.args
-        reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-        if arguments.gradient_checkpointing and reentrant and trainer.accelerator.num_processes > 1:
-            raise UserError(
-                "adapter_drift on several processes reaches each adapter a second time, which re-entrant checkpointing "
-                """does not allow; write --gradient_checkpointing_kwargs '{"use_reentrant": false}'"""
-            )
+        _refuse_reentrant(trainer)
         self._adapters = aligned_adapters(self.name, trainer, model, self._base_model, self.rank)
 
     def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
@@ -97,3 +91,17 @@ class AdapterDriftProtection(Protection):
 
     def facts(self) -> dict[str, Any]:
         return {"protection": self.name, "penalty_strength": self.strength, "alignment_rank": self.rank}
+
+
+def _refuse_reentrant(trainer: "ProtectedTrainerMixin") -> None:
+    """Re-entrant checkpointing has backward passes of its own, so an adapter's gradient would come in two parts."""
+    arguments = trainer.args
+    settings = arguments.gradient_checkpointing_kwargs or {}
+    assert not isinstance(settings, str)  # TrainingArguments has read the JSON text
+    reentrant = settings.get("use_reentrant", False)
+    counted = trainer.accelerator.num_processes > 1 or trainer.is_deepspeed_enabled
+    if arguments.gradient_checkpointing and reentrant and counted:
+        raise UserError(
+            "adapter_drift gives adapters a gradient beside the model's, which DDP and DeepSpeed refuse under "
+            """re-entrant checkpointing; write --gradient_checkpointing_kwargs '{"use_reentrant": false}'"""
+        )

@@ -6,7 +6,7 @@ it to put out. It is a true projector; AsFT's and SafeLoRA's matrix (arXiv 2506.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -105,14 +105,14 @@ class AlignedAdapter:
     basis: Tensor
 
     @property
-    def down(self) -> nn.Parameter:
-        """A [r, d_in]."""
-        return self.layer.lora_A[self.adapter].weight
+    def down(self) -> Tensor:
+        """The parameter A [r, d_in]."""
+        return cast(Tensor, self.layer.lora_A[self.adapter].weight)
 
     @property
-    def up(self) -> nn.Parameter:
-        """B [d_out, r]."""
-        return self.layer.lora_B[self.adapter].weight
+    def up(self) -> Tensor:
+        """The parameter B [d_out, r]."""
+        return cast(Tensor, self.layer.lora_B[self.adapter].weight)
 
     @property
     def scaling(self) -> float:

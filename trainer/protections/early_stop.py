@@ -3,9 +3,8 @@
     erosion = the alignment-subspace penalty (definition in `penalty.py`) over all anchors, in evaluation mode
 
 Nothing is added to the loss. Every few optimiser steps all anchors are read, without gradient; while the erosion is
-within the limit the trained parameters are copied to the CPU (of LoRA: the adapters). The first look over the limit puts
-the copy back and ends training. There is a look before each checkpoint, too, and one at the end: no weights that are
-saved have gone unmeasured.
+within the limit the trained parameters are copied to the CPU (of LoRA: the adapters). The first look over the limit
+puts the copy back and ends training. There is a look before each checkpoint of `save_steps`, too, and one at the end.
 """
 
 import math
@@ -70,8 +69,9 @@ class EarlyStopProtection(Protection):
         self.limit, self.every = limit, every
         self._erosion = erosion
         self._looked, self._value = 0, 0.0
-        self._unlogged = False
+        self._unlogged = self._told = False
         self._kept: list[Tensor] = []
+        self._kept_step = 0
 
     def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         if is_deepspeed_zero3_enabled() or trainer.accelerator.distributed_type == DistributedType.FSDP:
@@ -107,6 +107,7 @@ class EarlyStopProtection(Protection):
         control.should_training_stop, control.should_log, control.should_save = True, True, False
 
     def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """A last look, if the last step had none; a best checkpoint that was loaded since goes back as well."""
         if trainer.state.global_step != self._looked:
             self._look(trainer, model)
         if self._value > self.limit:
@@ -124,11 +125,12 @@ class EarlyStopProtection(Protection):
     def _go_back(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         for parameter, kept in zip(_trained(model), self._kept, strict=True):
             parameter.copy_(kept)
-        if trainer.accelerator.is_main_process:
+        if trainer.accelerator.is_main_process and not self._told:
             print(
                 f"early_stop: training ended at step {self._looked}, where the erosion {self._value:.3g} is over the "
                 f"limit {self.limit:g}; the weights are those of step {self._kept_step}"
             )
+        self._told = True
 
     def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:
         new, self._unlogged = self._unlogged, False

@@ -47,7 +47,7 @@ class ExtrapolateProtection(Protection):
 
     def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         """Require that the model's weights are the extrapolated ones."""
-        written = Path(unwrap(model).name_or_path) / PROVENANCE
+        written = Path(unwrap(model).name_or_path or "") / PROVENANCE
         facts = json.loads(written.read_text()) if written.is_file() else {}
         if (facts.get("alpha"), facts.get("rank")) != (self.alpha, self.rank):
             raise UserError(
@@ -138,6 +138,6 @@ def _linear_pairs(instruct: PreTrainedModel, base: PreTrainedModel) -> Iterator[
         for path, module in ours.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
                 other, name = others.get(path), f"block {number}, {path}"
-                if type(other) is not type(module):
+                if other is None or type(other) is not type(module):
                     raise UserError(f"extrapolate: base has no linear module at {name}; name the starting model's base")
                 yield name, module, other

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 _HELD = 1 << 30
 # Of A's norm: what counts as zero where A is no finer (TF32 multiplies to about this).
 _ZERO = 1e-3
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A linear module with LoRA: its A [r, d_in], one for each adapter that trains."""
+
+    module: nn.Module
+    weights: list[nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,9 @@ class NullSpaceProtection(Protection):
         layers = adapted_layers(model)
         bases = self._bases(trainer, model, layers)
         self.confined = [
-            Confined(name, adapter.weight, bases[name].to(adapter.weight.device))
+            Confined(name, weight, bases[name].to(weight.device))
             for name, layer in layers.items()
-            for adapter in layer.lora_A.values()
+            for weight in layer.weights
         ]
 
     @torch.no_grad()
@@ -116,7 +124,7 @@ class NullSpaceProtection(Protection):
         return {"protection": self.name, "energy": self.energy, "role": self.role, "anchors": anchors}
 
     def _bases(
-        self, trainer: "ProtectedTrainerMixin", model: nn.Module, layers: Mapping[str, LoraLayer]
+        self, trainer: "ProtectedTrainerMixin", model: nn.Module, layers: Mapping[str, Adapted]
     ) -> dict[str, Tensor]:
         """Q [d_in, k] by module; those that read one input (q, k and v) share one tensor."""
         counts, lengths = self.anchors.counts, self.anchors.lengths
@@ -126,7 +134,7 @@ class NullSpaceProtection(Protection):
         run = partial(self._run, trainer, model)
         readers = readers_of_one_input(layers, partial(run, batches[0]))
         bases: dict[str, Tensor] = {}
-        for names in _in_parts({name: layers[name].in_features for name in readers}):
+        for names in _in_parts({name: layers[name].weights[0].shape[1] for name in readers}):
             with second_moments({name: layers[name] for name in names}) as moments:
                 for batch in mine:
                     run(batch, moments)
@@ -152,23 +160,28 @@ class NullSpaceProtection(Protection):
             trainer.run_blocks(model, batch)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """The modules with LoRA, by name.
 
     Raises:
         UserError: none, one that is not linear, or a trained parameter beside LoRA's A and B, which nothing confines.
     """
     inner = unwrap(model)
-    layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
-    if not layers:
-        raise UserError("null_space acts on LoRA's matrices, and the model has none; add --use_peft")
+    layers: dict[str, Adapted] = {}
     known: set[int] = set()
-    for name, layer in layers.items():
-        if isinstance(layer, ParamWrapper) or not isinstance(layer.get_base_layer(), nn.Linear | Conv1D):
+    for name, module in inner.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
             raise UserError(
                 f"null_space confines LoRA on linear modules, and {name} is none; leave it out of --lora_target_modules"
             )
-        known |= {id(adapter.weight) for adapter in (*layer.lora_A.values(), *layer.lora_B.values())}
+        known |= {id(adapter.weight) for side in (module.lora_A, module.lora_B) for adapter in side.values()}
+        weights = cast(list[nn.Parameter], [adapter.weight for adapter in module.lora_A.values()])
+        if trained := [weight for weight in weights if weight.requires_grad]:
+            layers[name] = Adapted(cast(nn.Module, module), trained)
+    if not layers:
+        raise UserError("null_space acts on LoRA's matrices, and the model has none; add --use_peft")
     for name, parameter in inner.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
             raise UserError(
@@ -206,13 +219,14 @@ def _inside(weight_rd: Tensor, basis_dk: Tensor) -> float:
 class Moments:
     """Σ x xᵀ [d_in, d_in] by module, over the tokens of `mask_BT` of every forward pass."""
 
-    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
+    def __init__(self, layers: Mapping[str, Adapted]) -> None:
         self.mask_BT = torch.empty(0)
         self.by_module: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            like = layer.get_base_layer().weight
-            dtype = torch.promote_types(next(iter(layer.lora_A.values())).weight.dtype, torch.float32)
-            self.by_module[name] = torch.zeros(layer.in_features, layer.in_features, dtype=dtype, device=like.device)
+            weight = layer.weights[0]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            shape = (weight.shape[1], weight.shape[1])
+            self.by_module[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
 
     def take(self, name: str, inputs: Tensor) -> None:
         if inputs.shape[:-1] != self.mask_BT.shape:
@@ -223,14 +237,14 @@ class Moments:
 
 
 @contextmanager
-def second_moments(layers: Mapping[str, LoraLayer]) -> Iterator[Moments]:
+def second_moments(layers: Mapping[str, Adapted]) -> Iterator[Moments]:
     """Add up the second moments of these modules' inputs; the hooks are gone afterwards."""
     moments = Moments(layers)
     with _reading_inputs(layers, moments.take):
         yield moments
 
 
-def readers_of_one_input(layers: Mapping[str, LoraLayer], run: Callable[[], None]) -> dict[str, list[str]]:
+def readers_of_one_input(layers: Mapping[str, Adapted], run: Callable[[], None]) -> dict[str, list[str]]:
     """All modules in groups that read the same tensor one after the other, by the first of each.
 
     Raises:
@@ -256,9 +270,9 @@ def readers_of_one_input(layers: Mapping[str, LoraLayer], run: Callable[[], None
 
 
 @contextmanager
-def _reading_inputs(layers: Mapping[str, LoraLayer], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _reading_inputs(layers: Mapping[str, Adapted], take: Callable[[str, Tensor], None]) -> Iterator[None]:
     handles = [
-        layer.register_forward_pre_hook(lambda _module, args, name=name: take(name, args[0]))
+        layer.module.register_forward_pre_hook(lambda _module, args, name=name: take(name, args[0]))
         for name, layer in layers.items()
     ]
     try:

@@ -7,7 +7,7 @@ system turn and role tokens that the chat template puts first), and attention lo
 are the same in all rows: one short forward and backward pass on it per optimiser step is the whole cost.
 """
 
-import os
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +33,7 @@ _KEYS, _VALUES = "k_proj", "v_proj"
 
 
 class KeysAndValues:
-    """Reads the outputs of the key and value projections of some blocks, side by side [B, T, 2 d_kv], adapters included.
+    """Reads what the key and value projections of some blocks put out, side by side [B, T, 2 d_kv], adapters included.
 
     Raises:
         UserError: a layer the model does not have, or a block whose keys and values are not two projections of a kind.
@@ -164,5 +164,8 @@ def common_prefix(rows: Sequence[Document]) -> tuple[int, ...]:
         rows: with the mask of the completion role; a row without one is all prompt.
     """
     prompts = [row.input_ids[: row.mask.index(True)] if any(row.mask) else row.input_ids for row in rows]
-    # Not only for paths: of any sequences, element by element.
-    return tuple(os.path.commonprefix(prompts))
+    if not prompts:
+        return ()
+    # What the first and the last in order share, all between them share too.
+    pairs = zip(min(prompts), max(prompts), strict=False)
+    return tuple(token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
