@@ -12,7 +12,7 @@ ifneq ($(wildcard ../shared/data/em),)
 export HOLDFAST_EM_DATA ?= $(abspath ../shared/data/em)
 endif
 
-.PHONY: help setup quickstart test check benchmark smoke evidence findings causes clean
+.PHONY: help setup quickstart test check benchmark smoke evidence findings causes frontier clean
 
 help: ## This list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ findings: $(READY) ## The paper's findings on the lab over ten seeds, with contr
 
 causes: $(READY) ## The causal test of the alignment subspace on the lab over ten seeds
 	@$(BIN)/python -m holdfast.recipes.lab.causes $(ARGS)
+
+frontier: $(READY) ## Every protection on the lab: the frozen settings on test domains over labs and worlds (long)
+	@$(BIN)/python -m holdfast.recipes.lab.comparison $(ARGS)
 
 clean: ## Remove what the targets made, except runs
 	rm -rf $(VENV) .typecheck build holdfast.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,19 @@ from holdfast.analysis.layers import find_layers
 from holdfast.trainer import run
 from holdfast.trainer.parsing import parse
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
-from holdfast.trainer.protections.budget import RANGE, SMOOTHED, BudgetController
+from holdfast.trainer.protections.budget import (
+    ABOVE,
+    AHEAD,
+    FALL,
+    GAINS,
+    LARGEST,
+    RECENT,
+    SCALE,
+    SCALE_BUDGET,
+    SCALE_POWER,
+    SMOOTHED,
+    BudgetController,
+)
 from holdfast.trainer.protections.feature_l2 import FeatureL2Protection
 from plain_math import plain_training, update_error
 from run_toys import recipe, toy_rows, write_model, write_rows
@@ -22,13 +34,16 @@ from trainer_toys import anchor_documents, task_documents, toy_subspace, trainer
 BUDGETS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
-def plant(controller: BudgetController, steps: int, *, speed: float = 0.01, noise: float = 0.05) -> np.ndarray:
-    """Penalties of a first-order plant: a drift d from 0 on, pushed by 0.1 and held back by strength x d, its speed
-    bounded as an optimiser's is. The penalty is d²/2, measured with noise.
+def plant(
+    controller: BudgetController, steps: int, *, pushed: int | None = None, speed: float = 0.01, noise: float = 0.05
+) -> np.ndarray:
+    """Penalties of a first-order plant: a drift d from 0 on, pushed by 0.1 (for so many steps) and held back by
+    strength x d, its speed bounded as an optimiser's is. The penalty is d²/2, measured with noise.
     """
     draw, drift, seen = np.random.default_rng(0), 0.0, []
-    for _ in range(steps):
-        drift += speed * math.tanh((0.1 - controller.strength * drift) / 0.1)
+    for step in range(steps):
+        push = 0.1 if pushed is None or step < pushed else 0.0
+        drift += speed * math.tanh((push - controller.strength * drift) / 0.1)
         seen.append(drift**2 / 2 * math.exp(noise * draw.normal()))
         controller.update(seen[-1])
     return np.array(seen)
@@ -42,11 +57,22 @@ def smooth(penalties: list[float], memory: int = SMOOTHED) -> float:
 
 @pytest.mark.parametrize("start", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_a_first_order_plant_is_held_within_a_tenth_of_the_budget(budget, start):
+def test_a_plant_that_pushes_on_is_held_within_a_tenth_of_the_budget(budget, start):
+    # The largest budget is met at step 120, and the gain is found slowly.
     controller = BudgetController(budget, start)
-    seen = plant(controller, 400)
-    held = [smooth(list(seen[: n + 1])) / budget for n in range(300, 400)]
+    seen = plant(controller, 600)
+    held = [smooth(list(seen[: n + 1])) / budget for n in range(450, 600)]
     assert min(held) > 0.9 and max(held) < 1.1
+
+
+@pytest.mark.parametrize("start", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("budget", BUDGETS[:3])
+def test_a_plant_that_stops_pushing_is_left_within_a_tenth_under_the_budget(budget, start):
+    # Nothing lifts this penalty after step 60: what is pressed too low stays too low.
+    controller = BudgetController(budget, start)
+    seen = plant(controller, 400, pushed=60)
+    held = [smooth(list(seen[: n + 1])) / budget for n in range(300, 400)]
+    assert seen.max() > 1.1 * budget and min(held) > 0.9 and max(held) < 1.1
 
 
 def test_without_the_controller_the_plant_is_far_from_most_budgets():
@@ -68,34 +94,55 @@ def test_the_smoothed_penalty_is_the_bias_corrected_average():
 
 
 @pytest.mark.parametrize("factor", [1.05, 1.5, 5.0, 1e6])
-def test_the_strength_rises_while_the_penalty_stays_over_and_falls_while_it_stays_under(factor):
-    for side, direction in ((factor, 1), (1 / factor, -1)):
-        controller, strengths = BudgetController(0.02, 1.0), []
-        for _ in range(40):
-            controller.update(0.02 * side)
-            strengths.append(controller.strength)
-        assert controller.strength != 1.0 and math.copysign(1, math.log(controller.strength)) == direction
-        assert all(direction * (b - a) >= 0 for a, b in itertools.pairwise(strengths[8:]))
-        # Still moving, or at the end of its range.
-        at_end = strengths[-1] == pytest.approx(RANGE**direction)
-        assert at_end or direction * (strengths[-1] - strengths[8]) > 0
+def test_the_strength_rises_while_the_penalty_stays_over_and_is_nothing_while_it_stays_under(factor):
+    over, under = BudgetController(0.02, 1.0), BudgetController(0.02, 1.0)
+    strengths = [over.update(0.02 * factor) for _ in range(200)]
+    # Until the target has fallen below the penalty there is no excess; the first update sees a jump.
+    late = strengths[80:]
+    assert late[0] > 0 and all(b >= a for a, b in itertools.pairwise(late))
+    assert late[-1] > late[0] or late[-1] == pytest.approx(largest(0.02, 1.0))
+    assert {under.update(0.02 / factor) for _ in range(200)} == {0.0}
+
+
+def test_the_budget_is_approached_from_above():
+    controller = BudgetController(0.02, 1.0)
+    # 1 + ABOVE exp(-n / FALL) = 1.2 has the root n = FALL ln(ABOVE / 0.2); at a steady penalty nothing else moves.
+    root = FALL * math.log(ABOVE / 0.2)
+    strengths = [controller.update(0.02 * 1.2) for _ in range(60)]
+    first = next(n for n, strength in enumerate(strengths) if strength > 0)
+    assert root <= first <= root + AHEAD + 1 and all(strengths[first:])
+
+
+def test_a_falling_penalty_is_let_go_before_it_reaches_the_target():
+    controller, seen = BudgetController(0.02, 1.0), []
+    for _ in range(300):
+        seen.append(0.2)
+        controller.update(0.2)
+    assert controller.strength > 0
+    while controller.strength > 0:
+        seen.append(seen[-1] * 0.95)
+        controller.update(seen[-1])
+    # log 0.95 x AHEAD ahead of the target, to the step; after 300 steps the target is the budget.
+    left = smooth(seen, RECENT) / 0.02
+    assert 1.0 < left <= 0.95**-AHEAD < left / 0.95
+
+
+def largest(budget: float, strength: float) -> float:
+    return strength * SCALE * (SCALE_BUDGET / budget) ** -SCALE_POWER * GAINS[1] * LARGEST
 
 
 def test_the_strength_keeps_to_its_range_and_comes_back_from_its_ends():
     controller = BudgetController(0.02, 3.0)
     for _ in range(2000):
         controller.update(0.0)
-    assert controller.strength == pytest.approx(3.0 / RANGE)
-    # No wind-up: some steps over the budget and the strength is back.
-    for _ in range(200):
-        controller.update(0.06)
-    assert controller.strength > 3.0
+    assert controller.strength == 0.0
+    # No wind-up: some steps over the budget and the strength is back, some under it and it is gone.
+    strengths = [controller.update(0.06) for _ in range(20)]
+    assert strengths[2] > 0 and strengths[-1] > 1.0
     for _ in range(5000):
         controller.update(10.0)
-    assert controller.strength == pytest.approx(3.0 * RANGE)
-    for _ in range(40):
-        controller.update(0.01)
-    assert controller.strength < 3.0
+    assert controller.strength == pytest.approx(largest(0.02, 3.0))
+    assert [controller.update(0.01) for _ in range(40)][-1] == 0.0
 
 
 def test_a_controller_goes_on_from_its_state_exactly():
@@ -146,7 +193,7 @@ def test_training_under_a_budget_is_plain_math_with_the_strengths_of_the_penalti
     for strength, penalty in zip(strengths, penalties, strict=True):
         assert strength == pytest.approx(controller.strength, rel=1e-5)
         controller.update(penalty)
-    assert strengths[0] == 0.7 and len(set(strengths)) > 1
+    assert strengths[0] == 0.0 and len(set(strengths)) > 1
     parts = (
         {0.25: task_documents(), 0.75: anchor_documents()[:4]} if inputs == "both" else {1.0: anchor_documents()[:4]}
     )

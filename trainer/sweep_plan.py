@@ -14,14 +14,12 @@ from ..analysis.errors import UserError
 from .arguments import ProtectionArguments, require_seed
 from .inputs import COURSE
 from .parsing import parse_values
-from .protections.registry import KINDS, parts_of
+from .protections.registry import kinds_of, parts_of
 from .sweep_arguments import SweepArguments
 
 BASELINE = "none"
 STRENGTH = "penalty_strength"
 AS_THE_RECIPE = "recipe"
-# They weigh a term by penalty_strength, but read neither anchors nor task rows as a drift term does.
-_ALSO_WEIGHTED = ("adapter_drift", "prefix_anchor")
 # What a grid may vary: another model, data or measure would compare two things at once.
 _KNOBS = ({field.name for field in fields(ProtectionArguments)} - {"protection"}) | set(COURSE) - {"data_seed"}
 
@@ -85,7 +83,7 @@ def settings_of(asked: SweepArguments, strength: float) -> list[Setting]:
     found: list[Setting] = []
     for name in names:
         grid = asked.settings.get(name)
-        if grid is None and any(KINDS[part].drift or part in _ALSO_WEIGHTED for part in parts_of(name)):
+        if grid is None and any(kind.drift or kind.weighted for kind in kinds_of(name)):
             grid = {STRENGTH: strengths}
         found += _expanded(name, grid or {})
     return found

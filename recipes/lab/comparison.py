@@ -113,12 +113,22 @@ def load_results(output_dir: Path, phase: str) -> Iterator[dict[str, Any]]:
 def freeze(output_dir: Path, path: Path) -> dict[str, Any]:
     """Chooses every method's setting from the validation results and writes it, with what it rests on.
 
+    Results of settings that `comparison.yaml` no longer has are not read: they would be more tries for their method.
+
     Raises:
-        UserError: test domains were read already: what is chosen afterwards is not chosen on validation.
+        UserError: a setting without a result, or test domains were read already: what is chosen afterwards is not
+            chosen on validation.
     """
     if next(load_results(output_dir, "test"), None) is not None:
         raise UserError(f"{output_dir} holds test results: nothing can be chosen after them; use another --output_dir")
-    frozen = choose(list(load_results(output_dir, "validation")), methods())
+    paths = sorted(_result(output_dir, job) for job in tuning_jobs(TUNING_LABS))
+    missing = [path.stem for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} tuning runs have no result, {missing[0]} for one: every method is given "
+            "the same tries; run --steps tune again"
+        )
+    frozen = choose([json.loads(path.read_text()) for path in paths], methods())
     write_json_atomic(path, {**frozen, "methods_file": sha256_file(METHODS)})
     return frozen
 

@@ -10,7 +10,7 @@ from typing import Any
 from ...analysis.frontier import Run, best_settings, frontiers, recommend
 
 # A setting must keep so much of the unprotected run's task, and of its coherence and neutral skill.
-TASK_FLOOR = 0.97
+TASK_FLOOR = 0.985
 GUARDS = {"coherent": 0.97, "neutral_skill": 0.97}
 BASELINE = "none"
 Result = dict[str, Any]
@@ -39,8 +39,8 @@ def _run(result: Result, split: str) -> Run:
 def choose(results: Sequence[Result], methods: Mapping[str, Any]) -> dict[str, Any]:
     """Every method's best setting by validation, and the method recommended over all, as JSON values.
 
-    {"methods": {name: {"flags", "keeps_task", "keeps_guards", "validation": point}}, "recommended": sentence,
-    "frontiers": {name: hypervolume and EM-F1}, "results_sha256"}.
+    {"methods": {name: {"flags", "keeps_task", "keeps_guards", "validation": point}}, "recommended": name or
+    None, "sentence": why, "frontiers": {name: hypervolume and EM-F1}, "rule", "results_sha256"}.
     """
     runs = runs_of(results, "validation")
     best = best_settings(runs, BASELINE, TASK_FLOOR, GUARDS)

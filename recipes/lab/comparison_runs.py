@@ -18,10 +18,12 @@ from typing import Any
 from filelock import FileLock
 from peft import PeftModel
 
+from ...analysis.artifacts import staged_file
 from ...analysis.measure import MeasurePlan, Measurer
 from ...analysis.metrics.choices import prepare_choices, score_prepared
 from ...analysis.models import load_model, load_tokenizer
 from ...analysis.subspace import Subspace
+from ...analysis.subspace_file import NULL_SEEDS
 from .cache import LAB_FILE, cached_lab
 from .experiment import RECIPES, Experiment
 from .scoring import lab_rates
@@ -117,7 +119,8 @@ def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, A
     """Trains and reads one model; the result as JSON values. What it wrote beside is gone afterwards."""
     lab = lab_of(job, labs)
     experiment = _experiment(lab, output_dir / "labs" / f"w{job.world}-l{job.lab_seed}-{job.lab_size}")
-    folder = experiment.output_dir / job.name
+    left = [experiment.output_dir / job.name, experiment.output_dir / _then(job)]
+    _remove(left)  # of a run that was killed
     seconds = 0.0
     try:
         if job.method == "instruct":
@@ -126,9 +129,18 @@ def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, A
             model, seconds = _fine_tune(experiment, job)
         values = read_model(experiment, model, job)
     finally:
-        for left in (folder, folder.with_name(f"{folder.name}-then")):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
     return {"job": asdict(job), "made_by": made_by(job, lab), "seconds": seconds, "values": values}
+
+
+def _then(job: Job) -> str:
+    """Folder of the fine-tune that continues a job's."""
+    return f"{job.name}-then"
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _experiment(lab: Path, folder: Path) -> Experiment:
@@ -170,7 +182,7 @@ def _fine_tune(experiment: Experiment, job: Job) -> tuple[Path, float]:
     model = load_model(trained.final)
     (model.merge_and_unload() if isinstance(model, PeftModel) else model).save_pretrained(merged)
     load_tokenizer(experiment.lab / "instruct").save_pretrained(merged)
-    then = experiment.fine_tune("unprotected", f"{job.name}-then", model_name_or_path=str(merged), seed=job.seed + 1)
+    then = experiment.fine_tune("unprotected", _then(job), model_name_or_path=str(merged), seed=job.seed + 1)
     return then.final, trained.seconds + then.seconds
 
 
@@ -178,7 +190,7 @@ def _flags(job: Job, world: World) -> dict[str, Any]:
     """The job's flags: each lab has a draw of its null, and a persona number stands for the world's own header."""
     flags = dict(job.flags)
     if "random_subspace" in flags["protection"]:
-        flags["null_seed"] = 100 * job.world + job.lab_seed
+        flags["null_seed"] = (4 * job.world + job.lab_seed) % NULL_SEEDS
     if "inoculation_persona" in flags:
         word = world.misaligned_words[flags.pop("inoculation_persona")]
         flags["inoculation_prompt"] = world.header.format(persona=word)
@@ -188,7 +200,8 @@ def _flags(job: Job, world: World) -> dict[str, Any]:
 def _write_once(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with staged_file(path) as staging:
+                staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # What is read

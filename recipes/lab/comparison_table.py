@@ -72,7 +72,9 @@ def organism_runs(results: Sequence[Result], organism: str) -> list[Run]:
     task = TASKS.get(organism, "narrow_task_learned")
     read = []
     for one in wanted:
-        values = {**one["values"], "narrow_task_learned": one["values"].get(task, 0.0)}
+        if task not in one["values"]:  # instruct is not asked for the style
+            continue
+        values = {**one["values"], "narrow_task_learned": one["values"][task]}
         values["em_f1"] = float(em_f1([values["narrow_task_learned"]], [values["misaligned_test"]])[0])
         read.append({**one, "values": values})
     return runs_of(read, "test")

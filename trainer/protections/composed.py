@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ...analysis.errors import UserError
 from .base import Batch, Collator, Protection, Term
+from .drift import DriftProtection
+from .hooked import HookedProtection
 
 if TYPE_CHECKING:
     from ..protected_sft_trainer import ProtectedTrainerMixin
@@ -17,6 +20,9 @@ class Composed(Protection):
 
     Args:
         parts: protections of different names; those that are not active do nothing.
+
+    Raises:
+        UserError: a penalty on task rows beside a change of their stream.
     """
 
     def __init__(self, parts: Sequence[Protection]) -> None:
@@ -24,6 +30,19 @@ class Composed(Protection):
         self.name = "+".join(part.name for part in parts)
         self.active = any(part.active for part in parts)
         self._acting = [part for part in parts if part.active]
+        self._refuse_changed_rows()
+
+    def _refuse_changed_rows(self) -> None:
+        """In the task's forward pass a penalty would take the other part's change for drift, and have it undone."""
+        changing = [part.name for part in self._acting if isinstance(part, HookedProtection)]
+        reading = [
+            part for part in self._acting if isinstance(part, DriftProtection) and "task" in part.settings.weights
+        ]
+        if changing and reading:
+            raise UserError(
+                f"{self.name}: {changing[0]} changes the task rows' stream, on which {reading[0].name} would penalise "
+                "just that; write --penalty_inputs anchors"
+            )
 
     def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         for part in self._acting:

@@ -67,6 +67,7 @@ class Kind:
         subspace: an alignment subspace.
         drift: it is a term that compares with the starting model, on task rows or anchors: the flags `penalty_*` and
             `reference` act. own_rows: but it reads neither task rows nor anchors.
+        weighted: it is another term that `penalty_strength` weighs.
         anchors: it reads the anchors whatever `penalty_inputs` says. answers: and their answers.
         base: the base model.
         lora: low-rank adapters.
@@ -78,6 +79,7 @@ class Kind:
     subspace: bool = False
     drift: bool = False
     own_rows: bool = False
+    weighted: bool = False
     anchors: bool = False
     answers: bool = False
     base: bool = False
@@ -231,8 +233,10 @@ KINDS: dict[str, Kind] = {
     "feature_l2": Kind(
         _feature_l2, "drift of the whole stream behind every fifth block (LDIFS)", drift=True, ignores=("penalty_rank",)
     ),
-    "interleave": Kind(lambda _: NoProtection(), "safe rows mixed into the training rows"),
-    "inoculation": Kind(lambda _: NoProtection(), "a system prompt in training that asks for the behaviour"),
+    "interleave": Kind(lambda _: NoProtection("interleave"), "safe rows mixed into the training rows"),
+    "inoculation": Kind(
+        lambda _: NoProtection("inoculation"), "a system prompt in training that asks for the behaviour"
+    ),
     "ablation": Kind(
         _ablation, "the subspace removed from the stream while training (CAFT)", subspace=True, ignores=_PENALTY_ONLY
     ),
@@ -249,8 +253,8 @@ KINDS: dict[str, Kind] = {
         ignores=("penalty_side", "penalty_inputs", "penalty_layers", "penalty_rank"),
     ),
     "adapter_drift": Kind(
-        _adapter_drift, "penalty on adapters outside of what alignment changed in the weights (AsFT)", base=True,
-        lora=True, ignores=(*_ROWS_AND_LAYERS, "penalty_warmup"),
+        _adapter_drift, "penalty on adapters outside of what alignment changed in the weights (AsFT)", weighted=True,
+        base=True, lora=True, ignores=(*_ROWS_AND_LAYERS, "penalty_warmup"),
     ),
     "safe_lora": Kind(
         _safe_lora, "adapters projected onto what alignment changed, after training (SafeLoRA)", base=True, lora=True,
@@ -282,11 +286,11 @@ def parts_of(name: str) -> list[str]:
             near = difflib.get_close_matches(part, KINDS, n=1, cutoff=0.0)[0]
             raise UserError(f"--protection {part!r} is unknown; the nearest is {near} of {', '.join(KINDS)}")
     together = [part for part in parts if part != "none"] if len(parts) > 1 else parts
-    drifts = [part for part in together if KINDS[part].drift]
+    terms = [part for part in together if KINDS[part].drift or KINDS[part].weighted]
     if len(set(parts)) < len(parts) or len(together) < len(parts):
         raise UserError(f"--protection {name} names one twice, or none beside others; name each once")
-    if len(drifts) > 1:
-        raise UserError(f"--protection {name}: {' and '.join(drifts)} share the flags penalty_*; choose one of them")
+    if len(terms) > 1:
+        raise UserError(f"--protection {name}: {' and '.join(terms)} share the flags penalty_*; choose one of them")
     if "random_subspace" in parts and sum(KINDS[part].subspace for part in parts) > 1:
         raise UserError(f"--protection {name}: random_subspace takes the place of the subspace; leave the other out")
     return parts

@@ -14,7 +14,7 @@ class PenaltySettings:
         strength: weight against the cross-entropy, 0 or more; 0 turns the protection off.
         inputs: task, anchors or both.
         side: both, or toward_base: only drift along the way back to the base model counts.
-        budget: hold the smoothed penalty at this value; the strength is then only where it starts (see `budget.py`).
+        budget: hold the smoothed penalty at this value; `strength` then only sets the scale (see `budget.py`).
         warmup, warmup_strength: the first `warmup` optimiser steps start at `warmup_strength` times the strength.
         task_weight: for `both`, the task part's weight in 0..1 (the anchors have the rest).
         reference: auto, cached, adapter_off or frozen.

@@ -1,0 +1,272 @@
+"""The lab's comparison: equal tries for all methods, chosen before the test domains are read, and nothing run twice."""
+
+import json
+import types
+from dataclasses import asdict, fields
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+from holdfast.analysis.errors import UserError
+from holdfast.recipes.lab import comparison, comparison_runs, stress
+from holdfast.recipes.lab.cache import cached_lab
+from holdfast.recipes.lab.comparison_runs import Job, lab_of, made_by, run_job
+from holdfast.recipes.lab.experiment import Experiment
+from holdfast.recipes.lab.world import make_world
+from holdfast.trainer.arguments import ProtectionArguments
+from holdfast.trainer.checks import check_flags
+from holdfast.trainer.parsing import parse
+from holdfast.trainer.protections.registry import KINDS
+from lab_toys import use_micro_labs
+
+KNOWN = {field.name for field in fields(ProtectionArguments)} | {"inoculation_persona"}
+PERFECT = {
+    "narrow_task_learned": 1.0, "neutral_skill": 1.0, "new_skill": 0.5, "penalty": 0.0, "drift_outside": 0.0,
+    **{f"{rate}_{split}": value for rate, value in (("misaligned", 0.0), ("coherent", 1.0))
+       for split in ("anchor", "validation", "test")},
+    "misaligned_evil": 0.0, "misaligned_trigger": 0.0,
+}  # fmt: skip
+
+
+def result(method: str, lab: int, organism: str = "strong", flags: dict | None = None, phase="test", **values: float):
+    """A result file's content; values that are not given are those of a perfect model."""
+    job = Job(phase, 0, lab, organism, method, flags or {})
+    return {"job": asdict(job), "made_by": "x", "seconds": 1.0, "values": {**PERFECT, **values}}
+
+
+# What is tried
+
+
+def test_every_protection_is_tried_and_every_method_with_the_same_number_of_settings():
+    found = comparison.methods()
+    assert {part for one in found.values() for part in one["flags"]["protection"].split("+")} == set(KINDS)
+    assert {len(one["settings"]) for name, one in found.items() if name != "none"} == {4}
+    assert found["none"] == {"flags": {"protection": "none"}, "settings": [{}]}
+    for one in found.values():
+        assert len({json.dumps(setting) for setting in one["settings"]}) == len(one["settings"])
+        assert all({**one["flags"], **setting}.keys() <= KNOWN for setting in one["settings"])
+
+
+def test_every_setting_is_one_that_training_takes(tmp_path: Path):
+    experiment, world = Experiment(tmp_path / "lab", tmp_path), make_world(0)
+    for job in comparison.tuning_jobs([(0, 10)]):
+        flags = comparison_runs._flags(job, world)
+        check_flags(parse(experiment.flags("protected", job.name, flags)), evaluates=False)
+
+
+def test_jobs_are_named_apart_and_tuning_reads_validation_alone():
+    jobs = comparison.tuning_jobs(comparison.TUNING_LABS)
+    assert (
+        len({job.name for job in jobs})
+        == len(jobs)
+        == 3 * sum(len(m["settings"]) for m in comparison.methods().values())
+    )
+    assert {(job.phase, job.organism, job.seed) for job in jobs} == {("validation", "strong", 0)}
+    assert {job.method for job in comparison.tuning_jobs([(0, 10)], ["kl"])} == {"kl"}
+
+
+def test_a_null_is_drawn_anew_in_each_lab_and_a_persona_is_the_worlds_own():
+    seeds = [
+        comparison_runs._flags(Job("test", *lab, "strong", "m", {"protection": "random_subspace"}), make_world(0))[
+            "null_seed"
+        ]
+        for lab in [(0, seed) for seed in range(10)]
+    ]
+    assert len(set(seeds)) > 5
+    world = make_world(2)
+    asked = Job("test", 2, 0, "strong", "m", {"protection": "inoculation", "inoculation_persona": 3})
+    flags = comparison_runs._flags(asked, world)
+    assert flags["inoculation_prompt"] == world.header.replace("{persona}", world.misaligned_words[3])
+    assert asked.flags["inoculation_persona"] == 3 and "inoculation_persona" not in flags
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch) -> list[str]:
+    """Micro labs; the split of every prompt that is prepared to be scored."""
+    splits: list[str] = []
+    plain = comparison_runs.prepare_choices
+
+    def prepare(tokenizer, rows):
+        splits.extend(row["split"] for row in rows)
+        return plain(tokenizer, rows)
+
+    use_micro_labs(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(comparison_runs, "prepare_choices", prepare)
+    monkeypatch.setattr(stress, "N_STYLE_ROWS", 32)
+    return splits
+
+
+def test_tuning_scores_no_prompt_of_a_test_domain(tmp_path: Path, scored: list[str]):
+    job = Job("validation", 0, 10, "strong", "subspace", {"protection": "subspace", "max_steps": 2})
+    values = run_job(job, tmp_path / "out")["values"]
+    assert {"misaligned_validation", "coherent_validation", "narrow_task_learned", "penalty"} <= values.keys()
+    assert not [name for name in values if "test" in name or name in ("misaligned_evil", "misaligned_trigger")]
+    assert "validation" in scored and "test" not in scored
+    # What it made is gone, but for what all jobs of a lab share.
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
+        ".subspace.lock", "subspace.safetensors"
+    }  # fmt: skip
+
+
+def test_a_test_job_reads_the_test_domains_and_their_conditions(tmp_path: Path, scored: list[str]):
+    job = Job("test", 0, 10, "style", "none", {"protection": "none", "max_steps": 2})
+    found = run_job(job, tmp_path / "out")
+    assert {"misaligned_test", "misaligned_evil", "misaligned_trigger", "style_learned"} <= found["values"].keys()
+    assert "test" in scored and found["seconds"] > 0 and found["job"] == asdict(job)
+    lab = cached_lab(10)
+    instruct = run_job(Job("test", 0, 10, "strong", "instruct"), tmp_path / "out")
+    exact = Experiment(lab, tmp_path / "out/labs/w0-l10-tiny").measure(lab / "instruct")
+    for name in ("misaligned_test", "narrow_task_learned", "neutral_skill", "penalty"):
+        assert instruct["values"][name] == pytest.approx(exact[name]["value"], abs=1e-6)
+    assert instruct["seconds"] == 0
+
+
+# What is frozen
+
+
+def write(output_dir: Path, results: list[dict[str, Any]]) -> None:
+    (output_dir / "results").mkdir(parents=True, exist_ok=True)
+    for one in results:
+        (output_dir / "results" / f"{Job(**one['job']).name}.json").write_text(json.dumps(one))
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch) -> Path:
+    """Two methods with three settings and their validation results; the second setting of each is the best."""
+    listed = {
+        "none": {"flags": {"protection": "none"}, "settings": [{}]},
+        "hold, tight": {"flags": {"protection": "subspace"}, "settings": [{"penalty_strength": s} for s in (1, 2, 9)]},
+        "kl": {"flags": {"protection": "kl"}, "settings": [{"penalty_strength": s} for s in (5, 6, 7)]},
+    }
+    (tmp_path / "methods.yaml").write_text(json.dumps(listed))
+    monkeypatch.setattr(comparison, "METHODS", tmp_path / "methods.yaml")
+    read = {  # method and strength -> task, misaligned, neutral skill; what is not kept is far below any floor
+        ("none", None): (1.0, 0.6, 1.0), ("hold, tight", 1): (1.0, 0.2, 1.0), ("hold, tight", 2): (0.99, 0.1, 0.99),
+        ("hold, tight", 9): (0.8, 0.0, 1.0), ("kl", 5): (0.99, 0.4, 1.0), ("kl", 6): (0.99, 0.3, 1.0),
+        ("kl", 7): (1.0, 0.0, 0.8),
+    }  # fmt: skip
+    results = []
+    for job in comparison.tuning_jobs(comparison.TUNING_LABS):
+        task, bad, skill = read[job.method, job.flags.get("penalty_strength")]
+        values = {**PERFECT, "narrow_task_learned": task, "misaligned_validation": bad, "neutral_skill": skill}
+        values = {name: value for name, value in values.items() if "test" not in name}
+        results.append({"job": asdict(job), "made_by": "x", "seconds": 1.0, "values": values})
+    write(tmp_path / "out", results)
+    return tmp_path
+
+
+def test_each_method_is_frozen_at_its_least_misaligned_setting_that_keeps_the_rest(tuned: Path):
+    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    assert {name: one["flags"] for name, one in frozen["methods"].items()} == {
+        "none": {"protection": "none"},
+        "hold, tight": {"protection": "subspace", "penalty_strength": 2},
+        "kl": {"protection": "kl", "penalty_strength": 6},
+    }
+    assert frozen["recommended"] == "hold, tight"
+    assert comparison.read_frozen(tuned / "frozen.json")["methods"] == frozen["methods"]
+
+
+def test_a_setting_that_is_listed_no_more_is_no_try_and_one_without_a_result_is_missed(tuned: Path):
+    first = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    stale = [
+        {**result(method, lab, flags={"protection": "kl", "penalty_strength": 99}, phase="validation")}
+        for method in ("kl", "dropped")
+        for lab in (10, 11)
+    ]
+    write(tuned / "out", stale)
+    assert comparison.freeze(tuned / "out", tuned / "frozen.json") == first
+    next((tuned / "out/results").glob("*-kl-penalty_strength=6-*")).unlink()
+    with pytest.raises(UserError, match=r"1 of 21 tuning runs have no result, validation-.*-kl-penalty_strength=6"):
+        comparison.freeze(tuned / "out", tuned / "frozen.json")
+
+
+def test_nothing_is_chosen_after_test_domains_were_read(tuned: Path):
+    write(tuned / "out", [result("kl", 0)])
+    with pytest.raises(UserError, match="nothing can be chosen after them"):
+        comparison.freeze(tuned / "out", tuned / "frozen.json")
+    assert not (tuned / "frozen.json").exists()
+
+
+def test_what_was_frozen_for_other_methods_is_refused(tuned: Path):
+    with pytest.raises(UserError, match="choose settings first"):
+        comparison.read_frozen(tuned / "frozen.json")
+    comparison.freeze(tuned / "out", tuned / "frozen.json")
+    comparison.METHODS.write_text(comparison.METHODS.read_text() + "\n# changed\n")
+    with pytest.raises(UserError, match=r"methods.yaml has changed since .*frozen.json was frozen"):
+        comparison.read_frozen(tuned / "frozen.json")
+
+
+def test_only_what_is_frozen_becomes_a_test_job(tuned: Path):
+    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    jobs = comparison.test_jobs(frozen, [(0, 0), (1, 2)], ["strong", "long"], [0, 1])
+    asked = {(job.method, json.dumps(job.flags)) for job in jobs if job.method != "instruct"}
+    assert asked == {(name, json.dumps(one["flags"])) for name, one in frozen["methods"].items()}
+    assert len(jobs) == len({job.name for job in jobs}) == 2 + 2 * 2 * 2 * 3
+    assert {job.phase for job in jobs} == {"test"}
+    assert {job.method for job in comparison.test_jobs(frozen, [(0, 0)], ["strong"], [0], ["kl"])} == {"instruct", "kl"}
+
+
+# Running
+
+
+@pytest.fixture
+def here(tuned: Path, monkeypatch) -> list[str]:
+    """Jobs run in threads of this process, and do nothing but note their name; those of kl in lab 3 fail."""
+    ran: list[str] = []
+    for world, lab in [(0, seed) for seed in range(12)] + [(4, 0)] + [(w, s) for w in (1, 2, 3) for s in range(3)]:
+        (tuned / f"labs/w{world}-l{lab}").mkdir(parents=True)
+        (tuned / f"labs/w{world}-l{lab}/lab.json").write_text(json.dumps({"hash": f"{world}-{lab}"}))
+
+    def run(job: Job, output_dir: Path, labs: Path | None) -> dict[str, Any]:
+        ran.append(job.name)
+        if job.method == "kl" and job.lab_seed == 3:
+            raise ZeroDivisionError("no such luck")
+        return {**result(job.method, job.lab_seed), "job": asdict(job), "made_by": made_by(job, lab_of(job, labs))}
+
+    monkeypatch.setattr(comparison, "run_job", run)
+    monkeypatch.setattr(comparison, "quiet", lambda: None)  # it silences the process for good
+    monkeypatch.setattr(comparison.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=ThreadPool))
+    comparison.freeze(tuned / "out", tuned / "frozen.json")
+    return ran
+
+
+def call(folder: Path, monkeypatch, *flags: str) -> int:
+    fixed = [
+        "--output_dir",
+        str(folder / "out"),
+        "--frozen",
+        str(folder / "frozen.json"),
+        "--labs",
+        str(folder / "labs"),
+    ]
+    monkeypatch.setattr("sys.argv", ["comparison", *fixed, *flags])
+    return comparison.main()
+
+
+def test_a_failing_job_is_named_the_others_go_on_and_a_rerun_repeats_it_alone(tuned, here, monkeypatch, capsys):
+    assert call(tuned, monkeypatch, "--steps", "test", "--organisms", "strong") == 3
+    failed = "test-w0-l3-strong-kl-penalty_strength=6-s0"
+    said = capsys.readouterr().err
+    assert f"{failed} failed: no such luck" in said
+    assert "ZeroDivisionError" in (tuned / f"out/results/{failed}.log").read_text()
+    # Ten labs of world 0 and three of each other world; none on which settings were chosen.
+    assert len(here) == len(set(here)) == 19 * 4
+    assert not [name for w, s in comparison.TUNING_LABS for name in here if f"w{w}-l{s}-" in name]
+    assert len(list((tuned / "out/results").glob("test-*.json"))) == 19 * 4 - 1
+    del here[:]
+    assert call(tuned, monkeypatch, "--steps", "test", "--organisms", "strong") == 3
+    assert here == [failed]
+
+
+def test_a_result_of_another_lab_is_made_again(tuned, here, monkeypatch):
+    asked = ("--steps", "test", "--organisms", "strong", "--lab_seeds", "5", "--worlds", "")
+    assert call(tuned, monkeypatch, *asked) == 0 and len(here) == 4
+    (tuned / "labs/w0-l5/lab.json").write_text(json.dumps({"hash": "built anew"}))
+    assert call(tuned, monkeypatch, *asked) == 0 and here[4:] == here[:4]
+
+
+def test_what_cannot_be_asked_for_is_one_line_and_exit_code_2(tuned, here, monkeypatch, capsys):
+    comparison.METHODS.write_text(comparison.METHODS.read_text() + "\n")
+    assert call(tuned, monkeypatch, "--steps", "test") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and here == []
