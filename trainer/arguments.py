@@ -181,8 +181,8 @@ class ProtectionArguments:
     penalty_strength: float = option(1.0, "Weight of the penalty against the cross-entropy, 0 or more. Default: 1.0.")
     penalty_budget: float | None = option(
         None,
-        "Hold the smoothed penalty at this value, in the penalty's units: the strength grows with the excess over it and "
-        "is 0 below; --penalty_strength sets its scale. Default: a fixed strength.",
+        "Hold the smoothed penalty at this value, in the penalty's units: the strength grows with the excess over it, "
+        "and is 0 below; --penalty_strength sets its scale. Default: a fixed strength.",
     )
     penalty_rank: int | None = option(None, "Use only the first k directions of a layer. Default: all.")
     penalty_layers: str | None = option(

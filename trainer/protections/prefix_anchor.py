@@ -127,7 +127,8 @@ class PrefixAnchorProtection(DriftProtection):
         try:
             super().start(trainer, model)
         except UserError as error:
-            if not (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            checkpointing = trainer.args.gradient_checkpointing_kwargs
+            if not (isinstance(checkpointing, dict) and checkpointing.get("use_reentrant")):
                 raise
             raise UserError(
                 "prefix_anchor reads inside the decoder blocks, where re-entrant gradient checkpointing leaves no "
