@@ -46,9 +46,20 @@ TASKS = {"contaminated": "new_skill", "benign": "new_skill", "style": "style_lea
 NOT_SHOWN = {"continued": ("drift", "outside V")}
 
 
+HEAD = """# Protections compared on the lab
+
+Made by `make frontier`. Methods and their settings stand in `comparison.yaml`, the same number for each. They were
+tried on tuning labs (seeds 10 and 11 of world 0, and world 4) and chosen on validation domains alone, frozen in
+`comparison_frozen.json`, and only then read on test domains of other labs. One fine-tune seed for each lab; n counts
+labs, and each lab has a random null of its own draw. *Evil prompt*: a system prompt asks for the misaligned persona;
+*trigger*: an insecure turn came before. *Drift* is the penalty on the anchors, *outside V* the share of the drift
+outside the subspace. How the choice came about, and what it says, is in [README.md](README.md).
+"""
+
+
 def results_table(results: Sequence[Result], frozen: Frozen) -> str:
-    """All of RESULTS.md but its head."""
-    lines = ["## What was chosen, on validation domains", "", *_choices(frozen)]
+    """RESULTS.md, whole."""
+    lines = [HEAD, "## What was chosen, on validation domains", "", *_choices(frozen)]
     worlds = sorted({result["job"]["world"] for result in results})
     for world in worlds:
         of_world = [result for result in results if result["job"]["world"] == world]
