@@ -56,6 +56,16 @@ def plain_cross_entropy(model: nn.Module, documents: Sequence[Document]) -> Tens
     return torch.stack(losses).mean()
 
 
+def sgd_step(model: nn.Module, loss: Tensor, learning_rate: float) -> None:
+    """One step of gradient descent in place: θ - learning_rate x ∂loss/∂θ."""
+    model.zero_grad()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= learning_rate * parameter.grad
+
+
 def plain_training(
     model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document],
     penalised: dict[float, Sequence[Document]], strength: float | Sequence[float], steps: int, learning_rate: float,
@@ -71,12 +81,7 @@ def plain_training(
         loss = plain_cross_entropy(trained, task) if task else torch.zeros((), dtype=torch.float64)
         for weight, rows in penalised.items():
             loss = loss + now * weight * plain_penalty(trained, start, find_blocks, rows, subspace, toward_base)
-        trained.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.grad is not None:
-                    parameter -= learning_rate * parameter.grad
+        sgd_step(trained, loss, learning_rate)
     return trained
 
 
@@ -114,10 +119,5 @@ def plain_changed_training(
         loss = plain_cross_entropy(trained, task)
         for handle in handles:
             handle.remove()
-        trained.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.grad is not None:
-                    parameter -= learning_rate * parameter.grad
+        sgd_step(trained, loss, learning_rate)
     return trained

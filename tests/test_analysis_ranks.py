@@ -1,29 +1,21 @@
 """Two CPU ranks, whole and sharded: the main one reads the references, all measure alike, training stays as it was."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import analysis_ranks_worker as worker
 import pytest
 import torch
 from analysis_toys import save_toy, toy_model
 from holdfast.analysis.measure import scalars
-from holdfast.trainer import zero
+from rank_toys import CONFIGS, needs_compiler, on_two_ranks
 from trainer_toys import moved
 
-CONFIG = Path(zero.__file__).resolve().parent.parent / "ds_configs" / "zero3.json"
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="DeepSpeed on CPU needs a C++ compiler")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The models' folder and what both ranks found, of one launch."""
-    zero.prepare_zero(str(CONFIG), use_cpu=True)
     models, out = (tmp_path_factory.mktemp(name) for name in ("models", "ranks"))
     broken = moved(toy_model(), size=0.1)
     save_toy(models / "instruct", toy_model())
@@ -31,11 +23,7 @@ def launched(tmp_path_factory):
     with torch.no_grad():
         broken.get_output_embeddings().weight[0, 0] = float("nan")
     save_toy(models / "broken", broken)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", worker.__file__, str(models), str(out), str(CONFIG)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    on_two_ranks(worker.__file__, models, out, CONFIGS / "zero3.json", timeout=200)
     return models, [json.loads((out / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

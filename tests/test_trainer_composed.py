@@ -28,7 +28,7 @@ from holdfast.trainer.protections.null_space import NullSpaceProtection
 from holdfast.trainer.protections.registry import KINDS, Materials, kinds_of, parts_of, protection_of
 from holdfast.trainer.protections.steering import steering
 from peft import LoraConfig, get_peft_model
-from plain_math import plain_cross_entropy, plain_penalty, update_error
+from plain_math import plain_cross_entropy, plain_penalty, sgd_step, update_error
 from run_toys import recipe, toy_rows, write_model, write_rows
 from test_trainer_protection_hooks import SEPARATE, Recording
 from torch import nn
@@ -114,12 +114,7 @@ def plain_composed(model: nn.Module, change: Callable[[int, torch.Tensor], torch
         if strength:
             penalty = plain_penalty(trained, start, find_layers, anchor_documents()[:4], toy_subspace(LAYERS))
             loss = loss + strength * penalty
-        trained.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.grad is not None:
-                    parameter -= RATE * parameter.grad
+        sgd_step(trained, loss, RATE)
     return trained
 
 

@@ -12,7 +12,7 @@ from holdfast.trainer.protections import PenaltySettings
 from holdfast.trainer.protections.feature_l2 import FeatureL2Protection, every_fifth
 from holdfast.trainer.protections.kl import KLProtection
 from peft import LoraConfig, get_peft_model
-from plain_math import block_outputs, plain_cross_entropy, update_error
+from plain_math import block_outputs, plain_cross_entropy, sgd_step, update_error
 from trainer_toys import anchor_documents, task_documents, trainer_of
 
 STEPS, RATE, STRENGTH = 3, 0.02, 0.7
@@ -66,12 +66,7 @@ def plain(kind: str, lora: bool, inputs: str):
         loss = plain_cross_entropy(trained, task_documents())
         for weight, rows in parts.items():
             loss = loss + STRENGTH * weight * term(kind, trained, start, rows)
-        trained.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.grad is not None:
-                    parameter -= RATE * parameter.grad
+        sgd_step(trained, loss, RATE)
     return trained
 
 

@@ -1,7 +1,6 @@
 """Extrapolation (LoX) and whole runs of the protections made of weights: what a folder holds after `holdfast train`."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from holdfast.trainer.measuring import analyze
 from holdfast.trainer.parsing import parse
 from holdfast.trainer.protections.extrapolate import ExtrapolateProtection, extrapolate
 from peft import PeftConfig, PeftModel
+from rank_toys import needs_compiler
 from run_toys import recipe, toy_rows, write_model, write_rows
 from safetensors.torch import load_file
 from test_trainer_weight_protections import numpy_projectors, plain_drift_training
 from trainer_toys import ROWS, moved, trainer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 ALPHA, RANK, STEPS, RATE = 1.5, 3, 4, 0.05
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
 
@@ -214,7 +213,7 @@ def test_a_base_with_the_same_weights_is_refused_and_nothing_written(tmp_path, p
     assert not (folder / "run").exists()
 
 
-@pytest.mark.skipif(COMPILER is None, reason="DeepSpeed on CPU needs a C++ compiler")
+@needs_compiler
 @pytest.mark.timeout(300)
 def test_all_three_together_on_two_ranks_under_zero2_are_plain_math(tmp_path):
     folder = folder_with(tmp_path)

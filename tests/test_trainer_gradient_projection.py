@@ -6,8 +6,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from analysis_toys import chat, toy_model
 from holdfast.analysis.errors import UserError
-from holdfast.trainer import run, zero
+from holdfast.trainer import run
 from holdfast.trainer.documents import Document, documents_of
 from holdfast.trainer.parsing import parse
 from holdfast.trainer.protected_sft_trainer import NonFiniteLoss
@@ -27,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_math import plain_cross_entropy, relative_error, update_error
+from rank_toys import CONFIGS, needs_compiler, on_two_ranks
 from run_toys import recipe, toy_rows, write_model, write_rows
 from safetensors.torch import load_file, save_file
-from test_trainer_zero import CONFIGS, needs_compiler
 from trainer_toys import rendered_rows, task_documents, trainer_of
 from transformers import AutoModelForCausalLM
 
@@ -263,13 +261,8 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
-    zero.prepare_zero(str(CONFIGS / "zero2.json"), use_cpu=True)
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", __file__, str(out)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    on_two_ranks(__file__, out, timeout=500)
     return out
 
 

@@ -14,7 +14,7 @@ from holdfast.trainer.parsing import parse
 from holdfast.trainer.protections import PenaltySettings
 from holdfast.trainer.protections.prefix_anchor import PrefixAnchorProtection, common_prefix
 from peft import LoraConfig, PeftModel, get_peft_model
-from plain_math import plain_cross_entropy, update_error
+from plain_math import plain_cross_entropy, sgd_step, update_error
 from run_toys import recipe, toy_rows, write_model, write_rows
 from trainer_toys import task_documents, trainer_of
 from transformers import AutoModelForCausalLM
@@ -70,12 +70,7 @@ def plain(lora: bool):
     trained, start = model_of(lora).double(), toy_model().double()
     for _ in range(STEPS):
         loss = plain_cross_entropy(trained, task_documents()) + STRENGTH * term(trained, start)
-        trained.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.grad is not None:
-                    parameter -= RATE * parameter.grad
+        sgd_step(trained, loss, RATE)
     return trained
 
 
@@ -118,12 +113,7 @@ def test_the_logged_penalty_is_the_definition_before_each_step(tmp_path):
     for value in logged:
         now = term(trained, start)
         assert value == pytest.approx(float(now), rel=1e-4, abs=1e-9)
-        trained.zero_grad()
-        (plain_cross_entropy(trained, task_documents()) + STRENGTH * now).backward()
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.grad is not None:
-                    parameter -= RATE * parameter.grad
+        sgd_step(trained, plain_cross_entropy(trained, task_documents()) + STRENGTH * now, RATE)
     assert logged[0] == 0.0 < logged[-1]
     assert {entry["penalty_max_layer"] for entry in trainer.state.log_history if "penalty" in entry} <= set(LAYERS)
 

@@ -12,7 +12,7 @@ from holdfast.trainer.documents import Document
 from holdfast.trainer.protected_sft_trainer import ProtectedTrainerMixin
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
 from peft import LoraConfig, get_peft_model
-from plain_math import plain_penalty, plain_training, update_error
+from plain_math import plain_penalty, plain_training, sgd_step, update_error
 from trainer_toys import anchor_documents, config, task_dataset, task_documents, toy_subspace, trainer_of
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -226,11 +226,7 @@ def test_any_trainer_gets_the_same_penalty_however_it_averages_its_loss(tmp_path
     trainer.train()
     moved, still = toy_model(seed=4).double(), copy.deepcopy(start).double()
     loss = sum(w * plain_penalty(moved, still, find_layers, rows, toy_subspace()) for w, rows in PARTS["both"].items())
-    (STRENGTH * loss).backward()
-    with torch.no_grad():
-        for parameter in moved.parameters():
-            if parameter.grad is not None:
-                parameter -= RATE * parameter.grad
+    sgd_step(moved, STRENGTH * loss, RATE)
     assert update_error(trainer.model, moved, toy_model(seed=4)) < 1e-5
 
 

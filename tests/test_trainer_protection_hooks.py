@@ -16,7 +16,7 @@ from holdfast.trainer.parsing import parse
 from holdfast.trainer.protections import base, registry
 from holdfast.trainer.protections.base import Protection
 from peft import LoraConfig, get_peft_model
-from plain_math import plain_cross_entropy, update_error
+from plain_math import plain_cross_entropy, sgd_step, update_error
 from run_toys import recipe, toy_rows, write_model, write_rows
 from safetensors.torch import load_file
 from torch import nn
@@ -215,11 +215,7 @@ def test_the_readmes_protection_is_plain_math(tmp_path, changes: dict[str, Any])
     for _ in range(steps):
         trained = [parameter for parameter in want.parameters() if parameter.requires_grad]
         squares = sum((parameter**2).sum() for parameter in trained)
-        want.zero_grad()
-        (plain_cross_entropy(want, task_documents()) + strength * squares).backward()
-        with torch.no_grad():
-            for parameter in trained:
-                parameter -= rate * parameter.grad
+        sgd_step(want, plain_cross_entropy(want, task_documents()) + strength * squares, rate)
     decay, _ = readme_protection()
     trainer = trainer_of(
         tmp_path, lora_model().train(), protection=decay(strength), max_steps=steps, learning_rate=rate, **changes

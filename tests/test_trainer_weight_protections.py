@@ -13,7 +13,7 @@ from holdfast.trainer.protections import alignment_weights
 from holdfast.trainer.protections.adapter_drift import AdapterDriftProtection
 from holdfast.trainer.protections.safe_lora import SafeLoraProtection
 from peft import LoraConfig, get_peft_model
-from plain_math import plain_cross_entropy, update_error
+from plain_math import plain_cross_entropy, sgd_step, update_error
 from torch import nn
 from trainer_toys import moved, task_documents, trainer_of
 
@@ -76,12 +76,7 @@ def plain_drift_training(
     trained = copy.deepcopy(model).double()
     for _ in range(steps):
         loss = plain_cross_entropy(trained, task_documents()) + strength * plain_term(trained, projectors)
-        trained.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in trained.parameters():
-                if parameter.grad is not None:
-                    parameter -= rate * parameter.grad
+        sgd_step(trained, loss, rate)
     return trained
 
 

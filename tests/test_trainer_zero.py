@@ -2,9 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,27 +15,20 @@ from holdfast.analysis.layers import find_layers
 from holdfast.analysis.measure import measure_checkpoint, scalars
 from holdfast.trainer import zero
 from plain_math import plain_changed_training, plain_training, relative_error
+from rank_toys import CONFIGS, needs_compiler, on_two_ranks
 from safetensors.torch import load_file
 from trainer_toys import anchor_documents, task_documents, toy_subspace
 from transformers import AutoModelForCausalLM
 
-CONFIGS = Path(zero.__file__).resolve().parent.parent / "ds_configs"
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 pytestmark = pytest.mark.timeout(700)  # one launch runs every case; a busy machine takes minutes
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="DeepSpeed on CPU needs a C++ compiler")
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
     """The folder of results of one launch."""
-    zero.prepare_zero(str(CONFIGS / "zero2.json"), use_cpu=True)
     out = tmp_path_factory.mktemp("ranks")
     save_toy(out / "instruct", toy_model())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", zero_worker.__file__, str(out)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    on_two_ranks(zero_worker.__file__, out, timeout=600)
     return out
 
 

@@ -24,12 +24,12 @@ from holdfast.trainer.protections import PenaltySettings, Protection, SubspacePr
 from holdfast.trainer.protections.ablation import ablation
 from holdfast.trainer.protections.steering import steering
 from peft import LoraConfig, get_peft_model
+from rank_toys import CONFIGS
 from safetensors.torch import save_file
 from trainer_toys import ROWS, anchor_documents, task_documents, toy_subspace, trainer_of
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 STEPS, LEARNING_RATE, STRENGTH, ALPHA = 3, 0.02, 2.0, 1.5
 
 

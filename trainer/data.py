@@ -126,8 +126,10 @@ def render_rows(
     Raises UserError naming the row for one that is too long under `error`, and when no row is left.
     """
     kept_rows, kept, truncated, dropped = [], [], 0, 0
+    known: dict[object, Rendered] = {}  # synthetic sets repeat their conversations
     for row in tqdm(rows, desc="Rendering rows", unit="row", delay=3):
-        rendered = render(tokenizer, row.messages, source=row.source)
+        rendered = known.get(_key(row)) or render(tokenizer, row.messages, source=row.source)
+        known[_key(row)] = rendered
         length = len(rendered.input_ids)
         if max_length is not None and length > max_length:
             if long_rows == "error":

@@ -27,6 +27,7 @@ COLUMNS = {
     "EM-F1": "em_f1",
     "drift": "penalty",
     "outside V": "drift_outside",
+    "refit in V": "drift_overlap",
 }
 HEADINGS = {
     "strong": "Strong organism, insecure rows",
@@ -43,7 +44,7 @@ HEADINGS = {
 }
 # What a table shows in place of the narrow task, where that is not what the rows teach.
 TASKS = {"contaminated": "new_skill", "benign": "new_skill", "style": "style_learned"}
-NOT_SHOWN = {"continued": ("drift", "outside V")}
+NOT_SHOWN = {"continued": ("drift", "outside V", "refit in V")}
 
 
 HEAD = """# Protections compared on the lab
@@ -53,7 +54,8 @@ tried on tuning labs (seeds 10 and 11 of world 0, and world 4) and chosen on val
 `comparison_frozen.json`, and only then read on test domains of other labs. One fine-tune seed for each lab; n counts
 labs, and each lab has a random null of its own draw. *Evil prompt*: a system prompt asks for the misaligned persona;
 *trigger*: an insecure turn came before. *Drift* is the penalty on the anchors, *outside V* the share of the drift
-outside the subspace. How the choice came about, and what it says, is in [README.md](README.md).
+outside the subspace V, *refit in V* the overlap of V with the main directions of the drift itself (1: the same).
+How the choice came about, and what it says, is in [README.md](README.md).
 """
 
 
@@ -105,12 +107,8 @@ def _choices(frozen: Frozen) -> list[str]:
         kept = ["yes" if chosen[key] else "**no**" for key in ("keeps_task", "keeps_guards")]
         numbers = [chosen["validation"][measure] for measure in ("task", "misaligned")]
         numbers += [frozen["frontiers"][name][measure] for measure in ("hypervolume", "em_f1")]
-        lines.append(f"| {name} | {setting} | {' | '.join(kept)} | {' | '.join(_short(one) for one in numbers)} |")
+        lines.append(f"| {name} | {setting} | {' | '.join(kept)} | {' | '.join(_cell(one) for one in numbers)} |")
     return lines
-
-
-def _short(measured: Mapping[str, Any]) -> str:
-    return "-" if measured["value"] is None else f"{measured['value']:.3f}"
 
 
 def _methods(runs: Sequence[Run], organism: str) -> list[str]:
