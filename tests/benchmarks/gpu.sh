@@ -3,7 +3,7 @@
 #
 #     bash tests/benchmarks/gpu.sh
 #
-# SITE: folder of the packages (default /tmp/site). PYTHON: the interpreter. LIMIT, TOTAL: seconds for each benchmark and
+# SITE: folder of the packages, where Python does not find them by itself. PYTHON: the interpreter. LIMIT, TOTAL: seconds for each benchmark and
 # for all. DTYPE: of the models. DEVICE=cpu runs tiny sizes on a CPU, which measure nothing, to try the script.
 set -uo pipefail
 
@@ -20,7 +20,7 @@ for part in trainer analysis recipes ds_configs; do
 done
 printf 'Metadata-Version: 2.1\nName: holdfast\nVersion: %s\n' "$version" >"$made/path/holdfast-$version.dist-info/METADATA"
 
-export PYTHONPATH="$made/path:${SITE:-/tmp/site}${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$made/path${SITE:+:$SITE}${PYTHONPATH:+:$PYTHONPATH}"
 export TMPDIR="$made/tmp" HF_HOME="$made/huggingface" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} PYTHONDONTWRITEBYTECODE=1
 
