@@ -128,8 +128,9 @@ def render_rows(
     kept_rows, kept, truncated, dropped = [], [], 0, 0
     known: dict[object, Rendered] = {}  # synthetic sets repeat their conversations
     for row in tqdm(rows, desc="Rendering rows", unit="row", delay=3):
-        rendered = known.get(_key(row)) or render(tokenizer, row.messages, source=row.source)
-        known[_key(row)] = rendered
+        key = _key(row)
+        rendered = known.get(key) or render(tokenizer, row.messages, source=row.source)
+        known[key] = rendered
         length = len(rendered.input_ids)
         if max_length is not None and length > max_length:
             if long_rows == "error":
