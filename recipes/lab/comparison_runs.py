@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from ...analysis.artifacts import staged_file
 from ...analysis.measure import MeasurePlan, Measurer
@@ -28,7 +29,7 @@ from .cache import LAB_FILE, cached_lab
 from .experiment import RECIPES, Experiment
 from .scoring import lab_rates
 from .stress import CONDITIONS, anchor_subset, conditional_rows, style_choices, style_rows
-from .world import SPLITS, World, make_world
+from .world import World, make_world
 
 PHASES = ("validation", "test")
 
@@ -179,8 +180,7 @@ def _fine_tune(experiment: Experiment, job: Job) -> tuple[Path, float]:
     if not organism.continued:
         return trained.final, trained.seconds
     merged = folder / "merged"
-    model = load_model(trained.final)
-    (model.merge_and_unload() if isinstance(model, PeftModel) else model).save_pretrained(merged)
+    _merged(trained.final).save_pretrained(merged)
     load_tokenizer(experiment.lab / "instruct").save_pretrained(merged)
     then = experiment.fine_tune("unprotected", _then(job), model_name_or_path=str(merged), seed=job.seed + 1)
     return then.final, trained.seconds + then.seconds
@@ -204,12 +204,18 @@ def _write_once(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _merged(folder: Path) -> PreTrainedModel:
+    """A saved model, an adapter merged into its weights: a third faster to read."""
+    model = load_model(folder)
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
 # What is read
 
 
 def read_model(experiment: Experiment, folder: Path, job: Job) -> dict[str, float]:
     """Every value that the comparison shows, of the phase's domains alone."""
-    model = load_model(folder)
+    model = _merged(folder)
     rates = lab_rates(*_scored(experiment, model, job.phase))
     values = {name: rate.mean for name, rate in rates.items() if name in _RATES}
     if job.phase == "test":
@@ -228,8 +234,8 @@ def read_model(experiment: Experiment, folder: Path, job: Job) -> dict[str, floa
 
 
 _RATES = (
-    *(f"{rate}_{split}" for rate in ("misaligned", "coherent") for split in SPLITS),
-    *("narrow_task_learned", "neutral_skill", "new_skill", "narrow_leak"),
+    *(f"{rate}_{split}" for rate in ("misaligned", "coherent") for split in PHASES),
+    *("narrow_task_learned", "neutral_skill", "new_skill"),
 )
 
 
@@ -240,9 +246,15 @@ def _scored(experiment: Experiment, model: Any, phase: str) -> tuple[list[dict],
 
 @lru_cache(maxsize=4)
 def _choices(lab: Path, phase: str) -> tuple[list[dict], Any]:
-    """The prompts that a phase may read: the test domains only once everything is frozen."""
+    """The prompts that a phase may read, test domains only once everything is frozen, with the classes shown here.
+
+    The anchor domains' prompts and the leak of insecure code, most of all completions, are in no table.
+    """
     rows = [json.loads(line) for line in (lab / "data" / "choices.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if phase == "test" or row["split"] != "test"]
+    unread = {"anchor"} if phase == "test" else {"anchor", "test"}
+    rows = [row for row in rows if row["split"] not in unread]
+    for row in rows:
+        row["classes"].pop("narrow_leak", None)
     return rows, prepare_choices(load_tokenizer(lab / "instruct"), rows)
 
 
