@@ -143,11 +143,11 @@ def tuned(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setattr(comparison, "METHODS", tmp_path / "methods.yaml")
     read = {  # method and strength -> task, misaligned, neutral skill; what is not kept is far below any floor
         ("none", None): (1.0, 0.6, 1.0), ("hold, tight", 1): (1.0, 0.2, 1.0), ("hold, tight", 2): (0.99, 0.1, 0.99),
-        ("hold, tight", 9): (0.8, 0.0, 1.0), ("kl", 5): (0.99, 0.4, 1.0), ("kl", 6): (0.99, 0.3, 1.0),
+        ("hold, tight", 9): (0.8, 0.0, 1.0), ("kl", 5): (0.99, 0.11, 1.0), ("kl", 6): (0.99, 0.105, 1.0),
         ("kl", 7): (1.0, 0.0, 0.8),
     }  # fmt: skip
     results = []
-    for job in comparison.tuning_jobs(comparison.TUNING_LABS):
+    for job in comparison.tuning_jobs((*comparison.TUNING_LABS, *comparison.FINAL_LABS)):
         task, bad, skill = read[job.method, job.flags.get("penalty_strength")]
         values = {**PERFECT, "narrow_task_learned": task, "misaligned_validation": bad, "neutral_skill": skill}
         values = {name: value for name, value in values.items() if "test" not in name}
@@ -167,14 +167,22 @@ def test_each_method_is_frozen_at_its_least_misaligned_setting_that_keeps_the_re
     assert comparison.read_frozen(tuned / "frozen.json")["methods"] == frozen["methods"]
 
 
-def test_a_setting_that_costs_one_lab_its_task_is_not_chosen_though_its_mean_keeps_it(tuned: Path):
-    first = Job("validation", *comparison.TUNING_LABS[0], "strong", "kl", {"protection": "kl", "penalty_strength": 6})
-    path = tuned / "out/results" / f"{first.name}.json"
-    content = json.loads(path.read_text())
-    content["values"]["narrow_task_learned"] = 0.984  # the other two keep 0.99: a mean of 0.988
-    path.write_text(json.dumps(content))
-    kl = comparison.freeze(tuned / "out", tuned / "frozen.json")["methods"]["kl"]
-    assert kl["flags"]["penalty_strength"] == 5 and kl["keeps_task"]
+def test_only_methods_that_protect_are_tried_on_more_labs_and_only_they_are_recommended(tuned: Path):
+    for path in (tuned / "out/results").glob("*-kl-*"):
+        content = json.loads(path.read_text())
+        content["values"]["misaligned_validation"] += 0.1
+        path.write_text(json.dumps(content))
+        if any(f"-w{world}-l{lab}-" in path.name for world, lab in comparison.FINAL_LABS):
+            path.unlink()
+    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    assert {name: one.get("labs") for name, one in frozen["methods"].items()} == {
+        "none": None,
+        "hold, tight": 6,
+        "kl": 3,
+    }
+    first = [json.loads(path.read_text()) for path in (tuned / "out/results").glob("validation-w0-l1[01]-*")]
+    assert {job.method for job in comparison.final_jobs(first)} == {"none", "hold, tight"}
+    assert {(job.world, job.lab_seed) for job in comparison.final_jobs(first)} == set(comparison.FINAL_LABS)
 
 
 def test_a_setting_that_is_listed_no_more_is_no_try_and_one_without_a_result_is_missed(tuned: Path):
@@ -224,7 +232,9 @@ def test_only_what_is_frozen_becomes_a_test_job(tuned: Path):
 def here(tuned: Path, monkeypatch) -> list[str]:
     """Jobs run in threads of this process, and do nothing but note their name; those of kl in lab 3 fail."""
     ran: list[str] = []
-    for world, lab in [(0, seed) for seed in range(12)] + [(4, 0)] + [(w, s) for w in (1, 2, 3) for s in range(3)]:
+    for world, lab in (
+        [(0, seed) for seed in range(14)] + [(4, 0), (5, 0)] + [(w, s) for w in (1, 2, 3) for s in range(3)]
+    ):
         (tuned / f"labs/w{world}-l{lab}").mkdir(parents=True)
         (tuned / f"labs/w{world}-l{lab}/lab.json").write_text(json.dumps({"hash": f"{world}-{lab}"}))
 
@@ -262,11 +272,24 @@ def test_a_failing_job_is_named_the_others_go_on_and_a_rerun_repeats_it_alone(tu
     assert "ZeroDivisionError" in (tuned / f"out/results/{failed}.log").read_text()
     # Ten labs of world 0 and three of each other world; none on which settings were chosen.
     assert len(here) == len(set(here)) == 19 * 4
-    assert not [name for w, s in comparison.TUNING_LABS for name in here if f"w{w}-l{s}-" in name]
+    tuning = (*comparison.TUNING_LABS, *comparison.FINAL_LABS)
+    assert not [name for world, lab in tuning for name in here if f"w{world}-l{lab}-" in name]
     assert len(list((tuned / "out/results").glob("test-*.json"))) == 19 * 4 - 1
     del here[:]
     assert call(tuned, monkeypatch, "--steps", "test", "--organisms", "strong") == 3
     assert here == [failed]
+
+
+def test_tuning_runs_both_rounds_one_after_the_other(tuned, here, monkeypatch):
+    for path in (tuned / "out/results").glob("*.json"):
+        path.unlink()
+    assert call(tuned, monkeypatch, "--steps", "tune", "freeze") == 0
+    assert len(here) == len(set(here)) == 6 * 7
+    rounds = [{name.split("-strong")[0] for name in part} for part in (here[:21], here[21:])]
+    assert rounds == [
+        {f"validation-w{world}-l{lab}" for world, lab in labs}
+        for labs in (comparison.TUNING_LABS, comparison.FINAL_LABS)
+    ]
 
 
 def test_a_result_of_another_lab_is_made_again(tuned, here, monkeypatch):

@@ -33,7 +33,7 @@ def result(method: str, lab: int, organism: str = "strong", seed: int = 0, world
 def frozen(recommended: str | None = "hold, tight") -> dict[str, Any]:
     def chosen(name: str, task: float, bad: float, keeps: bool) -> dict[str, Any]:
         point = {"task": {"value": task}, "misaligned": {"value": bad}}
-        return {"flags": FLAGS[name], "keeps_task": True, "keeps_guards": keeps, "validation": point}
+        return {"flags": FLAGS[name], "keeps_task": True, "keeps_guards": keeps, "labs": 6, "validation": point}
 
     return {
         "rule": "the least misaligned", "sentence": "hold is it", "recommended": recommended,
@@ -77,8 +77,8 @@ def number(cell: str) -> float:
 def test_what_was_chosen_stands_with_its_setting_and_with_what_it_does_not_keep():
     text = section(results_table(strong(), frozen()), "## What was chosen, on validation domains")
     assert "Rule: the least misaligned. hold is it." in text
-    assert lines(text, "hold, tight") == [["penalty_strength 2", "yes", "yes", "0.980", "0.100", "0.910", "-"]]
-    assert lines(text, "kl") == [["penalty_strength 6", "yes", "**no**", "0.970", "0.300", "0.730", "-"]]
+    assert lines(text, "hold, tight") == [["penalty_strength 2", "6", "yes", "yes", "0.980", "0.100", "0.910", "-"]]
+    assert lines(text, "kl") == [["penalty_strength 6", "6", "yes", "**no**", "0.970", "0.300", "0.730", "-"]]
     assert lines(text, "none") == []
 
 

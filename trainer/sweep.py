@@ -33,9 +33,9 @@ from .records import SWEEP_LOG
 from .sweep_arguments import SweepArguments
 from .sweep_measures import Measures, measures_of
 from .sweep_plan import BASELINE, SweepRun, runs_of, settings_of
-from .sweep_records import MARK, STARTS, Sweep, freeze, frozen_choice, open_folder, to_read
+from .sweep_records import FROZEN, MARK, STARTS, Sweep, freeze, frozen_choice, open_folder, to_read
 from .sweep_report import write_report
-from .sweep_work import TEST_RESULT, plan_of, read_json
+from .sweep_work import RESULT, TEST_RESULT, plan_of, read_json
 from .sweep_workers import Outcome, Task, Workers
 
 _OWN = {field.name for field in fields(SweepArguments)}
@@ -50,11 +50,14 @@ _NOT_IN_KEY = {
 
 
 class _Command:
-    """One call of the command: its flags, and what they lead to.
+    """One call of the command: its flags, and what they lead to. Writes nothing itself.
 
     Raises:
-        UserError: at construction, for everything wrong with the flags; nothing has been written then.
+        UserError: at construction, for what is wrong with the flags themselves.
     """
+
+    inputs: TrainingInputs
+    measures: Measures
 
     def __init__(self, argv: Sequence[str]) -> None:
         self.values = parse_values(_with_strengths(argv))
@@ -65,23 +68,34 @@ class _Command:
         self.subspace = subspace_path(self.arguments)
         seeds = self.asked.seeds or [self.arguments.training.seed]
         self.runs = runs_of(settings_of(self.asked, self.arguments.protection.penalty_strength), seeds)
-        self.inputs = self._checked()
-        self.measures: Measures = measures_of(self.asked, self.inputs.choices or [])
+        self._first: dict[str, Arguments] = {}
+        for run in self.runs:
+            arguments = _built(self.of_run(run))
+            check_flags(arguments, evaluates=bool(arguments.data.held_out_dataset or arguments.data.held_out_rows))
+            self._first.setdefault(run.setting.protection, arguments)
+
+    def check(self) -> None:
+        """Read each protection's rows once, and what is measured.
+
+        Raises:
+            UserError: for everything wrong with them.
+        """
+        for name, arguments in self._first.items():
+            if self.subspace.is_file() or not _reads_subspace(name):
+                inputs = load_inputs(arguments)
+                check_steps(arguments.training, len(inputs.train.rendered))
+                if name == BASELINE:
+                    self.inputs = inputs
+        self.measures = measures_of(self.asked, self.inputs.choices or [])
         Measurer(*plan_of(self.measuring(self.arguments.training.seed)))
         if self.measures.test:
             Measurer(*plan_of(self.measuring(self.arguments.training.seed), test=True))
 
-    def _checked(self) -> TrainingInputs:
-        """Every setting's flags are checked, and each protection's rows once; gives what the baseline reads."""
-        inputs: dict[str, TrainingInputs] = {}
-        for run in self.runs:
-            arguments = _built(self.of_run(run))
-            check_flags(arguments, evaluates=bool(arguments.data.held_out_dataset or arguments.data.held_out_rows))
-            name = run.setting.protection
-            if name not in inputs and (self.subspace.is_file() or not _reads_subspace(name)):
-                inputs[name] = load_inputs(arguments)
-                check_steps(arguments.training, len(inputs[name].train.rendered))
-        return inputs[BASELINE]
+    def unfinished(self) -> int:
+        """Runs that may still be made: those without a result, while nothing is frozen."""
+        if (self.folder / FROZEN).is_file():
+            return 0
+        return sum(not (self.folder / "runs" / run.name / RESULT).is_file() for run in self.runs)
 
     def of_run(self, run: SweepRun) -> dict[str, Any]:
         """A run's flat values. Its checkpoints are not measured as they are saved: that would read the test split."""
@@ -134,42 +148,41 @@ def sweep_main(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
         KeyboardInterrupt: interrupted, with the way to go on.
     """
     command = _Command(argv)
-    command.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(command.folder / ".lock", timeout=0):
-            return _swept(command)
+        with command.workers() as workers:
+            workers.warm(command.unfinished())  # they import while rows are read and checked here
+            command.check()
+            command.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(command.folder / ".lock", timeout=0):
+                return _swept(command, workers)
     except Timeout:
         raise UserError(f"a sweep is running in {command.folder}; wait for it, or choose another folder") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
 
 
-def _swept(command: _Command) -> tuple[str, dict[str, str]]:
-    with command.workers() as workers:
-        if not (command.folder / MARK).is_file():
-            write_json_atomic(command.folder / MARK, {"command": "holdfast sweep"})
-        if not command.subspace.is_file() and any(_reads_subspace(run.setting.protection) for run in command.runs):
-            _alone(workers, _task(command, "subspace", {"values": _subspace_values(command)}))
-        sweep = command.plan()
-        frozen = frozen_choice(sweep)
-        if frozen is None:
-            failed = _run_all(command, sweep, workers)
-            done = len(sweep.results())
-            if not failed or (command.asked.leave_out_failed and done):
-                frozen = freeze(sweep, list(failed))
-        else:
-            failed = dict.fromkeys(frozen["plan"]["failed"], "left out when the choice was frozen")
-        if frozen is not None and command.measures.test:
-            _read_all_tests(command, sweep, workers, frozen)
+def _swept(command: _Command, workers: Workers) -> tuple[str, dict[str, str]]:
+    if not (command.folder / MARK).is_file():
+        write_json_atomic(command.folder / MARK, {"command": "holdfast sweep"})
+    if not command.subspace.is_file() and any(_reads_subspace(run.setting.protection) for run in command.runs):
+        _alone(workers, _task(command, "subspace", {"values": _subspace_values(command)}))
+    sweep = command.plan()
+    frozen = frozen_choice(sweep)
+    if frozen is None:
+        failed = _run_all(command, sweep, workers)
+        done = len(sweep.results())
+        if not failed or (command.asked.leave_out_failed and done):
+            frozen = freeze(sweep, list(failed))
+    else:
+        failed = dict.fromkeys(frozen["plan"]["failed"], "left out when the choice was frozen")
+    if frozen is not None and command.measures.test:
+        _read_all_tests(command, sweep, workers, frozen)
     return write_report(sweep, frozen, failed), failed
 
 
 def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str]:
     """Train and measure every run that has no result; gives the failed ones with the reason and the log."""
     missing = [run for run in sweep.runs if sweep.result(run) is None]
-    workers.warm(len(missing))
-    if sweep.start("validation") is None:
-        _measure_start(command, sweep, workers, "validation")
     tasks = [
         Task(
             run.name,
@@ -187,7 +200,8 @@ def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str
         for run in missing
     ]
     failed = {}
-    for outcome in _shown(workers.run(tasks), len(sweep.runs), len(tasks), "sweep"):
+    outcomes = _after_start(command, sweep, workers, "validation", tasks)
+    for outcome in _shown(outcomes, len(sweep.runs), len(tasks), "sweep"):
         if outcome.problem is not None:
             failed[outcome.task.name] = f"{outcome.problem} ({outcome.task.log})"
     return failed
@@ -195,8 +209,6 @@ def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str
 
 def _read_all_tests(command: _Command, sweep: Sweep, workers: Workers, frozen: Mapping[str, Any]) -> None:
     """Read the test split on the frozen settings' runs. Raises UserError where one cannot be read."""
-    if sweep.start("test") is None:
-        _measure_start(command, sweep, workers, "test")
     waiting = [run for run in to_read(sweep, frozen) if not read_json(sweep.run_folder(run) / TEST_RESULT)]
     tasks = [
         Task(
@@ -213,11 +225,22 @@ def _read_all_tests(command: _Command, sweep: Sweep, workers: Workers, frozen: M
         )
         for run in waiting
     ]
-    for outcome in _shown(workers.run(tasks), len(tasks), len(tasks), "test split"):
+    outcomes = _after_start(command, sweep, workers, "test", tasks)
+    for outcome in _shown(outcomes, len(tasks), len(tasks), "test split"):
         _require(outcome)
 
 
-def _measure_start(command: _Command, sweep: Sweep, workers: Workers, when: str) -> None:
+def _after_start(
+    command: _Command, sweep: Sweep, workers: Workers, when: str, tasks: Sequence[Task]
+) -> Iterable[Outcome]:
+    """The tasks' outcomes; beside the first of them the starting model is measured, where it was not.
+
+    Raises:
+        UserError: the starting model cannot be measured: at once where that is the user's to mend, else at the end.
+    """
+    if sweep.start(when) is not None:
+        yield from workers.run(tasks)
+        return
     arguments = {
         "values": command.measuring(command.arguments.training.seed),
         "needed": getattr(sweep.measures, when),
@@ -225,7 +248,16 @@ def _measure_start(command: _Command, sweep: Sweep, workers: Workers, when: str)
         "key": sweep.start_key,
         "test": when == "test",
     }
-    _alone(workers, _task(command, "start", arguments))
+    start, ended = _task(command, "start", arguments), None
+    for outcome in workers.run([start, *tasks]):
+        if outcome.task is not start:
+            yield outcome
+        elif outcome.user:
+            _require(outcome)
+        else:
+            ended = outcome
+    if ended is not None:
+        _require(ended)
 
 
 def _task(command: _Command, act: str, arguments: dict[str, Any]) -> Task:

@@ -49,7 +49,7 @@ def build_subspace(values: dict[str, Any]) -> None:
 
 
 def measure_start(values: dict[str, Any], needed: Mapping[str, str], path: str, key: str, test: bool = False) -> None:
-    """Measure the starting model into a file; the references are kept in the store for every worker.
+    """Measure the starting model into a file; the references are kept in the store.
 
     Raises:
         UserError: a needed measure that is not there.

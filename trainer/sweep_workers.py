@@ -115,8 +115,14 @@ def _start(slot: _Slot) -> None:
     context = multiprocessing.get_context("spawn")
     slot.channel, theirs = context.Pipe()
     # Not a daemon: it may have processes of its own, for loading data or as ranks.
-    slot.process = context.Process(target=_serve, args=(theirs, slot.environment))
-    slot.process.start()
+    process = context.Process(target=_serve, args=(theirs, slot.environment))
+    # Ctrl-C waits for the start to be over here, and there until the worker, which inherits this, ignores it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+        slot.process = process
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     theirs.close()
 
 
@@ -179,6 +185,7 @@ def _serve(channel: Connection, environment: dict[str, str]) -> None:
     """A worker's life: tasks until its parent is gone or ends it."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _print_to(Path(os.devnull))

@@ -3,8 +3,9 @@
     python -m holdfast.recipes.lab.comparison --output_dir runs/comparison      (`make frontier`)
 
 Three steps, in this order or not at all: every method's settings are tried on the tuning labs (validation domains
-only), the best of each is written to frozen.json, and only what stands there is run on the test labs. Every run leaves
-one small JSON file under `<output_dir>/results`; runs whose file is there are not repeated.
+only), those of the methods that protect there on three more; the best of each is written to frozen.json; and only what
+stands there is run on the test labs. Every run leaves one small JSON file under `<output_dir>/results`; runs whose file
+is there are not repeated.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from tqdm.auto import tqdm
 
 from ...analysis.artifacts import sha256_file, write_json_atomic
 from ...analysis.errors import UserError
-from .comparison_choice import choose
+from .comparison_choice import BASELINE, choose, finalists
 from .comparison_runs import ORGANISMS, Job, lab_of, made_by, run_job
 from .comparison_table import results_table
 from .evidence import numbers, quiet
 
 METHODS = Path(__file__).with_name("comparison.yaml")
 FROZEN = Path(__file__).with_name("comparison_frozen.json")
-# World 4 is there so that no setting is chosen that fits the words of world 0 alone.
+# Worlds 4 and 5 are there so that no setting is chosen that fits the words of world 0 alone.
 TUNING_LABS = ((0, 10), (0, 11), (4, 0))
+FINAL_LABS = ((0, 12), (0, 13), (5, 0))
 Lab = tuple[int, int]
 
 
@@ -50,6 +52,11 @@ def tuning_jobs(labs: Sequence[Lab], only: Sequence[str] = ()) -> list[Job]:
         if not only or name in only
         for setting in method["settings"]
     ]
+
+
+def final_jobs(first: Sequence[dict[str, Any]]) -> list[Job]:
+    """Every setting of the first round's finalists on the other tuning labs, the unprotected run beside them."""
+    return tuning_jobs(FINAL_LABS, [BASELINE, *finalists(first)])
 
 
 def test_jobs(
@@ -121,16 +128,23 @@ def freeze(output_dir: Path, path: Path) -> dict[str, Any]:
     """
     if next(load_results(output_dir, "test"), None) is not None:
         raise UserError(f"{output_dir} holds test results: nothing can be chosen after them; use another --output_dir")
-    paths = sorted(_result(output_dir, job) for job in tuning_jobs(TUNING_LABS))
+    first = _tuned(output_dir, tuning_jobs(TUNING_LABS))
+    final = _tuned(output_dir, final_jobs(first))
+    frozen = choose(first, final, methods())
+    write_json_atomic(path, {**frozen, "methods_file": sha256_file(METHODS)})
+    return frozen
+
+
+def _tuned(output_dir: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """The results of all these jobs. Raises UserError where one is missing."""
+    paths = sorted(_result(output_dir, job) for job in jobs)
     missing = [path.stem for path in paths if not path.is_file()]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(paths)} tuning runs have no result, {missing[0]} for one: every method is given "
             "the same tries; run --steps tune again"
         )
-    frozen = choose([json.loads(path.read_text()) for path in paths], methods())
-    write_json_atomic(path, {**frozen, "methods_file": sha256_file(METHODS)})
-    return frozen
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def read_frozen(path: Path) -> dict[str, Any]:
@@ -148,7 +162,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"))
     parser.add_argument("--steps", nargs="+", choices=("tune", "freeze", "test", "table"), default=["test", "table"])
-    parser.add_argument("--methods", nargs="+", default=[], help="Only these of comparison.yaml. Default: all.")
+    parser.add_argument(
+        "--methods", nargs="+", default=[], help="Only these of comparison.yaml (tune: first round). Default: all."
+    )
     parser.add_argument("--organisms", nargs="+", default=["strong", "ordinary", "contaminated"], choices=ORGANISMS)
     parser.add_argument("--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
     parser.add_argument("--worlds", type=numbers, default=numbers("1-3"), help="Other worlds, lab seeds 0-2 each.")
@@ -164,6 +180,8 @@ def main() -> int:
         run = partial(run_all, output_dir=arguments.output_dir, labs=arguments.labs, workers=arguments.workers)
         if "tune" in arguments.steps:
             problems += run(tuning_jobs(TUNING_LABS, arguments.methods))
+            if not arguments.methods:
+                problems += run(final_jobs(_tuned(arguments.output_dir, tuning_jobs(TUNING_LABS))))
         if "freeze" in arguments.steps:
             freeze(arguments.output_dir, arguments.frozen)
         if "test" in arguments.steps:

@@ -50,11 +50,12 @@ NOT_SHOWN = {"continued": ("drift", "outside V", "refit in V")}
 HEAD = """# Protections compared on the lab
 
 Made by `make frontier`. Methods and their settings stand in `comparison.yaml`, the same number for each. They were
-tried on tuning labs (seeds 10 and 11 of world 0, and world 4) and chosen on validation domains alone, frozen in
-`comparison_frozen.json`, and only then read on test domains of other labs. One fine-tune seed for each lab; n counts
-labs, and each lab has a random null of its own draw. *Evil prompt*: a system prompt asks for the misaligned persona;
-*trigger*: an insecure turn came before. *Drift* is the penalty on the anchors, *outside V* the share of the drift
-outside the subspace V, *refit in V* the overlap of V with the main directions of the drift itself (1: the same).
+tried on tuning labs (seeds 10 and 11 of world 0, and world 4; those of the methods that protect there on three more:
+seeds 12 and 13, and world 5), chosen on validation domains alone, frozen in `comparison_frozen.json`, and only then
+read on test domains of other labs. One fine-tune seed for each lab; n counts labs, and each lab has a random null of
+its own draw. *Evil prompt*: a system prompt asks for the misaligned persona; *trigger*: an insecure turn came before.
+*Drift* is the penalty on the anchors, *outside V* the share of the drift outside the subspace V, *refit in V* the
+overlap of V with the main directions of the drift itself (1: the same).
 How the choice came about, and what it says, is in [README.md](README.md).
 """
 
@@ -97,8 +98,8 @@ def _choices(frozen: Frozen) -> list[str]:
     lines = [
         f"Rule: {frozen['rule']}. {frozen['sentence']}.",
         "",
-        "| method | setting | keeps the task | keeps the rest | task | misaligned | hypervolume | best EM-F1 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | setting | labs | keeps the task | keeps the rest | task | misaligned | hypervolume | best EM-F1 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, chosen in frozen["methods"].items():
         if name == BASELINE:
@@ -107,6 +108,7 @@ def _choices(frozen: Frozen) -> list[str]:
         kept = ["yes" if chosen[key] else "**no**" for key in ("keeps_task", "keeps_guards")]
         numbers = [chosen["validation"][measure] for measure in ("task", "misaligned")]
         numbers += [frozen["frontiers"][name][measure] for measure in ("hypervolume", "em_f1")]
+        kept = [str(chosen["labs"]), *kept]
         lines.append(f"| {name} | {setting} | {' | '.join(kept)} | {' | '.join(_cell(one) for one in numbers)} |")
     return lines
 
