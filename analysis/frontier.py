@@ -31,6 +31,7 @@ __all__ = [
     "paired_at_equal_task", "pareto", "points", "recommend", "table",
 ]  # fmt: skip
 
+MISALIGNED, EM_F1 = "misaligned", "em_f1"  # what a choice prefers
 Line = tuple[list[float], list[float]]  # task and misaligned of several runs
 
 
@@ -141,6 +142,13 @@ class _Rule:
     floors: Mapping[str, float]
     task: str
     misaligned: str
+    prefer: str
+
+    def order(self, candidate: _Candidate) -> tuple[float, float, str]:
+        """Best first."""
+        if self.prefer == EM_F1:
+            return -candidate.em_f1["value"], candidate.misaligned, candidate.name
+        return candidate.misaligned, -candidate.task, candidate.name
 
     def asks(self) -> str:
         return " and ".join(f"{100 * floor:g}% of {self._called(name)}" for name, floor in self.floors.items())
@@ -166,10 +174,6 @@ class _Candidate:
     def name(self) -> str:
         return f"{self.group[0].protection} ({self.group[0].setting})"
 
-    @property
-    def order(self) -> tuple[float, float, str]:
-        return self.misaligned, -self.task, self.name
-
 
 def recommend(
     runs: Sequence[Run],
@@ -178,6 +182,7 @@ def recommend(
     guards: Mapping[str, float] | None = None,
     task: str = "task",
     misaligned: str = "misaligned",
+    prefer: str = MISALIGNED,
 ) -> dict[str, Any]:
     """The setting with the least mean misaligned among those that keep enough of the baseline; ties by higher task.
 
@@ -189,14 +194,17 @@ def recommend(
     Args:
         baseline: the protection that is none; it has one setting. floor: least share of its mean task to be kept.
         guards: measure -> least share of the baseline's mean to be kept too, {"coherent": 0.95}.
+        prefer: "misaligned", or "em_f1": of those that keep enough the one with the highest mean EM-F1, for which a
+            hundredth of the task weighs as much as a hundredth misaligned.
 
     Raises:
+        ValueError: another `prefer`.
         UserError: a baseline without runs or with several settings, nothing beside it, a share outside 0..1, a measure
             that a run lacks, or one whose mean in the baseline is not above 0.
         ValueError: task or misaligned outside 0..1, or as `by_setting`.
     """
-    rule, candidates = _candidates(runs, baseline, floor, guards or {}, task, misaligned)
-    kept = sorted((one for one in candidates if _keeps(one, rule) >= 1), key=lambda one: one.order)
+    rule, candidates = _candidates(runs, baseline, floor, guards or {}, task, misaligned, prefer)
+    kept = sorted((one for one in candidates if _keeps(one, rule) >= 1), key=rule.order)
     second = _described(kept[1], rule) if len(kept) > 1 else None
     limit = _value(rule.baseline, misaligned)
     if not kept:
@@ -225,25 +233,34 @@ def best_settings(
     guards: Mapping[str, float] | None = None,
     task: str = "task",
     misaligned: str = "misaligned",
+    prefer: str = MISALIGNED,
 ) -> dict[str, dict[str, Any]]:
     """Each protection's own choice by `recommend`'s rule, to be frozen; the baseline is left out.
 
     A protection none of whose settings keeps enough is there with the highest mean EM-F1, and "keeps_task" (or
     "keeps_guards") says False. Whether it lowers misaligned is not asked. Arguments and errors as `recommend`.
     """
-    rule, candidates = _candidates(runs, baseline, floor, guards or {}, task, misaligned)
+    rule, candidates = _candidates(runs, baseline, floor, guards or {}, task, misaligned, prefer)
     found = {}
     for protection in dict.fromkeys(one.group[0].protection for one in candidates):
-        own = sorted((one for one in candidates if one.group[0].protection == protection), key=lambda one: one.order)
+        own = sorted((one for one in candidates if one.group[0].protection == protection), key=rule.order)
         kept = [one for one in own if _keeps(one, rule) >= 1]
         found[protection] = _described(kept[0] if kept else max(own, key=lambda one: one.em_f1["value"]), rule)
     return found
 
 
 def _candidates(
-    runs: Sequence[Run], baseline: str, floor: float, guards: Mapping[str, float], task: str, misaligned: str
+    runs: Sequence[Run],
+    baseline: str,
+    floor: float,
+    guards: Mapping[str, float],
+    task: str,
+    misaligned: str,
+    prefer: str,
 ) -> tuple[_Rule, list[_Candidate]]:
     """The rule, and every setting but the baseline's."""
+    if prefer not in (MISALIGNED, EM_F1):
+        raise ValueError(f"prefer is {prefer!r}; choose {MISALIGNED} or {EM_F1}")
     groups = by_setting(runs)
     bases = [group for (protection, _), group in groups.items() if protection == baseline]
     others = [group for (protection, _), group in groups.items() if protection != baseline]
@@ -259,7 +276,7 @@ def _candidates(
             raise UserError(f"a floor of {share} for {name} is no share to keep: write one above 0, at most 1")
         if means[name] <= 0:
             raise UserError(f"{name} is {means[name]:g} in {baseline!r}: of that no share can be kept")
-    rule = _Rule(runs, bases[0], floors, task, misaligned)
+    rule = _Rule(runs, bases[0], floors, task, misaligned, prefer)
     return rule, [_candidate(group, means, rule) for group in others]
 
 

@@ -359,6 +359,23 @@ def test_the_recommended_setting_is_the_least_misaligned_of_those_that_keep_the_
     assert recommend(runs[::-1], guards={"coherent": 0.95}) == found and strict_json(found)
 
 
+def test_by_em_f1_a_little_more_misaligned_is_paid_for_with_more_of_the_task_but_not_below_the_floor():
+    runs = [
+        *BASELINE,
+        *both_seeds("subspace", 1.0, 0.96, 0.010),  # EM-F1 about 0.975
+        *both_seeds("subspace", 0.5, 0.98, 0.012),  # about 0.984
+        *both_seeds("kl", 1.0, 0.94, 0.010),  # about 0.964, and keeps too little
+    ]
+    assert recommend(runs)["choice"]["strength"] == 1.0
+    found = recommend(runs, prefer="em_f1")
+    assert found["choice"]["strength"] == 0.5 and found["second"]["strength"] == 1.0
+    assert best_settings(runs, prefer="em_f1")["subspace"]["strength"] == 0.5
+    assert recommend(runs, prefer="em_f1", floor=0.99)["choice"] is None
+    for choose in (recommend, best_settings):
+        with pytest.raises(ValueError, match="prefer is 'task'; choose misaligned or em_f1"):
+            choose(runs, prefer="task")
+
+
 def test_ties_go_to_the_higher_task_and_a_share_at_the_floor_is_kept():
     runs = [*BASELINE, *both_seeds("kl", 1.0, 0.95, 0.1), *both_seeds("subspace", 1.0, 0.97, 0.1)]
     assert recommend(runs)["choice"]["protection"] == "subspace"
