@@ -22,6 +22,7 @@ KL_BAD = HELD_BAD + np.array([0.1, 0.2, -0.01, 0.1, 0.3, 0.1])
 FLAGS = {
     "none": {"protection": "none"}, "hold, tight": {"protection": "subspace", "penalty_strength": 2},
     "kl": {"protection": "kl", "penalty_strength": 6}, "instruct": {},
+    "subspace": {"protection": "subspace", "penalty_strength": 9},
 }  # fmt: skip
 
 
@@ -178,3 +179,15 @@ def test_worlds_have_tables_of_their_own_and_nothing_recommended_is_no_claim():
     for world, bad in ((0, "0.500"), (2, "0.250")):
         assert lines(text.split(f"## World {world}, test domains")[1].split("\n## ")[0], "none")[0][2] == bad
     assert "rival" not in text and "bound" not in text
+
+
+def test_the_projects_own_penalty_is_shown_against_all_others_beside_the_recommended_method():
+    own = [result("subspace", lab, narrow_task_learned=0.5, misaligned_test=0.25) for lab in range(LABS)]
+    text = results_table([*strong(), *own], frozen())
+    tables = text.split("### ")[0].split("| bound | runs |")
+    assert len(tables) == 3 and "*hold, tight*" in tables[0] and "*subspace*" in tables[1]
+    (misaligned,) = lines(tables[2], "misaligned in test domains")
+    assert misaligned[2:] == ["0.250", "0.250", "0 of 6"]
+    against = text.split("*subspace* - rival, paired by lab and seed:")[1].split("\n#")[0]
+    (hold,) = lines(against, "hold, tight")
+    assert number(hold[2]) == pytest.approx((0.25 - HELD_BAD).mean(), abs=6e-4)

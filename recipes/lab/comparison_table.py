@@ -13,6 +13,7 @@ import numpy as np
 from ...analysis.frontier import Run, em_f1, paired, points
 from .comparison_choice import BASELINE, runs_of
 
+OWN = "subspace"
 Result = dict[str, Any]
 Frozen = Mapping[str, Any]
 
@@ -67,14 +68,24 @@ def results_table(results: Sequence[Result], frozen: Frozen) -> str:
     for world in worlds:
         of_world = [result for result in results if result["job"]["world"] == world]
         lines += ["", f"## World {world}, test domains"]
-        if frozen["recommended"]:
-            lines += ["", *promises(of_world, frozen["recommended"])]
+        for method in _references(frozen):
+            lines += _paragraph(promises(of_world, method))
         for organism, heading in HEADINGS.items():
             runs = organism_runs(of_world, organism)
             if any(run.protection != "instruct" for run in runs):
                 lines += ["", f"### {heading}", "", *_methods(runs, organism)]
-                lines += ["", *_against(runs, frozen["recommended"])]
+                for method in _references(frozen):
+                    lines += _paragraph(_against(runs, method))
     return "\n".join(lines) + "\n"
+
+
+def _paragraph(lines: Sequence[str]) -> list[str]:
+    return ["", *lines] if lines else []
+
+
+def _references(frozen: Frozen) -> list[str]:
+    """The methods shown against all others: the recommended one, and the project's own."""
+    return list(dict.fromkeys(name for name in (frozen["recommended"], OWN) if name))
 
 
 def organism_runs(results: Sequence[Result], organism: str) -> list[Run]:
@@ -132,8 +143,8 @@ def _cell(measured: Mapping[str, Any] | None) -> str:
     return f"{measured['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
-def _against(runs: Sequence[Run], reference: str | None) -> list[str]:
-    """The recommended method against every other, paired by lab and seed."""
+def _against(runs: Sequence[Run], reference: str) -> list[str]:
+    """A method against every other, paired by lab and seed; nothing where it was not run."""
     keys = list(dict.fromkeys(run.key for run in runs if run.protection != "instruct"))
     held = next((key for key in keys if key[0] == reference), None)
     if held is None:
@@ -173,8 +184,8 @@ _PROMISES = (
 
 
 def promises(results: Sequence[Result], method: str) -> list[str]:
-    """The recommended method against the bounds it was built for: mean over labs, worst run."""
-    lines = [f"| *{method}* | bound | runs | mean | worst | holds in |", "|---|---|---|---|---|---|"]
+    """A method against the bounds of the best configuration: mean over labs, worst run; nothing where it has none."""
+    lines = []
     for words, organism, measure, reference, bound, above in _PROMISES:
         runs = organism_runs(results, organism)
         found = _relative(runs, method, measure, reference)
@@ -184,7 +195,8 @@ def promises(results: Sequence[Result], method: str) -> list[str]:
             sign = "<=" if above else ">="
             numbers = f"{np.mean(found):.3f} | {worst:.3f} | {kept} of {len(found)}"
             lines.append(f"| {words} | {sign} {bound} | {len(found)} | {numbers} |")
-    return lines
+    head = [f"| *{method}* | bound | runs | mean | worst | holds in |", "|---|---|---|---|---|---|"]
+    return [*head, *lines] if lines else []
 
 
 def _relative(runs: Sequence[Run], method: str, measure: str, reference: str | None) -> list[float]:
