@@ -56,7 +56,8 @@ seeds 12 and 13, and world 5), chosen on validation domains alone, frozen in `co
 read on test domains of other labs. One fine-tune seed for each lab; n counts labs, and each lab has a random null of
 its own draw. *Evil prompt*: a system prompt asks for the misaligned persona; *trigger*: an insecure turn came before.
 *Drift* is the penalty on the anchors, *outside V* the share of the drift outside the subspace V, *refit in V* the
-overlap of V with the main directions of the drift itself (1: the same).
+overlap of V with the main directions of the drift itself (1: the same). Validation's numbers compare only between
+methods tried on as many labs.
 How the choice came about, and what it says, is in [README.md](README.md).
 """
 
