@@ -198,10 +198,9 @@ def recommend(
             hundredth of the task weighs as much as a hundredth misaligned.
 
     Raises:
-        ValueError: another `prefer`.
         UserError: a baseline without runs or with several settings, nothing beside it, a share outside 0..1, a measure
             that a run lacks, or one whose mean in the baseline is not above 0.
-        ValueError: task or misaligned outside 0..1, or as `by_setting`.
+        ValueError: task or misaligned outside 0..1, another `prefer`, or as `by_setting`.
     """
     rule, candidates = _candidates(runs, baseline, floor, guards or {}, task, misaligned, prefer)
     kept = sorted((one for one in candidates if _keeps(one, rule) >= 1), key=rule.order)

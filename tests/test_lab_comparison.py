@@ -156,7 +156,7 @@ def tuned(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_each_method_is_frozen_at_its_least_misaligned_setting_that_keeps_the_rest(tuned: Path):
+def test_each_method_is_frozen_at_its_best_setting_that_keeps_the_rest(tuned: Path):
     frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
     assert {name: one["flags"] for name, one in frozen["methods"].items()} == {
         "none": {"protection": "none"},
@@ -165,6 +165,15 @@ def test_each_method_is_frozen_at_its_least_misaligned_setting_that_keeps_the_re
     }
     assert frozen["recommended"] == "hold, tight"
     assert comparison.read_frozen(tuned / "frozen.json")["methods"] == frozen["methods"]
+
+
+def test_the_best_setting_is_the_one_with_the_highest_em_f1_not_the_least_misaligned(tuned: Path):
+    for path in (tuned / "out/results").glob("*-kl-penalty_strength=5-*"):
+        content = json.loads(path.read_text())
+        content["values"]["narrow_task_learned"] = 1.0  # against 0.99 at strength 6, and 0.11 against 0.105 misaligned
+        path.write_text(json.dumps(content))
+    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    assert frozen["methods"]["kl"]["flags"]["penalty_strength"] == 5
 
 
 def test_only_methods_that_protect_are_tried_on_more_labs_and_only_they_are_recommended(tuned: Path):

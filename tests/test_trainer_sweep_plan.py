@@ -1,15 +1,18 @@
 """Which runs a sweep makes, and what it compares them by: flags in, plain values out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from analysis_toys import chat
 from holdfast.analysis.errors import UserError
+from holdfast.trainer import sweep as sweep_module
 from holdfast.trainer.cli import main
 from holdfast.trainer.sweep_arguments import SweepArguments
 from holdfast.trainer.sweep_measures import measures_of, read
 from holdfast.trainer.sweep_plan import runs_of, settings_of
+from holdfast.trainer.sweep_workers import Outcome, Task
 from run_toys import recipe, toy_rows, write_model, write_rows
 
 
@@ -175,3 +178,29 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), "--protections", "kl"]) == 2
     assert "holds thesis.txt" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("user", [True, False])
+def test_a_start_that_fails_ends_the_sweep_at_once_if_the_user_can_mend_it_else_after_the_runs(
+    tmp_path: Path, user: bool
+) -> None:
+    """The starting model is measured beside the runs: killed for memory, it must not take theirs along."""
+    runs = [Task(name, tmp_path / "log", "run", {}) for name in ("a", "b")]
+    given: list[str] = []
+
+    def workers_run(tasks: list[Task]):
+        given.extend(task.name for task in tasks)
+        yield Outcome(tasks[0], problem="no such measure" if user else "its process was ended", user=user)
+        yield from map(Outcome, tasks[1:])
+
+    measures = SimpleNamespace(validation={}, test={})
+    sweep: Any = SimpleNamespace(start=lambda when: None, measures=measures, folder=tmp_path, start_key="key")
+    training = SimpleNamespace(training=SimpleNamespace(seed=0))
+    command: Any = SimpleNamespace(measuring=lambda seed: {}, arguments=training, folder=tmp_path)
+    workers: Any = SimpleNamespace(run=workers_run)
+    ended = []
+    with pytest.raises(UserError, match=r"start start: (no such measure|its process was ended)"):
+        for outcome in sweep_module._after_start(command, sweep, workers, "validation", runs):
+            ended.append(outcome.task.name)
+    assert given == ["start", "a", "b"]
+    assert ended == ([] if user else ["a", "b"])

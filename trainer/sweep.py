@@ -68,11 +68,11 @@ class _Command:
         self.subspace = subspace_path(self.arguments)
         seeds = self.asked.seeds or [self.arguments.training.seed]
         self.runs = runs_of(settings_of(self.asked, self.arguments.protection.penalty_strength), seeds)
-        self._first: dict[str, Arguments] = {}
+        self._by_protection: dict[str, Arguments] = {}  # of its first run: all have the same rows
         for run in self.runs:
             arguments = _built(self.of_run(run))
             check_flags(arguments, evaluates=bool(arguments.data.held_out_dataset or arguments.data.held_out_rows))
-            self._first.setdefault(run.setting.protection, arguments)
+            self._by_protection.setdefault(run.setting.protection, arguments)
 
     def check(self) -> None:
         """Read each protection's rows once, and what is measured.
@@ -80,7 +80,7 @@ class _Command:
         Raises:
             UserError: for everything wrong with them.
         """
-        for name, arguments in self._first.items():
+        for name, arguments in self._by_protection.items():
             if self.subspace.is_file() or not _reads_subspace(name):
                 inputs = load_inputs(arguments)
                 check_steps(arguments.training, len(inputs.train.rendered))

@@ -5,6 +5,7 @@ heavy is imported here: what a worker may see of threads and GPUs is settled bef
 """
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import signal
@@ -190,11 +191,8 @@ def _serve(channel: Connection, environment: dict[str, str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _print_to(Path(os.devnull))
     faulthandler.enable()
-    try:
-        from . import sweep_work  # while the parent still checks its input
-    except Exception:
-        sweep_work = None  # type: ignore[assignment]  # the first task says why, in its log
-    del sweep_work
+    with suppress(Exception):  # the first task imports it again, and its log says what went wrong
+        importlib.import_module(".sweep_work", __package__)  # while the parent still checks its input
     while True:
         try:
             task = channel.recv()

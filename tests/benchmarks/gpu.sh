@@ -3,8 +3,8 @@
 #
 #     bash tests/benchmarks/gpu.sh
 #
-# SITE: folder of the packages, where Python does not find them by itself. PYTHON: the interpreter. LIMIT, TOTAL: seconds for each benchmark and
-# for all. DTYPE: of the models. DEVICE=cpu runs tiny sizes on a CPU, which measure nothing, to try the script.
+# SITE: folder of the packages, where Python does not find them by itself. PYTHON: the interpreter. LIMIT, TOTAL: seconds
+# for each benchmark and for all. DTYPE: of the models. DEVICE=cpu runs tiny sizes on a CPU, which measure nothing, to try the script.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
