@@ -58,6 +58,15 @@ def agreed(value: Item) -> Item:
     return values[0]
 
 
+def leave_group() -> None:
+    """Takes this process out of its process group, if it is in one: a rank's last call.
+
+    Threads of a gloo group that is still there when the interpreter ends abort some processes, all work done.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this rank holds only a part of the weights between forward passes (ZeRO-3, FSDP)."""
     # DeepSpeed marks the parameters it has partitioned.

@@ -14,6 +14,7 @@ from analysis_toys import chat, toy_model
 from holdfast.analysis import references
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.measure import MeasurePlan, Measurer, Results
+from holdfast.analysis.ranks import leave_group
 from trainer_toys import ROWS, task_documents, trainer_of
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -87,3 +88,4 @@ def main(models: Path, out: Path, config: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    leave_group()

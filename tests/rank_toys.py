@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from holdfast.trainer import zero
 
 CONFIGS = Path(zero.__file__).resolve().parent.parent / "ds_configs"
@@ -23,11 +22,3 @@ def on_two_ranks(script: str, *arguments: Path, timeout: float = 300) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def leave() -> None:
-    """A rank's last call: threads of gloo and DeepSpeed that outlive their objects abort some ranks at exit."""
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

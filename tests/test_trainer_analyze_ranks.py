@@ -15,7 +15,8 @@ from run_toys import toy_rows, write_model, write_rows
 from trainer_toys import moved
 
 FAMILIES = ("behavior", "projection", "divergence", "choices")
-# Counts the rows each rank runs, in the ranks alone: they import this through PYTHONPATH.
+# Counts the rows each rank runs and says whether its process group is alive at exit, where its threads could abort the
+# rank. In the ranks alone: they import this through PYTHONPATH.
 COUNTING = """
 import os
 if "RANK" in os.environ:
@@ -26,7 +27,11 @@ if "RANK" in os.environ:
         rows.extend(batch)
         return read(self, batch)
     readout._Reader.read_batch = counted
-    atexit.register(lambda: open(f"{os.environ['COUNTS']}.{os.environ['RANK']}", "w").write(str(len(rows))))
+    def left():
+        from torch import distributed
+        with open(f"{os.environ['COUNTS']}.{os.environ['RANK']}", "w") as file:
+            file.write(f"{len(rows)} {distributed.is_initialized()}")
+    atexit.register(left)
 """
 
 
@@ -79,5 +84,7 @@ def test_two_ranks_share_the_rows_and_measure_what_one_process_does(
         first, second = ({k: v for k, v in scalars(line).items() if not k.startswith("cost/")} for line in (one, two))
         assert len(first) > 30 and second == pytest.approx(first, rel=1e-5, abs=1e-9)
     # instruct, base and the checkpoint, 11 rows each in batches of 3.
-    ran = [int((folder / f"rows.{rank}").read_text()) for rank in (0, 1)]
+    ended = [(folder / f"rows.{rank}").read_text().split() for rank in (0, 1)]
+    ran = [int(rows) for rows, _ in ended]
     assert sum(ran) == 33 and min(ran) == 3 * 5
+    assert [alive for _, alive in ended] == ["False", "False"]

@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from analysis_toys import toy_model
 from holdfast.analysis.errors import UserError
+from holdfast.analysis.ranks import leave_group
 from holdfast.trainer import run
 from holdfast.trainer.documents import Document, documents_of
 from holdfast.trainer.parsing import parse
@@ -22,7 +23,7 @@ from holdfast.trainer.protections import null_space
 from holdfast.trainer.protections.null_space import NullSpaceProtection
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_math import plain_cross_entropy, relative_error, sgd_step, update_error
-from rank_toys import CONFIGS, leave, needs_compiler, on_two_ranks
+from rank_toys import CONFIGS, needs_compiler, on_two_ranks
 from run_toys import recipe, toy_rows, write_model, write_rows
 from safetensors.torch import load_file, save_file
 from trainer_toys import anchor_documents, task_documents, trainer_of
@@ -298,4 +299,4 @@ def _masters_apart(model: torch.nn.Module) -> float:
 
 if __name__ == "__main__":
     _on_two_ranks(Path(sys.argv[1]))
-    leave()
+    leave_group()

@@ -16,9 +16,10 @@ import test_trainer_prefix_anchor as prefix_anchor
 import torch
 from accelerate.state import AcceleratorState
 from analysis_toys import toy_model
+from holdfast.analysis.ranks import leave_group
 from holdfast.trainer.protections import Protection
 from plain_math import relative_error
-from rank_toys import CONFIGS, leave, needs_compiler, on_two_ranks
+from rank_toys import CONFIGS, needs_compiler, on_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trainer_toys import trainer_of
@@ -140,4 +141,4 @@ def _on_two_ranks(out: Path) -> None:
 
 if __name__ == "__main__":
     _on_two_ranks(Path(sys.argv[1]))
-    leave()
+    leave_group()

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from analysis_toys import chat, toy_model, toy_tokenizer
 from holdfast.analysis.measure import MeasurePlan, Measurer
 from holdfast.analysis.models import model_fingerprint, tokenizer_fingerprint
+from holdfast.analysis.ranks import leave_group
 from holdfast.trainer.callbacks import MeasureCheckpoints
 from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
 from holdfast.trainer.protections import PenaltySettings, Protection, SubspaceProtection
@@ -222,3 +223,4 @@ def main(out: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave_group()

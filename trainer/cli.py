@@ -52,6 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(importlib.metadata.version("holdfast"))
         return 0
     _quiet_libraries()
+    code = _run(arguments)
+    if "RANK" in os.environ:
+        from ..analysis.ranks import leave_group
+
+        leave_group()
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         return _command(arguments)(arguments[1:])
     except UserError as error:
