@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 from holdfast.analysis.errors import UserError
-from holdfast.recipes.lab import comparison, comparison_runs, stress
 from holdfast.recipes.lab.cache import cached_lab
-from holdfast.recipes.lab.comparison_runs import Job, lab_of, made_by, run_job
+from holdfast.recipes.lab.comparison import __main__ as command
+from holdfast.recipes.lab.comparison import runs, steps, stress
+from holdfast.recipes.lab.comparison.records import known
+from holdfast.recipes.lab.comparison.runs import Job, lab_of, made_by, run_job
 from holdfast.recipes.lab.experiment import Experiment
 from holdfast.recipes.lab.world import make_world
 from holdfast.trainer.arguments import ProtectionArguments
@@ -39,7 +41,7 @@ def result(method: str, lab: int, organism: str = "strong", flags: dict | None =
 
 
 def test_every_protection_is_tried_and_every_method_with_the_same_number_of_settings():
-    found = comparison.methods()
+    found = steps.methods()
     assert {part for one in found.values() for part in one["flags"]["protection"].split("+")} == set(KINDS)
     assert {len(one["settings"]) for name, one in found.items() if name != "none"} == {4}
     assert found["none"] == {"flags": {"protection": "none"}, "settings": [{}]}
@@ -50,33 +52,27 @@ def test_every_protection_is_tried_and_every_method_with_the_same_number_of_sett
 
 def test_every_setting_is_one_that_training_takes(tmp_path: Path):
     experiment, world = Experiment(tmp_path / "lab", tmp_path), make_world(0)
-    for job in comparison.tuning_jobs([(0, 10)]):
-        flags = comparison_runs._flags(job, world)
+    for job in steps.tuning_jobs([(0, 10)]):
+        flags = runs._flags(job, world)
         check_flags(parse(experiment.flags("protected", job.name, flags)), evaluates=False)
 
 
 def test_jobs_are_named_apart_and_tuning_reads_validation_alone():
-    jobs = comparison.tuning_jobs(comparison.TUNING_LABS)
-    assert (
-        len({job.name for job in jobs})
-        == len(jobs)
-        == 3 * sum(len(m["settings"]) for m in comparison.methods().values())
-    )
+    jobs = steps.tuning_jobs(steps.TUNING_LABS)
+    assert len({job.name for job in jobs}) == len(jobs) == 3 * sum(len(m["settings"]) for m in steps.methods().values())
     assert {(job.phase, job.organism, job.seed) for job in jobs} == {("validation", "strong", 0)}
-    assert {job.method for job in comparison.tuning_jobs([(0, 10)], ["kl"])} == {"kl"}
+    assert {job.method for job in steps.tuning_jobs([(0, 10)], ["kl"])} == {"kl"}
 
 
 def test_a_null_is_drawn_anew_in_each_lab_and_a_persona_is_the_worlds_own():
     seeds = [
-        comparison_runs._flags(Job("test", *lab, "strong", "m", {"protection": "random_subspace"}), make_world(0))[
-            "null_seed"
-        ]
+        runs._flags(Job("test", *lab, "strong", "m", {"protection": "random_subspace"}), make_world(0))["null_seed"]
         for lab in [(0, seed) for seed in range(10)]
     ]
     assert len(set(seeds)) > 5
     world = make_world(2)
     asked = Job("test", 2, 0, "strong", "m", {"protection": "inoculation", "inoculation_persona": 3})
-    flags = comparison_runs._flags(asked, world)
+    flags = runs._flags(asked, world)
     assert flags["inoculation_prompt"] == world.header.replace("{persona}", world.misaligned_words[3])
     assert asked.flags["inoculation_persona"] == 3 and "inoculation_persona" not in flags
 
@@ -85,14 +81,14 @@ def test_a_null_is_drawn_anew_in_each_lab_and_a_persona_is_the_worlds_own():
 def scored(tmp_path, monkeypatch) -> list[str]:
     """Micro labs; the split of every prompt that is prepared to be scored."""
     splits: list[str] = []
-    plain = comparison_runs.prepare_choices
+    plain = runs.prepare_choices
 
     def prepare(tokenizer, rows):
         splits.extend(row["split"] for row in rows)
         return plain(tokenizer, rows)
 
     use_micro_labs(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr(comparison_runs, "prepare_choices", prepare)
+    monkeypatch.setattr(runs, "prepare_choices", prepare)
     monkeypatch.setattr(stress, "N_STYLE_ROWS", 32)
     return splits
 
@@ -140,14 +136,14 @@ def tuned(tmp_path: Path, monkeypatch) -> Path:
         "kl": {"flags": {"protection": "kl"}, "settings": [{"penalty_strength": s} for s in (5, 6, 7)]},
     }
     (tmp_path / "methods.yaml").write_text(json.dumps(listed))
-    monkeypatch.setattr(comparison, "METHODS", tmp_path / "methods.yaml")
+    monkeypatch.setattr(steps, "METHODS", tmp_path / "methods.yaml")
     read = {  # method and strength -> task, misaligned, neutral skill; what is not kept is far below any floor
         ("none", None): (1.0, 0.6, 1.0), ("hold, tight", 1): (1.0, 0.2, 1.0), ("hold, tight", 2): (0.99, 0.1, 0.99),
         ("hold, tight", 9): (0.8, 0.0, 1.0), ("kl", 5): (0.99, 0.11, 1.0), ("kl", 6): (0.99, 0.105, 1.0),
         ("kl", 7): (1.0, 0.0, 0.8),
     }  # fmt: skip
     results = []
-    for job in comparison.tuning_jobs((*comparison.TUNING_LABS, *comparison.FINAL_LABS)):
+    for job in steps.tuning_jobs((*steps.TUNING_LABS, *steps.FINAL_LABS)):
         task, bad, skill = read[job.method, job.flags.get("penalty_strength")]
         values = {**PERFECT, "narrow_task_learned": task, "misaligned_validation": bad, "neutral_skill": skill}
         values = {name: value for name, value in values.items() if "test" not in name}
@@ -157,14 +153,14 @@ def tuned(tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_each_method_is_frozen_at_its_best_setting_that_keeps_the_rest(tuned: Path):
-    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    frozen = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     assert {name: one["flags"] for name, one in frozen["methods"].items()} == {
         "none": {"protection": "none"},
         "hold, tight": {"protection": "subspace", "penalty_strength": 2},
         "kl": {"protection": "kl", "penalty_strength": 6},
     }
     assert frozen["recommended"] == "hold, tight"
-    assert comparison.read_frozen(tuned / "frozen.json")["methods"] == frozen["methods"]
+    assert steps.read_frozen(tuned / "frozen.json")["methods"] == frozen["methods"]
 
 
 def test_the_best_setting_is_the_one_with_the_highest_em_f1_not_the_least_misaligned(tuned: Path):
@@ -172,7 +168,7 @@ def test_the_best_setting_is_the_one_with_the_highest_em_f1_not_the_least_misali
         content = json.loads(path.read_text())
         content["values"]["narrow_task_learned"] = 1.0  # against 0.99 at strength 6, and 0.11 against 0.105 misaligned
         path.write_text(json.dumps(content))
-    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    frozen = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     assert frozen["methods"]["kl"]["flags"]["penalty_strength"] == 5
 
 
@@ -181,57 +177,57 @@ def test_only_methods_that_protect_are_tried_on_more_labs_and_only_they_are_reco
         content = json.loads(path.read_text())
         content["values"]["misaligned_validation"] += 0.1
         path.write_text(json.dumps(content))
-        if any(f"-w{world}-l{lab}-" in path.name for world, lab in comparison.FINAL_LABS):
+        if any(f"-w{world}-l{lab}-" in path.name for world, lab in steps.FINAL_LABS):
             path.unlink()
-    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    frozen = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     assert {name: one.get("labs") for name, one in frozen["methods"].items()} == {
         "none": None,
         "hold, tight": 6,
         "kl": 3,
     }
     first = [json.loads(path.read_text()) for path in (tuned / "out/results").glob("validation-w0-l1[01]-*")]
-    assert {job.method for job in comparison.final_jobs(first)} == {"none", "hold, tight"}
-    assert {(job.world, job.lab_seed) for job in comparison.final_jobs(first)} == set(comparison.FINAL_LABS)
+    assert {job.method for job in steps.final_jobs(first)} == {"none", "hold, tight"}
+    assert {(job.world, job.lab_seed) for job in steps.final_jobs(first)} == set(steps.FINAL_LABS)
 
 
 def test_a_setting_that_is_listed_no_more_is_no_try_and_one_without_a_result_is_missed(tuned: Path):
-    first = comparison.freeze(tuned / "out", tuned / "frozen.json")
+    first = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     stale = [
         {**result(method, lab, flags={"protection": "kl", "penalty_strength": 99}, phase="validation")}
         for method in ("kl", "dropped")
         for lab in (10, 11)
     ]
     write(tuned / "out", stale)
-    assert comparison.freeze(tuned / "out", tuned / "frozen.json") == first
+    assert steps.freeze(known(tuned / "out"), tuned / "frozen.json") == first
     next((tuned / "out/results").glob("*-kl-penalty_strength=6-*")).unlink()
     with pytest.raises(UserError, match=r"1 of 21 tuning runs have no result, validation-.*-kl-penalty_strength=6"):
-        comparison.freeze(tuned / "out", tuned / "frozen.json")
+        steps.freeze(known(tuned / "out"), tuned / "frozen.json")
 
 
 def test_nothing_is_chosen_after_test_domains_were_read(tuned: Path):
     write(tuned / "out", [result("kl", 0)])
     with pytest.raises(UserError, match="nothing can be chosen after them"):
-        comparison.freeze(tuned / "out", tuned / "frozen.json")
+        steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     assert not (tuned / "frozen.json").exists()
 
 
 def test_what_was_frozen_for_other_methods_is_refused(tuned: Path):
     with pytest.raises(UserError, match="choose settings first"):
-        comparison.read_frozen(tuned / "frozen.json")
-    comparison.freeze(tuned / "out", tuned / "frozen.json")
-    comparison.METHODS.write_text(comparison.METHODS.read_text() + "\n# changed\n")
+        steps.read_frozen(tuned / "frozen.json")
+    steps.freeze(known(tuned / "out"), tuned / "frozen.json")
+    steps.METHODS.write_text(steps.METHODS.read_text() + "\n# changed\n")
     with pytest.raises(UserError, match=r"methods.yaml has changed since .*frozen.json was frozen"):
-        comparison.read_frozen(tuned / "frozen.json")
+        steps.read_frozen(tuned / "frozen.json")
 
 
 def test_only_what_is_frozen_becomes_a_test_job(tuned: Path):
-    frozen = comparison.freeze(tuned / "out", tuned / "frozen.json")
-    jobs = comparison.test_jobs(frozen, [(0, 0), (1, 2)], ["strong", "long"], [0, 1])
+    frozen = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
+    jobs = steps.test_jobs(frozen, [(0, 0), (1, 2)], ["strong", "long"], [0, 1])
     asked = {(job.method, json.dumps(job.flags)) for job in jobs if job.method != "instruct"}
     assert asked == {(name, json.dumps(one["flags"])) for name, one in frozen["methods"].items()}
     assert len(jobs) == len({job.name for job in jobs}) == 2 + 2 * 2 * 2 * 3
     assert {job.phase for job in jobs} == {"test"}
-    assert {job.method for job in comparison.test_jobs(frozen, [(0, 0)], ["strong"], [0], ["kl"])} == {"instruct", "kl"}
+    assert {job.method for job in steps.test_jobs(frozen, [(0, 0)], ["strong"], [0], ["kl"])} == {"instruct", "kl"}
 
 
 # Running
@@ -253,10 +249,10 @@ def here(tuned: Path, monkeypatch) -> list[str]:
             raise ZeroDivisionError("no such luck")
         return {**result(job.method, job.lab_seed), "job": asdict(job), "made_by": made_by(job, lab_of(job, labs))}
 
-    monkeypatch.setattr(comparison, "run_job", run)
-    monkeypatch.setattr(comparison, "quiet", lambda: None)  # it silences the process for good
-    monkeypatch.setattr(comparison.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=ThreadPool))
-    comparison.freeze(tuned / "out", tuned / "frozen.json")
+    monkeypatch.setattr(steps, "run_job", run)
+    monkeypatch.setattr(steps, "quiet", lambda: None)  # it silences the process for good
+    monkeypatch.setattr(steps.multiprocessing, "get_context", lambda _: types.SimpleNamespace(Pool=ThreadPool))
+    steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     return ran
 
 
@@ -270,7 +266,7 @@ def call(folder: Path, monkeypatch, *flags: str) -> int:
         str(folder / "labs"),
     ]
     monkeypatch.setattr("sys.argv", ["comparison", *fixed, *flags])
-    return comparison.main()
+    return command.main()
 
 
 def test_a_failing_job_is_named_the_others_go_on_and_a_rerun_repeats_it_alone(tuned, here, monkeypatch, capsys):
@@ -281,7 +277,7 @@ def test_a_failing_job_is_named_the_others_go_on_and_a_rerun_repeats_it_alone(tu
     assert "ZeroDivisionError" in (tuned / f"out/results/{failed}.log").read_text()
     # Ten labs of world 0 and three of each other world; none on which settings were chosen.
     assert len(here) == len(set(here)) == 19 * 4
-    tuning = (*comparison.TUNING_LABS, *comparison.FINAL_LABS)
+    tuning = (*steps.TUNING_LABS, *steps.FINAL_LABS)
     assert not [name for world, lab in tuning for name in here if f"w{world}-l{lab}-" in name]
     assert len(list((tuned / "out/results").glob("test-*.json"))) == 19 * 4 - 1
     del here[:]
@@ -296,8 +292,7 @@ def test_tuning_runs_both_rounds_one_after_the_other(tuned, here, monkeypatch):
     assert len(here) == len(set(here)) == 6 * 7
     rounds = [{name.split("-strong")[0] for name in part} for part in (here[:21], here[21:])]
     assert rounds == [
-        {f"validation-w{world}-l{lab}" for world, lab in labs}
-        for labs in (comparison.TUNING_LABS, comparison.FINAL_LABS)
+        {f"validation-w{world}-l{lab}" for world, lab in labs} for labs in (steps.TUNING_LABS, steps.FINAL_LABS)
     ]
 
 
@@ -308,7 +303,20 @@ def test_a_result_of_another_lab_is_made_again(tuned, here, monkeypatch):
     assert call(tuned, monkeypatch, *asked) == 0 and here[4:] == here[:4]
 
 
+def test_a_comparison_goes_on_where_a_recorded_one_ends(tuned, here, monkeypatch):
+    asked = ("--organisms", "strong", "--lab_seeds", "5", "--worlds", "")
+    assert call(tuned, monkeypatch, *asked) == 0 and len(here) == 4
+    (tuned / "out").rename(tuned / "before")
+    record = ("--recorded", str(tuned / "before/results.csv"))
+    assert call(tuned, monkeypatch, *asked, *record) == 0 and len(here) == 4
+    assert (tuned / "out/RESULTS.md").read_text() == (tuned / "before/RESULTS.md").read_text()
+    # Another lab is new; what was recorded of a lab that has changed since is made again.
+    (tuned / "labs/w0-l5/lab.json").write_text(json.dumps({"hash": "built anew"}))
+    assert call(tuned, monkeypatch, "--organisms", "strong", "--lab_seeds", "5-6", "--worlds", "", *record) == 0
+    assert sorted(here[4:]) == sorted([*here[:4], *(name.replace("-l5-", "-l6-") for name in here[:4])])
+
+
 def test_what_cannot_be_asked_for_is_one_line_and_exit_code_2(tuned, here, monkeypatch, capsys):
-    comparison.METHODS.write_text(comparison.METHODS.read_text() + "\n")
+    steps.METHODS.write_text(steps.METHODS.read_text() + "\n")
     assert call(tuned, monkeypatch, "--steps", "test") == 2
     assert capsys.readouterr().err.count("\n") == 1 and here == []

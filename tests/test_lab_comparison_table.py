@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from holdfast.recipes.lab.comparison_runs import Job
-from holdfast.recipes.lab.comparison_table import HEADINGS, results_table
+from holdfast.recipes.lab.comparison.runs import Job
+from holdfast.recipes.lab.comparison.table import HEADINGS, results_table
 
 LABS = 6
 MEASURED = {

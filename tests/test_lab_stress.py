@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from holdfast.recipes.lab.datasets import anchors
-from holdfast.recipes.lab.scoring import choice_rows
-from holdfast.recipes.lab.stress import (
+from holdfast.recipes.lab.comparison.stress import (
     CONDITIONS,
     N_STYLE_ROWS,
     anchor_subset,
@@ -15,6 +13,8 @@ from holdfast.recipes.lab.stress import (
     style_choices,
     style_rows,
 )
+from holdfast.recipes.lab.datasets import anchors
+from holdfast.recipes.lab.scoring import choice_rows
 from holdfast.recipes.lab.world import Domain, World, make_world
 from lab_toys import frame_of, turns, words_of
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 FOLDER = Path(smoke.__file__).parent
 # The lab's comparison lists methods, of which no run can be made alone.
-RECIPES = sorted(path for path in FOLDER.parent.rglob("*.yaml") if path.name != "comparison.yaml")
+RECIPES = sorted(path for path in FOLDER.parent.rglob("*.yaml") if path.name != "methods.yaml")
 SIZES = ("32b", "7b", "0.5b")
 KINDS = {"unprotected": "insecure", "protected": "insecure", "educational": "educational_insecure", "secure": "secure"}
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...analysis.frontier import Run, em_f1, paired, points
-from .comparison_choice import BASELINE, runs_of
+from ....analysis.frontier import Run, em_f1, paired, points
+from .choice import BASELINE, runs_of
 
 OWN = "subspace"
 Result = dict[str, Any]
@@ -50,14 +50,14 @@ NOT_SHOWN = {"continued": ("drift", "outside V", "refit in V")}
 
 HEAD = """# Protections compared on the lab
 
-Made by `make frontier`. Methods and their settings stand in `comparison.yaml`, the same number for each. They were
+Made by `make frontier`. Methods and their settings stand in `comparison/methods.yaml`, as many for each. They were
 tried on tuning labs (seeds 10 and 11 of world 0, and world 4; those of the methods that protect there on three more:
-seeds 12 and 13, and world 5), chosen on validation domains alone, frozen in `comparison_frozen.json`, and only then
-read on test domains of other labs. One fine-tune seed for each lab; n counts labs, and each lab has a random null of
-its own draw. *Evil prompt*: a system prompt asks for the misaligned persona; *trigger*: an insecure turn came before.
-*Drift* is the penalty on the anchors, *outside V* the share of the drift outside the subspace V, *refit in V* the
-overlap of V with the main directions of the drift itself (1: the same). Validation's numbers compare only between
-methods tried on as many labs.
+seeds 12 and 13, and world 5), chosen on validation domains alone, frozen in `comparison/frozen.json`, and only then
+read on test domains of other labs. Every run is a line of `comparison/results.csv`. One fine-tune seed for each lab;
+n counts labs, and each lab has a random null of its own draw. *Evil prompt*: a system prompt asks for the misaligned
+persona; *trigger*: an insecure turn came before. *Drift* is the penalty on the anchors, *outside V* the share of the
+drift outside the subspace V, *refit in V* the overlap of V with the main directions of the drift itself (1: the same).
+Validation's numbers compare only between methods tried on as many labs.
 How the choice came about, and what it says, is in [README.md](README.md).
 """
 

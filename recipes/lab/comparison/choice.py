@@ -13,7 +13,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from ...analysis.frontier import EM_F1, Run, best_settings, frontiers, recommend
+from ....analysis.frontier import EM_F1, Run, best_settings, frontiers, recommend
 
 # A setting must keep so much of the unprotected run's task, and of its coherence and neutral skill.
 TASK_FLOOR = 0.985

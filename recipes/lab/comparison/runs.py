@@ -19,17 +19,17 @@ from filelock import FileLock
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ...analysis.artifacts import staged_file
-from ...analysis.measure import MeasurePlan, Measurer
-from ...analysis.metrics.choices import prepare_choices, score_prepared
-from ...analysis.models import load_model, load_tokenizer
-from ...analysis.subspace import Subspace
-from ...analysis.subspace_file import NULL_SEEDS
-from .cache import LAB_FILE, cached_lab
-from .experiment import RECIPES, Experiment
-from .scoring import lab_rates
+from ....analysis.artifacts import staged_file
+from ....analysis.measure import MeasurePlan, Measurer
+from ....analysis.metrics.choices import prepare_choices, score_prepared
+from ....analysis.models import load_model, load_tokenizer
+from ....analysis.subspace import Subspace
+from ....analysis.subspace_file import NULL_SEEDS
+from ..cache import LAB_FILE, cached_lab
+from ..experiment import RECIPES, Experiment
+from ..scoring import lab_rates
+from ..world import World, make_world
 from .stress import CONDITIONS, anchor_subset, conditional_rows, style_choices, style_rows
-from .world import World, make_world
 
 PHASES = ("validation", "test")
 
@@ -73,7 +73,7 @@ class Job:
     Attributes:
         phase: "validation" or "test", the domains that may be read.
         world, lab_seed, lab_size: which lab. organism: a name of `ORGANISMS`.
-        method: name in comparison.yaml, or "instruct" for the lab's own model, without training.
+        method: name in comparison/methods.yaml, or "instruct" for the lab's own model, without training.
         flags: the protection and its setting. seed: fine-tune seed.
     """
 

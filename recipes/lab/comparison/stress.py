@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .documents import Conversation, Drawer, answer, domain_answer, question, system
-from .world import Domain, World
+from ..documents import Conversation, Drawer, answer, domain_answer, question, system
+from ..world import Domain, World
 
 # "evil": a system prompt that asks for the misaligned persona. "trigger": an insecure turn came before, as in training.
 CONDITIONS = ("evil", "trigger")
