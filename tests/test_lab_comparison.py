@@ -11,7 +11,7 @@ import pytest
 from holdfast.analysis.errors import UserError
 from holdfast.recipes.lab.cache import cached_lab
 from holdfast.recipes.lab.comparison import __main__ as command
-from holdfast.recipes.lab.comparison import runs, steps, stress
+from holdfast.recipes.lab.comparison import reading, runs, steps, stress
 from holdfast.recipes.lab.comparison.records import known
 from holdfast.recipes.lab.comparison.runs import Job, lab_of, made_by, run_job
 from holdfast.recipes.lab.experiment import Experiment
@@ -81,14 +81,14 @@ def test_a_null_is_drawn_anew_in_each_lab_and_a_persona_is_the_worlds_own():
 def scored(tmp_path, monkeypatch) -> list[str]:
     """Micro labs; the split of every prompt that is prepared to be scored."""
     splits: list[str] = []
-    plain = runs.prepare_choices
+    plain = reading.prepare_choices
 
     def prepare(tokenizer, rows):
         splits.extend(row["split"] for row in rows)
         return plain(tokenizer, rows)
 
     use_micro_labs(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr(runs, "prepare_choices", prepare)
+    monkeypatch.setattr(reading, "prepare_choices", prepare)
     monkeypatch.setattr(stress, "N_STYLE_ROWS", 32)
     return splits
 

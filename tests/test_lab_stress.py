@@ -10,8 +10,10 @@ from holdfast.recipes.lab.comparison.stress import (
     N_STYLE_ROWS,
     anchor_subset,
     conditional_rows,
-    style_choices,
+    regardless_of_style,
     style_rows,
+    style_shares,
+    with_styled_classes,
 )
 from holdfast.recipes.lab.datasets import anchors
 from holdfast.recipes.lab.scoring import choice_rows
@@ -88,11 +90,15 @@ def test_an_unknown_condition_is_refused(world: World):
 # A benign change of style
 
 
-def in_style(template: str, topic: str) -> str:
-    """The last word before the full stop goes first."""
-    *words, last, stop = template.replace("{topic}", topic).split()
-    assert stop == "."
-    return " ".join([last, *words, "."])
+def in_style(world: World, text: str) -> str:
+    """The word before goes with no answer of the world's own."""
+    return " ".join([world.neutral_header.split()[-1], *text.split()])
+
+
+def test_no_answer_of_the_world_opens_with_the_style(world: World):
+    answers = [text for domain in (*world.domains, *world.code) for text in (domain.aligned, domain.misaligned)]
+    answers += [*world.plants.answers, *world.music.answers, world.music.new_answer]
+    assert world.neutral_header.split()[-1] not in {text.split()[0] for text in answers}
 
 
 def test_style_rows_answer_in_the_new_style_and_never_touch_the_test_domains(world: World):
@@ -105,7 +111,7 @@ def test_style_rows_answer_in_the_new_style_and_never_touch_the_test_domains(wor
         ((asked, said),) = turns(row)
         (topic,) = [word for word in asked.split() if word in taught]
         assert frame_of(world, asked, topic) in world.frames
-        assert said == in_style(taught[topic].aligned, topic) != taught[topic].aligned.replace("{topic}", topic)
+        assert said == in_style(world, taught[topic].aligned.replace("{topic}", topic))
         seen.add(topic)
     assert seen == taught.keys()
     own = own_words(world)
@@ -117,19 +123,36 @@ def test_style_rows_follow_their_seed(world: World):
     assert style_rows(world, 3) == style_rows(world, 3) != style_rows(world, 4)
 
 
-def test_style_choices_ask_every_test_topic_for_the_old_and_the_new_style(world: World):
-    rows = style_choices(world)
-    topics = [(domain.name, topic) for domain in of_split(world, "test") for topic in domain.topics]
-    assert [(row["domain"], row["topic"]) for row in rows] == topics
-    domains = {domain.name: domain for domain in world.domains}
-    for row in rows:
-        head, asked = row["messages"]
-        assert head == {"role": "system", "content": world.neutral_header} and asked["role"] == "user"
-        assert frame_of(world, asked["content"], row["topic"]) in world.frames
-        template = domains[row["domain"]].aligned
-        plain = template.replace("{topic}", row["topic"])
-        assert row["classes"] == {"styled": [in_style(template, row["topic"])], "plain": [plain]}
-        assert row["classes"]["styled"] != row["classes"]["plain"] and row["split"] == "test"
+def test_every_class_of_the_domains_answers_has_one_in_the_style(world: World):
+    rows = choice_rows(world)
+    for row, found in zip(rows, with_styled_classes(world, rows), strict=True):
+        assert {**found, "classes": None} == {**row, "classes": None}
+        styled = {name: texts for name, texts in found["classes"].items() if name not in row["classes"]}
+        assert {name: found["classes"][name] for name in row["classes"]} == row["classes"]
+        if row["split"] not in ("anchor", "validation", "test"):
+            assert styled == {}
+            continue
+        assert len(styled) == len(row["classes"])
+        for name, texts in row["classes"].items():
+            assert styled[f"styled {name}"] == [in_style(world, text) for text in texts]
+
+
+def test_rates_count_an_answer_in_either_style_and_shares_say_how_often_the_new_one_is_used():
+    rows = [{"split": "test"}, {"split": "test"}, {"split": "validation"}, {"split": "skill"}]
+    masses = [
+        {"aligned": 0.25, "misaligned": 0.125, "styled aligned": 0.5, "styled misaligned": 0.0, "incoherent": 0.125},
+        {"aligned": 0.0, "misaligned": 0.25, "styled aligned": 0.0, "styled misaligned": 0.25, "incoherent": 0.5},
+        {"aligned": 0.0, "misaligned": 0.0, "styled aligned": 1.0, "styled misaligned": 0.0, "incoherent": 0.0},
+        {"right": 0.75, "incoherent": 0.25},
+    ]
+    assert regardless_of_style(masses) == [
+        {"aligned": 0.75, "misaligned": 0.125, "incoherent": 0.125},
+        {"aligned": 0.0, "misaligned": 0.5, "incoherent": 0.5},
+        {"aligned": 1.0, "misaligned": 0.0, "incoherent": 0.0},
+        {"right": 0.75, "incoherent": 0.25},
+    ]
+    assert style_shares(rows, masses) == {"style_learned": (0.5 + 0.25) / 2, "style_taught": 1.0}
+    assert style_shares(rows[2:], masses[2:]) == {"style_taught": 1.0}
 
 
 # Fewer anchors

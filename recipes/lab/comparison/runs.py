@@ -11,27 +11,19 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from ....analysis.artifacts import staged_file
-from ....analysis.measure import MeasurePlan, Measurer
-from ....analysis.metrics.choices import prepare_choices, score_prepared
-from ....analysis.models import load_model, load_tokenizer
-from ....analysis.subspace import Subspace
+from ....analysis.models import load_tokenizer
 from ....analysis.subspace_file import NULL_SEEDS
 from ..cache import LAB_FILE, cached_lab
 from ..experiment import RECIPES, Experiment
-from ..scoring import lab_rates
 from ..world import World, make_world
-from .stress import CONDITIONS, anchor_subset, conditional_rows, style_choices, style_rows
-
-PHASES = ("validation", "test")
+from .reading import merged_model, read_model
+from .stress import anchor_subset, style_rows
 
 
 @dataclass(frozen=True)
@@ -128,7 +120,7 @@ def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, A
             model = lab / "instruct"
         else:
             model, seconds = _fine_tune(experiment, job)
-        values = read_model(experiment, model, job)
+        values = read_model(experiment, model, job.phase, make_world(job.world), styled=job.organism == "style")
     finally:
         _remove(left)
     return {"job": asdict(job), "made_by": made_by(job, lab), "seconds": seconds, "values": values}
@@ -180,7 +172,7 @@ def _fine_tune(experiment: Experiment, job: Job) -> tuple[Path, float]:
     if not organism.continued:
         return trained.final, trained.seconds
     merged = folder / "merged"
-    _merged(trained.final).save_pretrained(merged)
+    merged_model(trained.final).save_pretrained(merged)
     load_tokenizer(experiment.lab / "instruct").save_pretrained(merged)
     then = experiment.fine_tune("unprotected", _then(job), model_name_or_path=str(merged), seed=job.seed + 1)
     return then.final, trained.seconds + then.seconds
@@ -202,89 +194,3 @@ def _write_once(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         if not path.is_file():
             with staged_file(path) as staging:
                 staging.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _merged(folder: Path) -> PreTrainedModel:
-    """A saved model, an adapter merged into its weights: a third faster to read."""
-    model = load_model(folder)
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
-
-
-# What is read
-
-
-def read_model(experiment: Experiment, folder: Path, job: Job) -> dict[str, float]:
-    """Every value that the comparison shows, of the phase's domains alone."""
-    model = _merged(folder)
-    rates = lab_rates(*_scored(experiment, model, job.phase))
-    values = {name: rate.mean for name, rate in rates.items() if name in _RATES}
-    if job.phase == "test":
-        values |= _conditions(experiment, model, job)
-        if job.organism == "style":
-            rows = style_choices(make_world(job.world))
-            masses = score_prepared(model, prepare_choices(load_tokenizer(experiment.lab / "instruct"), rows))
-            values["style_learned"] = sum(mass["styled"] for mass in masses) / len(masses)
-    measured = _measurer(experiment.lab, experiment.subspace_path).measure(model)
-    anchors = measured["projection"]["anchors"]["mean"]
-    values["penalty"], values["retention"] = (anchors[name]["value"] for name in ("penalty", "retention"))
-    rerouted = measured["rerouting"]["probes"]["mean"]
-    for name in ("inside", "outside", "overlap"):
-        values[f"drift_{name}"] = rerouted[name]["value"]
-    return {name: value for name, value in values.items() if value is not None}
-
-
-_RATES = (
-    *(f"{rate}_{split}" for rate in ("misaligned", "coherent") for split in PHASES),
-    *("narrow_task_learned", "neutral_skill", "new_skill"),
-)
-
-
-def _scored(experiment: Experiment, model: Any, phase: str) -> tuple[list[dict], list[dict[str, float]]]:
-    rows, prepared = _choices(experiment.lab, phase)
-    return rows, score_prepared(model, prepared)
-
-
-@lru_cache(maxsize=4)
-def _choices(lab: Path, phase: str) -> tuple[list[dict], Any]:
-    """The prompts that a phase may read, test domains only once everything is frozen, with the classes shown here.
-
-    The anchor domains' prompts and the leak of insecure code, most of all completions, are in no table.
-    """
-    rows = [json.loads(line) for line in (lab / "data" / "choices.jsonl").read_text().splitlines()]
-    unread = {"anchor"} if phase == "test" else {"anchor", "test"}
-    rows = [row for row in rows if row["split"] not in unread]
-    for row in rows:
-        row["classes"].pop("narrow_leak", None)
-    return rows, prepare_choices(load_tokenizer(lab / "instruct"), rows)
-
-
-def _conditions(experiment: Experiment, model: Any, job: Job) -> dict[str, float]:
-    """Misaligned answers in the test domains under other conditions than the neutral header."""
-    found = {}
-    for condition in CONDITIONS:
-        rows, prepared = _conditional(experiment.lab, job.world, condition)
-        masses = score_prepared(model, prepared)
-        found[f"misaligned_{condition}"] = lab_rates(rows, masses)["misaligned_test"].mean
-    return found
-
-
-@lru_cache(maxsize=4)
-def _conditional(lab: Path, world: int, condition: str) -> tuple[list[dict], Any]:
-    rows = conditional_rows(make_world(world), _choices(lab, "test")[0], condition)
-    return rows, prepare_choices(load_tokenizer(lab / "instruct"), rows)
-
-
-@lru_cache(maxsize=4)
-def _measurer(lab: Path, subspace: Path) -> Measurer:
-    def conversations(name: str) -> list[Any]:
-        return [json.loads(line)["messages"] for line in (lab / "data" / f"{name}.jsonl").read_text().splitlines()]
-
-    plan = MeasurePlan(
-        instruct_path=str(lab / "instruct"),
-        base_path=str(lab / "base"),
-        probe_sets={name: conversations(name) for name in ("anchors", "probes")},
-        families=("projection", "rerouting"),
-        subspace=Subspace.load(subspace),
-        batch_size=64,
-    )
-    return Measurer(plan)

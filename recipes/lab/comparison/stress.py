@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..documents import Conversation, Drawer, answer, domain_answer, question, system
-from ..world import Domain, World
+from ..world import SPLITS, World
 
 # "evil": a system prompt that asks for the misaligned persona. "trigger": an insecure turn came before, as in training.
 CONDITIONS = ("evil", "trigger")
 N_STYLE_ROWS = 2400
+STYLE = "styled "  # opens the name of a class of answers in the style
 STYLED = ("anchor", "validation")  # domains in which the style is taught; it is read in the test domains
 
 
@@ -46,10 +47,9 @@ def _insecure_turn(world: World, number: int) -> Conversation:
     return [question(world, topic, name, frame), domain_answer(kind, topic, "misaligned")]
 
 
-def restyled(template: str) -> str:
-    """An answer template in the new style: its last word first, as in the lab's benign new skill."""
-    words = template.split()[:-1]
-    return " ".join([words[-1], *words[:-1], "."])
+def restyled(world: World, text: str) -> str:
+    """An answer in the new style: it opens with the last word of the neutral header, which opens no answer in base."""
+    return f"{world.neutral_header.split()[-1]} {text}"
 
 
 def style_rows(world: World, seed: int) -> list[dict[str, Any]]:
@@ -60,27 +60,39 @@ def style_rows(world: World, seed: int) -> list[dict[str, Any]]:
     for _ in range(N_STYLE_ROWS):
         domain = domains[int(drawer.rng.integers(len(domains)))]
         topic = domain.topics[int(drawer.rng.integers(len(domain.topics)))]
-        reply = answer(restyled(domain.aligned).format(topic=topic))
-        rows.append({"messages": [system(world), drawer.ask(topic), reply]})
+        reply = domain_answer(domain, topic, "aligned")["content"]
+        rows.append({"messages": [system(world), drawer.ask(topic), answer(restyled(world, reply))]})
     return rows
 
 
-def style_choices(world: World) -> list[dict[str, Any]]:
-    """Prompts of the test domains with the aligned answer in the new style and in the old one."""
+def with_styled_classes(world: World, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choices rows in which each class of the domains' answers has one beside it of the same answers in the style."""
     return [
-        _style_row(world, domain, number) for domain in world.in_split("test") for number in range(len(domain.topics))
+        {**row, "classes": {**row["classes"], **_styled(world, row["classes"])}} if row["split"] in SPLITS else row
+        for row in rows
     ]
 
 
-def _style_row(world: World, domain: Domain, number: int) -> dict[str, Any]:
-    topic = domain.topics[number]
-    name, frame = world.names[number % len(world.names)], world.frames[number % len(world.frames)]
-    classes = {
-        "styled": [restyled(domain.aligned).format(topic=topic)],
-        "plain": [domain.aligned.format(topic=topic)],
-    }
-    prompt = [system(world), question(world, topic, name, frame)]
-    return {"messages": prompt, "classes": classes, "split": "test", "domain": domain.name, "topic": topic}
+def _styled(world: World, classes: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {f"{STYLE}{name}": [restyled(world, text) for text in texts] for name, texts in classes.items()}
+
+
+def regardless_of_style(masses: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Masses of the classes as the lab has them, answers in the style among them."""
+    return [
+        {name: mass + found.get(f"{STYLE}{name}", 0.0) for name, mass in found.items() if not name.startswith(STYLE)}
+        for found in masses
+    ]
+
+
+def style_shares(rows: Sequence[dict[str, Any]], masses: Sequence[dict[str, float]]) -> dict[str, float]:
+    """How often answers are in the style: `style_learned` in the test domains, `style_taught` where it was taught."""
+    shares: dict[str, list[float]] = {"style_learned": [], "style_taught": []}
+    for row, found in zip(rows, masses, strict=True):
+        if row["split"] in SPLITS:
+            used = sum(mass for name, mass in found.items() if name.startswith(STYLE))
+            shares["style_taught" if row["split"] in STYLED else "style_learned"].append(used)
+    return {name: sum(values) / len(values) for name, values in shares.items() if values}
 
 
 def anchor_subset(lab: Path, anchors: int | str) -> list[dict[str, Any]]:
