@@ -1,14 +1,17 @@
 """results.csv: what the comparison's tables rest on is kept whole, and a comparison goes on from it."""
 
 import csv
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from holdfast.analysis.errors import UserError
-from holdfast.recipes.lab.comparison.records import keep, known, of_phase, read_csv, write_csv
+from holdfast.recipes.lab.comparison.records import RECORD, keep, known, of_phase, read_csv, write_csv
 from holdfast.recipes.lab.comparison.runs import Job
+from holdfast.recipes.lab.comparison.steps import FROZEN, read_frozen
+from holdfast.recipes.lab.comparison.table import results_table
 
 JOBS = [
     Job("test", 0, 3, "strong", "subspace, task rows", {"protection": "subspace", "penalty_strength": 0.03}),
@@ -58,3 +61,13 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path, content: str | None
         path.write_text(content)
     with pytest.raises(UserError, match=r"other.csv is no record of a comparison"):
         known(tmp_path, path)
+
+
+def test_the_tables_are_those_of_the_recorded_runs():
+    frozen = read_frozen(FROZEN)
+    results = read_csv(RECORD)
+    tables = (RECORD.parent.parent / "REPLICATION.md").read_text(encoding="utf-8")
+    assert results_table(of_phase({Job(**one["job"]).name: one for one in results}, "test"), frozen) == tables
+    chosen = {name: method["flags"] for name, method in frozen["methods"].items()} | {"instruct": {}}
+    assert all(one["job"]["flags"] == chosen[one["job"]["method"]] for one in results)
+    assert len(results) == len({json.dumps(one["job"], sort_keys=True) for one in results})
