@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ Result = dict[str, Any]
 RECORD = Path(__file__).with_name("results.csv")
 _JOB = tuple(field.name for field in fields(Job))
 _FACTS = (*_JOB, "made_by", "seconds")
-_NUMBERS = {"world": int, "lab_seed": int, "seed": int, "flags": json.loads}
+_NUMBERS: dict[str, Callable[[str], Any]] = {"world": int, "lab_seed": int, "seed": int, "flags": json.loads}
 
 
 def path_of(output_dir: Path, job: Job) -> Path:
