@@ -119,7 +119,7 @@ def is_binary(rows: Floats) -> bool:
 def rate_bounds(sums: Floats, counts: Floats, other: Interval | None = None, confidence: float = 0.95) -> Interval:
     """Wilson's interval on effective rows, from sums and numbers of rows per cluster [G].
 
-    The bound toward the nearer end has Student's quantile with 2 (G - 1) degrees of freedom: with G - 1 it misses in
+    The bound toward the nearer end has Student's quantile with 2.5 (G - 1) degrees of freedom: with G - 1 it misses in
     1-2% instead of 2.5% at few events in few clusters, most of its variance being that of the answers, which is known.
 
     Args:
@@ -129,7 +129,7 @@ def rate_bounds(sums: Floats, counts: Floats, other: Interval | None = None, con
     variance = _squared_error(_influence(sums, counts))
     # One rate in all clusters, if it is not 0 or 1, says that they do not differ at all.
     effective = rate * (1 - rate) / variance if variance > (1e-12 * rate) ** 2 else n
-    freedom = (len(sums) - 1) * np.array([1, 2])
+    freedom = (len(sums) - 1) * np.array([1, 2.5])
     (low, high), (near_low, near_high) = (
         _score_interval(rate, effective, float(quantile))
         for quantile in scipy_stats.t.ppf(0.5 + confidence / 2, freedom)
@@ -198,7 +198,7 @@ def stretch(
     """The interval, its side away from `end`, which no value passes, as far out as a larger skewness would put it.
 
     A sample shows less skewness than there is, the less the smaller it is, and past some skewness Hall's interval
-    becomes shorter again. So the bound is the furthest of any skewness up to 1 + 3 / sqrt(G) times the sample's, or, if
+    becomes shorter again. So the bound is the furthest of any skewness up to 1 + 30 / G^1.5 times the sample's, or, if
     that is less, up to 3 cv + cv^3: that of lognormal values whose sd is cv times their mean's distance from `end`.
     Values far from it stay as they are.
     """
@@ -208,7 +208,7 @@ def stretch(
         return interval
     skew = float(abs(np.mean(influence**3)) / np.mean(influence**2) ** 1.5)
     variation = float(error * np.sqrt(n) / abs(away))
-    most = min((1 + 3 / np.sqrt(n)) * skew, 3 * variation + variation**3) / np.sqrt(n)
+    most = min((1 + 30 / n**1.5) * skew, 3 * variation + variation**3) / np.sqrt(n)
     quantile = float(scipy_stats.t.ppf(0.5 + confidence / 2, n - 1))
     reach = float(error * np.max(-_unskewed(-quantile, np.linspace(0, most, 200))))
     low, high = interval

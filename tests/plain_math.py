@@ -24,14 +24,18 @@ def block_outputs(model: nn.Module, blocks: Blocks, ids: Sequence[int]) -> tuple
 
 def plain_penalty(
     model: nn.Module, start: nn.Module, find_blocks, documents: Sequence[Document], subspace: Subspace,
-    toward_base: bool = False,
+    toward_base: bool = False, base: nn.Module | None = None, margin: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """1/|L| Σ_l Σ_{x,t} m ‖V_lᵀ(h^θ - h^I)‖² / s_l / Σ m; `toward_base`: its part along the gap alone, where > 0."""
+    """1/|L| Σ_l Σ_{x,t} m ‖V_lᵀ(h^θ - h^I)‖² / s_l / Σ m; `toward_base`: its part along the gap alone, where > 0.
+
+    With a base model: from Vᵀ(h^I - margin gap), gap = h^B - h^I, and only of tokens whose drift has gap · drift > 0.
+    """
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for document in documents:
         _, now = block_outputs(model, find_blocks(model), document.input_ids)
         with torch.no_grad():
             _, then = block_outputs(start, find_blocks(start), document.input_ids)
+            old = block_outputs(base, find_blocks(base), document.input_ids)[1] if base is not None else None
         for layer, basis in subspace.bases.items():
             for position, counts in enumerate(document.mask):
                 if counts:
@@ -40,6 +44,10 @@ def plain_penalty(
                         gap = subspace.base_gap[layer].double()
                         along = (moved @ gap) / gap.norm()
                         moved = along.reshape(1) if along > 0 else torch.zeros(1, dtype=torch.float64)
+                    if old is not None:
+                        gap = basis.double().T @ (old[layer][position] - then[layer][position])
+                        moved = moved + margin * gap
+                        moved = moved if moved @ gap > 0 else 0 * moved
                     total = total + (moved @ moved) / subspace.scales[layer] / len(subspace.bases)
         tokens += sum(document.mask)
     return total / tokens
@@ -69,18 +77,20 @@ def sgd_step(model: nn.Module, loss: Tensor, learning_rate: float) -> None:
 def plain_training(
     model: nn.Module, find_blocks, subspace: Subspace, *, task: Sequence[Document],
     penalised: dict[float, Sequence[Document]], strength: float | Sequence[float], steps: int, learning_rate: float,
-    toward_base: bool = False,
+    toward_base: bool = False, base: nn.Module | None = None, margin: float = 0.0,
 ) -> nn.Module:  # fmt: skip
     """Full-batch SGD on cross-entropy(task) + strength x Σ weight x penalty(rows); gives the trained float64 copy.
 
     No task rows: the penalty alone. Several strengths: one for each step.
     """
     trained, start = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    old = None if base is None else copy.deepcopy(base).double()
     strengths = [strength] * steps if isinstance(strength, float) else strength
     for _, now in zip(range(steps), strengths, strict=True):
         loss = plain_cross_entropy(trained, task) if task else torch.zeros((), dtype=torch.float64)
         for weight, rows in penalised.items():
-            loss = loss + now * weight * plain_penalty(trained, start, find_blocks, rows, subspace, toward_base)
+            term = plain_penalty(trained, start, find_blocks, rows, subspace, toward_base, old, margin)
+            loss = loss + now * weight * term
         sgd_step(trained, loss, learning_rate)
     return trained
 

@@ -14,6 +14,7 @@ from holdfast.recipes.lab.comparison import __main__ as command
 from holdfast.recipes.lab.comparison import reading, runs, steps, stress
 from holdfast.recipes.lab.comparison.records import known
 from holdfast.recipes.lab.comparison.runs import Job, lab_of, made_by, run_job
+from holdfast.recipes.lab.comparison.table import results_table
 from holdfast.recipes.lab.experiment import Experiment
 from holdfast.recipes.lab.world import make_world
 from holdfast.trainer.arguments import ProtectionArguments
@@ -112,7 +113,7 @@ def test_a_test_job_reads_the_test_domains_and_their_conditions(tmp_path: Path, 
     assert "test" in scored and found["seconds"] > 0 and found["job"] == asdict(job)
     lab = cached_lab(10)
     instruct = run_job(Job("test", 0, 10, "strong", "instruct"), tmp_path / "out")
-    exact = Experiment(lab, tmp_path / "out/labs/w0-l10-tiny").measure(lab / "instruct")
+    exact = Experiment(lab, tmp_path / "out/labs/w0-l10").measure(lab / "instruct")
     for name in ("misaligned_test", "narrow_task_learned", "neutral_skill", "penalty"):
         assert instruct["values"][name] == pytest.approx(exact[name]["value"], abs=1e-6)
     assert instruct["seconds"] == 0
@@ -220,6 +221,56 @@ def test_what_was_frozen_for_other_methods_is_refused(tuned: Path):
         steps.read_frozen(tuned / "frozen.json")
 
 
+def list_more(folder: Path, name: str, protection: str, read: dict[float, tuple[float, float]]) -> None:
+    """Another method in methods.yaml, its validation results beside the others': strength -> task, misaligned."""
+    listed = json.loads(steps.METHODS.read_text())
+    listed[name] = {"flags": {"protection": protection}, "settings": [{"penalty_strength": s} for s in read]}
+    steps.METHODS.write_text(json.dumps(listed))
+    made = []
+    for job in steps.tuning_jobs((*steps.TUNING_LABS, *steps.FINAL_LABS), [name]):
+        task, bad = read[job.flags["penalty_strength"]]
+        values = {**PERFECT, "narrow_task_learned": task, "misaligned_validation": bad}
+        values = {measure: value for measure, value in values.items() if "test" not in measure}
+        made.append({"job": asdict(job), "made_by": "x", "seconds": 1.0, "values": values})
+    write(folder / "out", made)
+
+
+def test_a_method_that_comes_later_is_frozen_by_the_same_rule_and_leaves_the_others_as_they_were(tuned: Path):
+    before = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
+    list_more(tuned, "later", "feature_l2", {1: (1.0, 0.3), 2: (0.99, 0.05), 3: (0.9, 0.0)})
+    with pytest.raises(UserError, match=r"methods.yaml has changed"):
+        steps.read_frozen(tuned / "frozen.json")
+    # Test results of others, which stand in the same record, do not matter; its own would.
+    write(tuned / "out", [result("kl", 0)])
+    after = steps.freeze_more(known(tuned / "out"), tuned / "frozen.json", ["later"])
+    assert after["methods"]["later"]["flags"] == {"protection": "feature_l2", "penalty_strength": 2}
+    assert after["methods"]["later"]["labs"] == 6 and after["added"][0]["recommended"] == "later"
+    assert {name: one for name, one in after["methods"].items() if name != "later"} == before["methods"]
+    assert after["recommended"] == before["recommended"] == "hold, tight"
+    assert steps.read_frozen(tuned / "frozen.json") == json.loads((tuned / "frozen.json").read_text())
+    assert "Added later, by the same rule on the same labs: later." in results_table([], after)
+
+
+def test_a_method_is_not_added_twice_nor_after_its_test_results_nor_beside_changed_settings(tuned: Path):
+    steps.freeze(known(tuned / "out"), tuned / "frozen.json")
+    stands = (tuned / "frozen.json").read_text()
+    with pytest.raises(UserError, match="'kl' is frozen already"):
+        steps.freeze_more(known(tuned / "out"), tuned / "frozen.json", ["kl"])
+    with pytest.raises(UserError, match=r"'later' is no method of methods.yaml"):
+        steps.freeze_more(known(tuned / "out"), tuned / "frozen.json", ["later"])
+    list_more(tuned, "later", "feature_l2", {1: (1.0, 0.3), 2: (0.99, 0.05), 3: (0.9, 0.0)})
+    write(tuned / "out", [result("later", 0)])
+    with pytest.raises(UserError, match="cannot be chosen after them"):
+        steps.freeze_more(known(tuned / "out"), tuned / "frozen.json", ["later"])
+    next((tuned / "out/results").glob("test-*-later-*")).unlink()
+    listed = json.loads(steps.METHODS.read_text())
+    listed["kl"]["settings"][1] = {"penalty_strength": 6.5}
+    steps.METHODS.write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="'kl' is listed no more"):
+        steps.freeze_more(known(tuned / "out"), tuned / "frozen.json", ["later"])
+    assert (tuned / "frozen.json").read_text() == stands
+
+
 def test_only_what_is_frozen_becomes_a_test_job(tuned: Path):
     frozen = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     jobs = steps.test_jobs(frozen, [(0, 0), (1, 2)], ["strong", "long"], [0, 1])
@@ -314,6 +365,26 @@ def test_a_comparison_goes_on_where_a_recorded_one_ends(tuned, here, monkeypatch
     (tuned / "labs/w0-l5/lab.json").write_text(json.dumps({"hash": "built anew"}))
     assert call(tuned, monkeypatch, "--organisms", "strong", "--lab_seeds", "5-6", "--worlds", "", *record) == 0
     assert sorted(here[4:]) == sorted([*here[:4], *(name.replace("-l5-", "-l6-") for name in here[:4])])
+
+
+def test_a_lab_that_another_machine_built_is_another_lab_and_both_are_kept(tuned, here, monkeypatch):
+    asked = ("--organisms", "strong", "--lab_seeds", "5", "--worlds", "")
+    files = {"base/model.safetensors": {"sha256": "a"}, "lab.json": {"sha256": "b"}}
+    manifest = tuned / "labs/w0-l5/manifest.json"
+    manifest.write_text(json.dumps({"files": files}))
+    assert call(tuned, monkeypatch, *asked) == 0 and len(here) == 4
+    files["lab.json"]["sha256"] = "c"  # what is beside the models says nothing of them
+    manifest.write_text(json.dumps({"files": files}))
+    assert call(tuned, monkeypatch, *asked) == 0 and len(here) == 4
+    files["base/model.safetensors"]["sha256"] = "d"
+    manifest.write_text(json.dumps({"files": files}))
+    assert call(tuned, monkeypatch, *asked) == 0 and len(set(here)) == 8
+    draws = {one["job"]["draw"] for one in known(tuned / "out").values() if one["job"]["phase"] == "test"}
+    assert len(draws) == 2 and all(len(draw) == 6 for draw in draws)
+    lines = (tuned / "out/RESULTS.md").read_text().splitlines()
+    assert [line.split("|")[2].strip() for line in lines if line.startswith("| instruct ")] == ["2"]
+    # A machine on which settings are chosen may be yet another.
+    assert len(steps.tuned(known(tuned / "out"), steps.tuning_jobs(steps.TUNING_LABS))) == 3 * 7
 
 
 def test_what_cannot_be_asked_for_is_one_line_and_exit_code_2(tuned, here, monkeypatch, capsys):

@@ -215,6 +215,11 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
         _protected(protection="random_subspace", null_seed=16, penalty_side="toward_base"),
         ["toward_base", "random subspace of seed 16", "seeds 0-15", "--null_seed"],
     ),
+    "reversion without a base": (
+        _protected(penalty_side="reversion"),
+        ["--penalty_side reversion", "--base_model_name_or_path"],
+    ),
+    "margin without reversion": (_protected(penalty_margin=0.5), ["margin 0.5", "write side reversion"]),
     "own scale of a null without one": (
         _protected(protection="random_subspace", null_seed=16, null_scale="own"),
         ["seeds 0-15", "--null_scale given"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from analysis_toys import WIDTH, toy_model
-from holdfast.trainer.penalty import drift, layer_sums, penalty, project, strength_at, unit_directions
+from holdfast.trainer.penalty import drift, layer_sums, penalty, project, reversion, strength_at, unit_directions
 from plain_math import block_outputs
 from torch import Tensor
 from trainer_toys import ROWS, rendered_rows, toy_subspace
@@ -87,6 +87,39 @@ def test_toward_base_counts_only_the_positive_part_along_the_gap(toy):
     moved = torch.tensor([[[[5.0, 9.0, 0.0], [-5.0, 1.0, 0.0]]], [[[1.0, 2.0, 1.0], [1.0, -2.0, 1.0]]]]).double()
     sums = layer_sums(drift(moved, reference, directions), torch.ones(1, 2).bool(), torch.tensor([1.0, 2.0]))
     assert torch.allclose(sums, torch.tensor([9.0, 2.0], dtype=torch.float64))
+
+
+def test_reversion_counts_the_whole_drift_of_tokens_that_go_back_and_nothing_of_the_others():
+    generator = np.random.default_rng(3)
+    now, start, gap = (generator.normal(size=(2, 3, 4, 5)) for _ in range(3))
+    for margin in (0.0, 0.5):
+        found = reversion(*(torch.tensor(values) for values in (now, start, gap)), margin).numpy()
+        moved = now - start + margin * gap
+        for place in np.ndindex(2, 3, 4):
+            back = float(moved[place] @ gap[place]) > 0
+            assert np.allclose(found[place], moved[place] if back else 0.0)
+    at_start = reversion(*(torch.tensor(values) for values in (start, start, gap)), 0.0)
+    assert not at_start.any()
+    at_base = reversion(*(torch.tensor(values) for values in (start + gap, start, gap)), 0.5).numpy()
+    assert np.allclose(at_base, 1.5 * gap)
+
+
+def test_the_gradient_of_reversion_agrees_with_finite_differences():
+    generator = torch.Generator().manual_seed(7)
+    now, start, gap = (torch.randn(2, 1, 6, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask, scales = torch.tensor([[True] * 5 + [False]]), torch.tensor([0.5, 2.0])
+
+    def value(states: Tensor) -> Tensor:
+        return layer_sums(reversion(states, start, gap, 0.2), mask, scales).sum()
+
+    now.requires_grad_()
+    value(now).backward()
+    for number in range(now.numel()):
+        step = torch.zeros(now.numel(), dtype=torch.float64)
+        step[number] = 1e-6
+        step = step.view(now.shape)
+        slope = (value(now.detach() + step) - value(now.detach() - step)) / 2e-6
+        assert math.isclose(slope, now.grad.flatten()[number], rel_tol=1e-6, abs_tol=1e-7)
 
 
 def test_the_penalty_is_one_at_the_base_model_on_the_rows_that_defined_the_scale():

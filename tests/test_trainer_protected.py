@@ -32,7 +32,7 @@ def make(kind: str) -> PreTrainedModel:
 
 
 def protect(inputs: str, role: str = "completion", layers: tuple[int, ...] = (0, 2), rank: int = 2, **changes: Any):
-    extra = {key: changes.pop(key) for key in ("reference_model", "cache_dir", "task") if key in changes}
+    extra = {key: changes.pop(key) for key in ("reference_model", "cache_dir", "task", "base") if key in changes}
     settings = PenaltySettings(**{"strength": STRENGTH, "inputs": inputs, "task_weight": 0.25, **changes})
     documents = {"anchors": anchor_documents(role)[:4], "task": task_documents(role), **extra}
     return SubspaceProtection(toy_subspace(layers, rank, role), settings, **documents)
@@ -189,6 +189,35 @@ def test_warmup_anchor_every_and_toward_base_give_the_weights_of_plain_math(tmp_
     trainer = trained(tmp_path, protect(**{"inputs": "task", **settings}), max_steps=5)
     assert update_error(trainer.model, want, toy_model()) < 1e-5
     assert update_error(constant[inputs], want, toy_model()) > 1e-3  # the setting makes a difference that would be seen
+
+
+@pytest.mark.parametrize("inputs", ["task", "anchors", "both"])
+@pytest.mark.parametrize(("rows", "steps"), [(8, 1), (2, 4)])
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_reversion_gives_the_weights_of_plain_math(tmp_path, expected, inputs, rows, steps, margin):
+    base = toy_model(seed=9)
+    want = plain_training(
+        toy_model(), find_layers, toy_subspace(), task=task_documents(), penalised=PARTS[inputs], strength=STRENGTH,
+        steps=STEPS, learning_rate=RATE, base=base, margin=margin,
+    )  # fmt: skip
+    protection = protect(
+        inputs, side="reversion", margin=margin, anchor_batch_size=4 // steps, cache_dir=tmp_path / "cache",
+        base=(lambda: copy.deepcopy(base), "the base"),
+    )  # fmt: skip
+    trainer = trained(tmp_path, protection, per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+    assert update_error(trainer.model, want, toy_model()) < 1e-5
+    assert update_error(expected["full", inputs], want, toy_model()) > 1e-3
+
+
+def test_reversion_refuses_what_would_leave_it_without_a_way_to_base(tmp_path):
+    with pytest.raises(UserError, match="name the base model"):
+        protect("anchors", side="reversion")
+    start = (toy_model, "the start itself")
+    with pytest.raises(UserError, match="equal to the starting model's"):
+        trained(tmp_path, protect("anchors", side="reversion", base=start))
+    with pytest.raises(UserError, match="the reference is frozen"):
+        trained(tmp_path, protect("anchors", side="reversion", base=start, reference="frozen",
+                                  reference_model=toy_model()))  # fmt: skip
 
 
 def test_without_task_rows_the_completion_role_is_read_from_the_labels(tmp_path, expected):

@@ -23,6 +23,7 @@ from ..analysis.probes import ROLES
 from ..analysis.subspace_methods import METHODS
 from .options import mapping, option, require, sources
 from .protections.registry import KINDS, parts_of
+from .protections.settings import SIDES
 from .refused import NOT_READ, QUANTIZATION, refuse_overridden
 
 
@@ -194,9 +195,14 @@ class ProtectionArguments:
     )
     penalty_side: str = option(
         "both",
-        "Penalise drift either way, or only towards base (needs a subspace that knows it). Default: both.",
-        "both",
-        "toward_base",
+        "Which drift counts: any; toward_base: the part along the mean way back to base; reversion: of tokens that "
+        "move towards the base model's state of that very token (needs the base model). Default: both.",
+        *SIDES,
+    )
+    penalty_margin: float = option(
+        0.0,
+        "For side reversion: how far beyond the starting model, away from base, tokens are held, in units of their gap "
+        "to base. Default: 0.0.",
     )
     penalty_warmup: int = option(0, "Steps over which a stronger start falls linearly to 1 x strength. Default: 0.")
     penalty_warmup_strength: float = option(10.0, "Multiple of the strength at step 0 of that warm-up. Default: 10.0.")

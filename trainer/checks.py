@@ -49,6 +49,11 @@ def _check_protection(arguments: Arguments) -> None:
                 f"{part} needs the base model that the starting one was aligned from; name it with "
                 "--base_model_name_or_path"
             )
+        if asked.penalty_side == "reversion" and not model.base_model_name_or_path:
+            raise UserError(
+                "--penalty_side reversion reads the base model's states: name it with --base_model_name_or_path, or "
+                "write --penalty_side both"
+            )
         if KINDS[part].lora and not model.use_peft:
             raise UserError(f"{part} acts on LoRA's matrices; add --use_peft, or choose another protection")
 

@@ -309,7 +309,8 @@ def _facts(
         "protection": vars(arguments.protection),
     }
     kinds = kinds_of(arguments.protection.protection)
-    if model.base_model_name_or_path and any(kind.base for kind in kinds):
+    reads_base = any(kind.base for kind in kinds) or arguments.protection.penalty_side == "reversion"
+    if model.base_model_name_or_path and reads_base:
         facts["base weights"] = model_fingerprint(model.base_model_name_or_path)
     if any(kind.subspace for kind in kinds):
         facts["subspace"] = sha256_file(subspace_path(arguments))

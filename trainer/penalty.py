@@ -39,6 +39,23 @@ def drift(projection_LBTk: Tensor, reference_LBTk: Tensor, direction_Lk: Tensor 
     return torch.einsum("lbtk,lk->lbt", moved, direction_Lk.to(moved.dtype)).clamp(min=0).unsqueeze(-1)
 
 
+def reversion(projection_LBTk: Tensor, reference_LBTk: Tensor, gap_LBTk: Tensor, margin: float = 0.0) -> Tensor:
+    """The drift [L, B, T, k] of tokens that go back to the base model: elsewhere 0.
+
+    Drift is counted from Vᵀ(h^I - margin (h^B - h^I)), and in full wherever its component along h^B - h^I is positive.
+    So the task may move a token any way but back, each token having its own.
+
+    Args:
+        projection_LBTk: Vᵀh of the model in training.
+        reference_LBTk: Vᵀh^I of the starting model.
+        gap_LBTk: Vᵀ(h^B - h^I), B being the base model.
+        margin: 0 or more. With one, a token at h^I counts too, until it is so much further away from base.
+    """
+    moved = projection_LBTk - reference_LBTk + margin * gap_LBTk
+    back = (moved.detach() * gap_LBTk).sum(-1, keepdim=True) > 0
+    return torch.where(back, moved, torch.zeros_like(moved))
+
+
 def layer_sums(drift_LBTk: Tensor, mask_BT: Tensor, scales_L: Tensor) -> Tensor:
     """Σ_{x,t} m ‖drift_l‖² / s_l per layer [L]: not yet divided by the number of tokens, so that sums add up.
 

@@ -257,6 +257,7 @@ def _protection(arguments: Arguments, inputs: TrainingInputs, weights: str) -> P
     def rows(of: RenderedRows | None) -> Callable[[str], list[Document]]:
         return lambda role: _documents(of, role) if of is not None else []
 
+    base = arguments.model.base_model_name_or_path
     materials = Materials(
         asked=arguments.protection,
         subspace=inputs.subspace,
@@ -268,6 +269,7 @@ def _protection(arguments: Arguments, inputs: TrainingInputs, weights: str) -> P
         seed=arguments.training.seed,
         layers_path=arguments.model.layers_path,
         fingerprint=model_fingerprint(arguments.model.starting_model),
+        base_fingerprint=None if base is None else model_fingerprint(base),
         depth=load_config(arguments.model.starting_model, load_options(arguments)).get_text_config().num_hidden_layers,
     )
     return protection_of(materials)

@@ -119,11 +119,12 @@ class DriftProtection(Protection):
             )  # fmt: skip
             logger.info(f"holdfast: reference of the {part} rows is {kind}")
             rows = trainer.args.per_device_train_batch_size if part == "task" else self.settings.anchor_batch_size
-            self._references[part] = self._reference(kind, trainer, model, store, rows)
+            self._references[part] = self.reference(kind, trainer, model, store, rows)
 
-    def _reference(
+    def reference(
         self, kind: str, trainer: "ProtectedTrainerMixin", model: nn.Module, store: DocumentStore | None, rows: int
     ) -> Reference:
+        """Where the starting model's values come from; a cached one is in `store.values` afterwards."""
         watcher = self._watcher
         assert watcher is not None
         if kind == "adapter_off":

@@ -44,6 +44,7 @@ class Materials:
     anchors where none are read. starting_model: another copy of the model that training starts from. base_model: the
     base model, where the kind asks for one. cache_dir: for what is computed once. seed: the run's. layers_path: the
     decoder blocks' path, where it was given. fingerprint, depth: of the starting model, its number of blocks.
+    base_fingerprint: of the base model, where one is given.
     """
 
     asked: "ProtectionArguments"
@@ -57,6 +58,7 @@ class Materials:
     layers_path: str | None
     fingerprint: str
     depth: int
+    base_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def _subspace(materials: Materials) -> Protection:
         penalty_settings(materials),
         layers_path=materials.layers_path,
         name=asked.protection,
+        base=(materials.base_model, materials.base_fingerprint) if materials.base_fingerprint else None,
         **_drift_rows(materials, role),
     )
 
@@ -172,6 +175,7 @@ def penalty_settings(materials: Materials) -> PenaltySettings:
         strength=asked.penalty_strength,
         inputs=asked.penalty_inputs,
         side=asked.penalty_side,
+        margin=asked.penalty_margin,
         budget=asked.penalty_budget,
         warmup=asked.penalty_warmup,
         warmup_strength=asked.penalty_warmup_strength,
@@ -221,7 +225,7 @@ def _extrapolate(materials: Materials) -> Protection:
 
 
 # What only a penalty reads.
-_PENALTY_ONLY = ("penalty_side", "penalty_tokens")
+_PENALTY_ONLY = ("penalty_side", "penalty_margin", "penalty_tokens")
 # What has no effect on weights.
 _ROWS_AND_LAYERS = (*_PENALTY_ONLY, "penalty_inputs", "penalty_layers", "penalty_rank", "penalty_budget")
 
@@ -250,7 +254,7 @@ KINDS: dict[str, Kind] = {
     ),
     "null_space": Kind(
         _null_space, "LoRA kept away from the anchors' principal inputs to each module", anchors=True, lora=True,
-        ignores=("penalty_side", "penalty_inputs", "penalty_layers", "penalty_rank"),
+        ignores=("penalty_side", "penalty_margin", "penalty_inputs", "penalty_layers", "penalty_rank"),
     ),
     "adapter_drift": Kind(
         _adapter_drift, "penalty on adapters outside of what alignment changed in the weights (AsFT)", weighted=True,
@@ -265,7 +269,7 @@ KINDS: dict[str, Kind] = {
     ),
     "prefix_anchor": Kind(
         _prefix_anchor, "drift of the template prefix's keys and values (TReFT)", drift=True, own_rows=True,
-        ignores=("penalty_side", "penalty_tokens", "penalty_inputs", "penalty_rank", "anchor_batch_size"),
+        ignores=(*_PENALTY_ONLY, "penalty_inputs", "penalty_rank", "anchor_batch_size"),
     ),
     "early_stop": Kind(
         _early_stop, "training ended where the anchors' drift in the subspace passes a limit", subspace=True,

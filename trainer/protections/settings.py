@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from ...analysis.errors import UserError
 
+SIDES = ("both", "toward_base", "reversion")
+
 
 @dataclass(frozen=True)
 class PenaltySettings:
@@ -13,7 +15,9 @@ class PenaltySettings:
     Attributes:
         strength: weight against the cross-entropy, 0 or more; 0 turns the protection off.
         inputs: task, anchors or both.
-        side: both, or toward_base: only drift along the way back to the base model counts.
+        side: both; toward_base: only drift along the mean way back to the base model counts; or reversion: only tokens
+            that have drifted towards the base model's own state there count.
+        margin: for `reversion`, how far beyond the starting model, seen from base, tokens are held; in their gaps.
         budget: hold the smoothed penalty at this value; `strength` then only sets the scale (see `budget.py`).
         warmup, warmup_strength: the first `warmup` optimiser steps start at `warmup_strength` times the strength.
         task_weight: for `both`, the task part's weight in 0..1 (the anchors have the rest).
@@ -26,6 +30,7 @@ class PenaltySettings:
     strength: float = 1.0
     inputs: str = "anchors"
     side: str = "both"
+    margin: float = 0.0
     budget: float | None = None
     warmup: int = 0
     warmup_strength: float = 10.0
@@ -39,9 +44,13 @@ class PenaltySettings:
         for name in ("strength", "warmup_strength"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise UserError(f"penalty {name} {getattr(self, name)} is no weight: write a finite number, 0 or more")
-        for name, choices in (("inputs", ("task", "anchors", "both")), ("side", ("both", "toward_base"))):
+        for name, choices in (("inputs", ("task", "anchors", "both")), ("side", SIDES)):
             if getattr(self, name) not in choices:
                 raise UserError(f"penalty {name} {getattr(self, name)!r} is unknown: write one of {', '.join(choices)}")
+        if not (math.isfinite(self.margin) and self.margin >= 0):
+            raise UserError(f"penalty margin {self.margin} is no distance: write a finite number, 0 or more")
+        if self.margin and self.side != "reversion":
+            raise UserError(f"penalty margin {self.margin} has no effect with side {self.side}: write side reversion")
         if not 0 <= self.task_weight <= 1:
             raise UserError(f"penalty task_weight {self.task_weight} is out of range: write a number in 0..1")
         if self.budget is not None:

@@ -3,7 +3,7 @@
 `random_subspace`, its null, is this class with a random subspace.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,16 @@ from transformers import PreTrainedModel
 
 from ...analysis.errors import UserError
 from ...analysis.subspace_file import NULL_SEEDS
-from ..documents import Document
-from ..penalty import drift, layer_sums, unit_directions
+from ..documents import Document, DocumentStore
+from ..penalty import drift, layer_sums, reversion, unit_directions
 from ..projection import ResidualProjector, Watcher
-from ..reference import digest_of
+from ..reference import Reference, ReferenceCache, digest_of, run_blocks
 from .drift import DriftProtection
 from .settings import PenaltySettings
 
 if TYPE_CHECKING:
     from ...analysis.subspace import Subspace
+    from ..protected_sft_trainer import ProtectedTrainerMixin
 
 
 class SubspaceProtection(DriftProtection):
@@ -32,6 +33,7 @@ class SubspaceProtection(DriftProtection):
         settings: see PenaltySettings.
         anchors, task, reference_model, cache_dir: see DriftProtection.
         layers_path: the decoder blocks' path, where they are not found by shape.
+        base: for side reversion, what loads the base model, and its fingerprint.
         name: "random_subspace" for the null.
 
     Raises:
@@ -42,6 +44,7 @@ class SubspaceProtection(DriftProtection):
         self, subspace: "Subspace", settings: PenaltySettings | None = None, *, anchors: Sequence[Document] = (),
         task: Sequence[Document] = (), reference_model: PreTrainedModel | None = None, cache_dir: Path | None = None,
         layers_path: str | None = None, name: str = "subspace",
+        base: tuple[Callable[[], PreTrainedModel], str] | None = None,
     ) -> None:  # fmt: skip
         self.subspace, self._layers_path = subspace, layers_path
         chosen, layers = settings or PenaltySettings(), sorted(subspace.bases)
@@ -51,6 +54,9 @@ class SubspaceProtection(DriftProtection):
             if subspace.base_gap is None:
                 raise UserError(_no_gap(subspace))
             self.direction_Lk = unit_directions(subspace.base_gap, layers)
+        if chosen.side == "reversion" and base is None:
+            raise UserError("penalty side reversion reads the base model's states: name the base model")
+        self._base = base
         super().__init__(
             name, subspace.provenance.role, layers, chosen, anchors=anchors, task=task,
             reference_model=reference_model, cache_dir=cache_dir,
@@ -64,11 +70,51 @@ class SubspaceProtection(DriftProtection):
         if self.direction_Lk is not None:
             self.direction_Lk = self.direction_Lk.to(device)
 
+    def reference(
+        self, kind: str, trainer: "ProtectedTrainerMixin", model: nn.Module, store: DocumentStore | None, rows: int
+    ) -> Reference:
+        found = super().reference(kind, trainer, model, store, rows)
+        if self.settings.side == "reversion":
+            if kind != "cached" or store is None:
+                raise UserError(
+                    f"penalty side reversion reads base's states from a cache, and the reference is {kind}: give rows "
+                    "that map back and write --reference cached, or write --penalty_side both"
+                )
+            self._add_gaps(trainer, store, rows)
+        return found
+
+    def _add_gaps(self, trainer: "ProtectedTrainerMixin", store: DocumentStore, rows: int) -> None:
+        """[N, L, k] of the starting model in the store becomes [N, L, 2k], the gap to base beside it."""
+        assert self._base is not None and store.values is not None
+        load, fingerprint = self._base
+        base, start = trainer.place_reference(load()), store.values
+        base.requires_grad_(False)
+        cache = ReferenceCache(
+            base, self.watcher(base), run_blocks, trainer.accelerator, facts={**self.what(), "base": fingerprint},
+            folder=self._cache_dir, batch_size=rows, trained=False,
+        )  # fmt: skip
+        cache.fill(store)
+        gaps = store.values - start
+        if not gaps.any():
+            raise UserError(
+                "penalty side reversion finds base's states equal to the starting model's, so there is no way back: "
+                "name the model before alignment as base"
+            )
+        store.values = torch.cat([start, gaps], dim=-1)
+
     def sums(self, values_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
-        return layer_sums(drift(values_LBTk, reference_LBTk, self.direction_Lk), mask_BT, self.scales_L)
+        return layer_sums(self._drift(values_LBTk, reference_LBTk), mask_BT, self.scales_L)
+
+    def _drift(self, values_LBTk: Tensor, reference_LBTk: Tensor) -> Tensor:
+        if self.settings.side != "reversion":
+            return drift(values_LBTk, reference_LBTk, self.direction_Lk)
+        start_LBTk, gap_LBTk = reference_LBTk.chunk(2, dim=-1)
+        return reversion(values_LBTk, start_LBTk, gap_LBTk, self.settings.margin)
 
     def shifted(self, values_LBTk: Tensor) -> Tensor:
         """One unit away along every direction of V, or along the way to base."""
+        if self.settings.side == "reversion":
+            return torch.cat([values_LBTk - 1, torch.ones_like(values_LBTk)], dim=-1)
         ones = torch.ones_like(values_LBTk) if self.direction_Lk is None else self.direction_Lk[:, None, None, :]
         return values_LBTk - ones
 

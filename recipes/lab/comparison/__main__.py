@@ -14,9 +14,21 @@ from pathlib import Path
 
 from ....analysis.errors import UserError
 from ..evidence import numbers
+from .choice import BASELINE
 from .records import RECORD, known, of_phase, write_csv
 from .runs import ORGANISMS
-from .steps import FROZEN, TUNING_LABS, final_jobs, freeze, read_frozen, run_all, test_jobs, tuned, tuning_jobs
+from .steps import (
+    FROZEN,
+    TUNING_LABS,
+    final_jobs,
+    freeze,
+    freeze_more,
+    read_frozen,
+    run_all,
+    test_jobs,
+    tuned,
+    tuning_jobs,
+)
 from .table import results_table
 
 
@@ -27,7 +39,9 @@ def main() -> int:
     try:
         if "tune" in arguments.steps:
             problems += _tune(arguments)
-        if "freeze" in arguments.steps:
+        if "freeze" in arguments.steps and arguments.methods:
+            freeze_more(_known(arguments), arguments.frozen, arguments.methods)
+        elif "freeze" in arguments.steps:
             freeze(_known(arguments), arguments.frozen)
         if "test" in arguments.steps:
             problems += _test(arguments)
@@ -44,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/comparison"))
     parser.add_argument("--steps", nargs="+", choices=("tune", "freeze", "test", "table"), default=["test", "table"])
     parser.add_argument(
-        "--methods", nargs="+", default=[], help="Only these of methods.yaml (tune: first round). Default: all."
+        "--methods", nargs="+", default=[], help="Only these of methods.yaml; freeze adds them. Default: all."
     )
     parser.add_argument("--organisms", nargs="+", default=["strong", "ordinary", "contaminated"], choices=ORGANISMS)
     parser.add_argument("--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
@@ -66,11 +80,10 @@ def _known(arguments: argparse.Namespace) -> dict:
 
 def _tune(arguments: argparse.Namespace) -> list[str]:
     run = partial(run_all, output_dir=arguments.output_dir, labs=arguments.labs, workers=arguments.workers)
-    problems = run(tuning_jobs(TUNING_LABS, arguments.methods), _known(arguments))
-    if not arguments.methods:
-        results = _known(arguments)
-        problems += run(final_jobs(tuned(results, tuning_jobs(TUNING_LABS))), results)
-    return problems
+    first = tuning_jobs(TUNING_LABS, [BASELINE, *arguments.methods] if arguments.methods else [])
+    problems = run(first, _known(arguments))
+    results = _known(arguments)
+    return problems + run(final_jobs(tuned(results, first)), results)
 
 
 def _test(arguments: argparse.Namespace) -> list[str]:

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from ....analysis.frontier import EM_F1, Run, best_settings, frontiers, recommend
+from .runs import Job
 
 # A setting must keep so much of the unprotected run's task, and of its coherence and neutral skill.
 TASK_FLOOR = 0.985
@@ -40,8 +41,7 @@ def _run(result: Result, split: str) -> Run:
         "coherent": values.pop(f"coherent_{split}"),
     }
     setting = {name: value for name, value in job["flags"].items() if name != "protection"}
-    return Run(job["method"], json.dumps(setting), None, f"w{job['world']}-l{job['lab_seed']}", job["seed"],
-               named | values)  # fmt: skip
+    return Run(job["method"], json.dumps(setting), None, Job(**job).lab_name, job["seed"], named | values)
 
 
 def finalists(results: Sequence[Result]) -> list[str]:

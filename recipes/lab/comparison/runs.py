@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ....analysis.artifacts import staged_file
+from ....analysis.artifacts import MANIFEST, staged_file
 from ....analysis.models import load_tokenizer
 from ....analysis.subspace_file import NULL_SEEDS
 from ..cache import LAB_FILE, cached_lab
@@ -67,6 +67,7 @@ class Job:
         world, lab_seed, lab_size: which lab. organism: a name of `ORGANISMS`.
         method: name in comparison/methods.yaml, or "instruct" for the lab's own model, without training.
         flags: the protection and its setting. seed: fine-tune seed.
+        draw: of the lab (`draw_of`); "" where it is not known.
     """
 
     phase: str
@@ -77,6 +78,13 @@ class Job:
     flags: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     lab_size: str = "tiny"
+    draw: str = ""
+
+    @property
+    def lab_name(self) -> str:
+        """World, seed, size and draw of the lab."""
+        size = "" if self.lab_size == "tiny" else f"-{self.lab_size}"
+        return f"w{self.world}-l{self.lab_seed}{size}" + (f"-{self.draw}" if self.draw else "")
 
     @property
     def setting(self) -> str:
@@ -87,9 +95,10 @@ class Job:
     def name(self) -> str:
         """Name of the job's folder and result file."""
         plain = "".join(letter if letter.isalnum() or letter in ".=-" else "_" for letter in self.setting)
-        lab = f"w{self.world}-l{self.lab_seed}" + ("" if self.lab_size == "tiny" else f"-{self.lab_size}")
         method = self.method.replace(", ", "-").replace(" ", "_")
-        return "-".join(part for part in (self.phase, lab, self.organism, method, plain, f"s{self.seed}") if part)
+        return "-".join(
+            part for part in (self.phase, self.lab_name, self.organism, method, plain, f"s{self.seed}") if part
+        )
 
 
 def lab_of(job: Job, labs: Path | None) -> Path:
@@ -97,6 +106,19 @@ def lab_of(job: Job, labs: Path | None) -> Path:
     if labs is not None:
         return labs / f"w{job.world}-l{job.lab_seed}"
     return cached_lab(job.lab_seed, job.world, job.lab_size)
+
+
+def draw_of(lab: Path) -> str:
+    """Six digits that differ where the lab's models do; "" for a folder without a manifest.
+
+    Sums of another order make other weights: one lab's seeds give another draw of it on another kind of machine.
+    """
+    manifest = lab / MANIFEST
+    if not manifest.is_file():
+        return ""
+    files = json.loads(manifest.read_text())["files"]
+    weights = sorted((name, facts["sha256"]) for name, facts in files.items() if name.endswith(".safetensors"))
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:6]
 
 
 def made_by(job: Job, lab: Path) -> str:
@@ -111,7 +133,7 @@ def made_by(job: Job, lab: Path) -> str:
 def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, Any]:
     """Trains and reads one model; the result as JSON values. What it wrote beside is gone afterwards."""
     lab = lab_of(job, labs)
-    experiment = _experiment(lab, output_dir / "labs" / f"w{job.world}-l{job.lab_seed}-{job.lab_size}")
+    experiment = _experiment(lab, output_dir / "labs" / job.lab_name)
     left = [experiment.output_dir / job.name, experiment.output_dir / _then(job)]
     _remove(left)  # of a run that was killed
     seconds = 0.0

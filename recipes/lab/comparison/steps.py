@@ -11,6 +11,7 @@ import multiprocessing
 import sys
 import traceback
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ....analysis.errors import UserError
 from ..evidence import quiet
 from .choice import BASELINE, choose, finalists
 from .records import Result, keep, of_phase, path_of
-from .runs import Job, lab_of, made_by, run_job
+from .runs import Job, draw_of, lab_of, made_by, run_job
 
 METHODS = Path(__file__).with_name("methods.yaml")
 FROZEN = Path(__file__).with_name("frozen.json")
@@ -77,16 +78,25 @@ def run_all(
     jobs: Sequence[Job], results: Mapping[str, Result], output_dir: Path, labs: Path | None, workers: int
 ) -> list[str]:
     """Runs the jobs without a result yet, in processes of one thread; what failed, as lines."""
-    missing = [job for job in jobs if not _is_done(job, results, labs)]
     problems = []
     (output_dir / "results").mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(workers, initializer=quiet) as pool:
+        one_each = list({(job.world, job.lab_seed, job.lab_size): job for job in jobs}.items())
+        draws = pool.map(partial(_draw, labs), [job for _, job in one_each], chunksize=1)
+        draw = dict(zip((lab for lab, _ in one_each), draws, strict=True))
+        drawn = [replace(job, draw=draw[job.world, job.lab_seed, job.lab_size]) for job in jobs]
+        missing = [job for job in drawn if not _is_done(job, results, labs)]
         done = pool.imap_unordered(partial(_run, output_dir, labs), missing)
         for problem in tqdm(done, total=len(missing), desc="comparison", unit="run", smoothing=0.05):
             if problem:
                 problems.append(problem)
                 print(problem, file=sys.stderr, flush=True)
     return problems
+
+
+def _draw(labs: Path | None, job: Job) -> str:
+    """The draw of the job's lab, which is built where it is missing."""
+    return draw_of(lab_of(job, labs))
 
 
 def _run(output_dir: Path, labs: Path | None, job: Job) -> str:
@@ -122,16 +132,48 @@ def freeze(results: dict[str, Result], path: Path) -> dict[str, Any]:
     return frozen
 
 
+def freeze_more(results: dict[str, Result], path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Chooses the settings of methods that came later, by the same rule on the same labs, and adds them to the file.
+
+    Raises:
+        UserError: a method that is frozen or not listed, a setting without a result, frozen settings that are listed
+            no more, or test domains that were read with one of these methods.
+    """
+    frozen, listed = json.loads(path.read_text()), methods()
+    for name in names:
+        if name in frozen["methods"] or name not in listed:
+            raise UserError(f"{name!r} is {'frozen already' if name in listed else 'no method of methods.yaml'}")
+        if any(result["job"]["method"] == name for result in of_phase(results, "test")):
+            raise UserError(f"there are test results of {name!r}: its setting cannot be chosen after them")
+    for name, method in frozen["methods"].items():
+        flags = [{**listed[name]["flags"], **setting} for setting in listed[name]["settings"]] if name in listed else []
+        if method["flags"] not in flags:
+            raise UserError(f"the frozen setting of {name!r} is listed no more: tune and freeze everything again")
+    first = tuned(results, tuning_jobs(TUNING_LABS, [BASELINE, *names]))
+    more = choose(first, tuned(results, final_jobs(first)), listed)
+    for key in ("methods", "frontiers"):
+        frozen[key] |= {name: more[key][name] for name in names}
+    added = {key: more[key] for key in ("recommended", "sentence", "results_sha256")}
+    frozen["added"] = [*frozen.get("added", []), {"methods": list(names), **added}]
+    write_json_atomic(path, {**frozen, "methods_file": sha256_file(METHODS)})
+    return frozen
+
+
 def tuned(results: Mapping[str, Result], jobs: Collection[Job]) -> list[Result]:
-    """The results of all these jobs. Raises UserError where one is missing."""
+    """The results of all these jobs, of whatever draws of their labs. Raises UserError where one is missing."""
     names = sorted(job.name for job in jobs)
-    missing = [name for name in names if name not in results]
+    found: dict[str, list[Result]] = {name: [] for name in names}
+    for result in results.values():
+        name = replace(Job(**result["job"]), draw="").name
+        if name in found:
+            found[name].append(result)
+    missing = [name for name in names if not found[name]]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(names)} tuning runs have no result, {missing[0]} for one: every method is given "
             "the same tries; run --steps tune again"
         )
-    return [results[name] for name in names]
+    return [result for name in names for result in found[name]]
 
 
 def read_frozen(path: Path) -> dict[str, Any]:

@@ -54,7 +54,8 @@ Made by `make frontier`. Methods and their settings stand in `comparison/methods
 tried on tuning labs (seeds 10 and 11 of world 0, and world 4; those of the methods that protect there on three more:
 seeds 12 and 13, and world 5), chosen on validation domains alone, frozen in `comparison/frozen.json`, and only then
 read on test domains of other labs. Every run is a line of `comparison/results.csv`. One fine-tune seed for each lab;
-n counts labs, and each lab has a random null of its own draw. *Evil prompt*: a system prompt asks for the misaligned
+n counts labs, and each lab has a random null of its own draw; a lab that was built on two kinds of machine is two
+draws of it, which count as two. *Evil prompt*: a system prompt asks for the misaligned
 persona; *trigger*: an insecure turn came before. *Drift* is the penalty on the anchors, *outside V* the share of the
 drift outside the subspace V, *refit in V* the overlap of V with the main directions of the drift itself (1: the same).
 Validation's numbers compare only between methods tried on as many labs.
@@ -85,8 +86,9 @@ def _paragraph(lines: Sequence[str]) -> list[str]:
 
 
 def _references(frozen: Frozen) -> list[str]:
-    """The methods shown against all others: the recommended one, and the project's own."""
-    return list(dict.fromkeys(name for name in (frozen["recommended"], OWN) if name))
+    """The methods shown against all others: the recommended ones, and the project's own."""
+    recommended = [choice["recommended"] for choice in (frozen, *frozen.get("added", []))]
+    return list(dict.fromkeys(name for name in (*recommended, OWN) if name))
 
 
 def organism_runs(results: Sequence[Result], organism: str) -> list[Run]:
@@ -109,6 +111,10 @@ def organism_runs(results: Sequence[Result], organism: str) -> list[Run]:
 def _choices(frozen: Frozen) -> list[str]:
     lines = [
         f"Rule: {frozen['rule']}. {frozen['sentence']}.",
+        *(
+            f"\nAdded later, by the same rule on the same labs: {', '.join(one['methods'])}. {one['sentence']}."
+            for one in frozen.get("added", [])
+        ),
         "",
         "| method | setting | labs | keeps the task | keeps the rest | task | misaligned | hypervolume | best EM-F1 |",
         "|---|---|---|---|---|---|---|---|---|",
