@@ -42,6 +42,10 @@ def lora_model() -> PreTrainedModel:
     )
 
 
+def base_model() -> PreTrainedModel:
+    return toy_model(seed=9)
+
+
 def settings(inputs: str, **changes: Any) -> PenaltySettings:
     keys: dict[str, Any] = {"strength": STRENGTH, "inputs": inputs, "task_weight": 0.25, "anchor_batch_size": 2}
     return PenaltySettings(**{**keys, **changes})
@@ -53,6 +57,8 @@ def protection(inputs: str, **changes: Any) -> Protection:
     if inputs == "steering":
         return steering(toy_subspace(), ALPHA)
     extra = {key: changes.pop(key) for key in ("reference_model", "cache_dir") if key in changes}
+    if changes.get("side") == "reversion":
+        extra["base"] = (base_model, "the base")
     return SubspaceProtection(
         toy_subspace(), settings(inputs, **changes), anchors=anchor_documents()[:4], task=task_documents(), **extra
     )
@@ -60,6 +66,8 @@ def protection(inputs: str, **changes: Any) -> Protection:
 
 # name: (DeepSpeed configuration, LoRA, inputs, changes of the settings, changes of the training arguments)
 Case = tuple[str | None, bool, str, dict[str, Any], dict[str, Any]]
+MARGIN = 0.2
+REVERSION = {"side": "reversion", "margin": MARGIN}
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 CASES: dict[str, Case] = {
     "ddp_full": (None, False, "both", {}, {}),
@@ -73,6 +81,9 @@ CASES: dict[str, Case] = {
     "zero3_lora_reentrant": ("zero3", True, "both", {}, REENTRANT),
     "zero3_lora_adapter_off": ("zero3", True, "both", {"reference": "adapter_off", "anchor_batch_size": 1},
                                {"accumulate": 2}),
+    "ddp_lora_reversion": (None, True, "both", {**REVERSION, "anchor_batch_size": 1}, {"accumulate": 2}),
+    "zero2_full_reversion": ("zero2", False, "both", REVERSION, {}),
+    "zero3_full_reversion": ("zero3", False, "both", REVERSION, {}),
     "zero3_full_bf16": ("zero3", False, "both", {}, {"bf16": True}),
 }  # fmt: skip
 # Changes of the stream instead of a penalty.

@@ -98,9 +98,13 @@ def _subspace(materials: Materials) -> Protection:
         penalty_settings(materials),
         layers_path=materials.layers_path,
         name=asked.protection,
-        base=(materials.base_model, materials.base_fingerprint) if materials.base_fingerprint else None,
+        base=_base(materials),
         **_drift_rows(materials, role),
     )
+
+
+def _base(materials: Materials) -> tuple[Callable[[], PreTrainedModel], str] | None:
+    return None if materials.base_fingerprint is None else (materials.base_model, materials.base_fingerprint)
 
 
 def _drift_rows(materials: Materials, role: str) -> dict[str, Any]:
@@ -147,8 +151,9 @@ def _early_stop(materials: Materials) -> Protection:
     asked, subspace = materials.asked, materials.subspace
     assert subspace is not None  # the kind asks for one
     settings = PenaltySettings(
-        side=asked.penalty_side, reference=asked.reference, anchor_batch_size=asked.anchor_batch_size
-    )
+        side=asked.penalty_side, margin=asked.penalty_margin, reference=asked.reference,
+        anchor_batch_size=asked.anchor_batch_size,
+    )  # fmt: skip
     erosion = Erosion(
         subspace,
         settings,
@@ -156,6 +161,7 @@ def _early_stop(materials: Materials) -> Protection:
         reference_model=materials.starting_model() if asked.reference == "frozen" else None,
         cache_dir=materials.cache_dir,
         layers_path=materials.layers_path,
+        base=_base(materials),
     )
     return EarlyStopProtection(erosion, asked.early_stop_limit, asked.early_stop_every)
 
