@@ -354,6 +354,16 @@ def test_a_result_of_another_lab_is_made_again(tuned, here, monkeypatch):
     assert call(tuned, monkeypatch, *asked) == 0 and here[4:] == here[:4]
 
 
+def test_style_results_are_made_again_where_the_code_of_their_rows_has_changed(tmp_path, monkeypatch):
+    (tmp_path / "lab.json").write_text(json.dumps({"hash": "h"}))
+    jobs = [Job("test", 0, 0, organism, "none", {"protection": "none"}) for organism in ("strong", "style")]
+    before = [made_by(job, tmp_path) for job in jobs]
+    (tmp_path / "stress.py").write_text("# other rows\n")
+    monkeypatch.setattr(stress, "__file__", str(tmp_path / "stress.py"))
+    after = [made_by(job, tmp_path) for job in jobs]
+    assert after[0] == before[0] and after[1] != before[1]
+
+
 def test_a_comparison_goes_on_where_a_recorded_one_ends(tuned, here, monkeypatch):
     asked = ("--organisms", "strong", "--lab_seeds", "5", "--worlds", "")
     assert call(tuned, monkeypatch, *asked) == 0 and len(here) == 4

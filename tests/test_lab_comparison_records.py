@@ -66,7 +66,7 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path, content: str | None
 def test_the_tables_are_those_of_the_recorded_runs():
     frozen = read_frozen(FROZEN)
     results = read_csv(RECORD)
-    tables = (RECORD.parent.parent / "REPLICATION.md").read_text(encoding="utf-8")
+    tables = (RECORD.parent.parent / "RESULTS.md").read_text(encoding="utf-8")
     assert results_table(of_phase({Job(**one["job"]).name: one for one in results}, "test"), frozen) == tables
     chosen = {name: method["flags"] for name, method in frozen["methods"].items()} | {"instruct": {}}
     assert all(one["job"]["flags"] == chosen[one["job"]["method"]] for one in results)

@@ -1,5 +1,6 @@
 """early_stop ends at the first look over the limit, with the weights of the last one within it: those of plain math."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -26,7 +27,7 @@ RATE, EVERY, STEPS = 0.005, 2, 8
 
 
 def made(limit: float, every: int = EVERY, layers: tuple[int, ...] = (0, 2), **changes: Any) -> EarlyStopProtection:
-    rows = {key: changes.pop(key) for key in ("reference_model", "cache_dir") if key in changes}
+    rows = {key: changes.pop(key) for key in ("reference_model", "cache_dir", "base") if key in changes}
     settings = PenaltySettings(anchor_batch_size=2, **changes)
     return EarlyStopProtection(
         Erosion(toy_subspace(layers), settings, anchors=anchor_documents(), **rows), limit, every
@@ -91,6 +92,25 @@ def test_training_stops_at_the_first_look_over_the_limit_with_the_weights_of_the
     assert looks == pytest.approx(drift[1:4], rel=1e-4)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("early_stop:")]
     assert len(printed) == 1 and "ended at step 6" in printed[0] and "those of step 4" in printed[0]
+
+
+def test_erosion_by_reversion_is_that_of_plain_math(tmp_path, planted):
+    models, _ = planted[False]
+    base, start = toy_model(seed=9), toy_model().double()
+    protection = made(100.0, side="reversion", margin=0.2, base=(lambda: copy.deepcopy(base), "the base"))
+    trainer = trainer_of(
+        tmp_path, toy_model().train(), protection=protection, max_steps=STEPS, learning_rate=RATE, logging_steps=2,
+        per_device_train_batch_size=8,
+    )  # fmt: skip
+    trainer.train()
+    looks = [entry["erosion"] for entry in trainer.state.log_history if "erosion" in entry]
+    with torch.no_grad():
+        want = [
+            float(plain_penalty(model, start, find_layers, anchor_documents(), toy_subspace(), base=base.double(),
+                                margin=0.2))
+            for model in models[1:]
+        ]  # fmt: skip
+    assert looks == pytest.approx(want, rel=1e-4)
 
 
 def test_a_first_look_over_the_limit_goes_back_to_the_start(tmp_path, planted):

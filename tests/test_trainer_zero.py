@@ -49,7 +49,7 @@ def expected() -> dict[tuple[bool, bool], dict[str, dict[str, torch.Tensor]]]:
             model, find_layers, toy_subspace(), task=task_documents(),
             penalised={0.25: task_documents(), 0.75: anchor_documents()[:4]}, strength=zero_worker.STRENGTH,
             steps=zero_worker.STEPS, learning_rate=zero_worker.LEARNING_RATE,
-            base=zero_worker.base_model() if reversion else None, margin=zero_worker.MARGIN,
+            base=zero_worker.BASE if reversion else None, margin=zero_worker.MARGIN,
         )  # fmt: skip
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         found[lora, reversion] = {

@@ -42,8 +42,8 @@ def lora_model() -> PreTrainedModel:
     )
 
 
-def base_model() -> PreTrainedModel:
-    return toy_model(seed=9)
+# Made first: while a ZeRO-3 configuration is alive, new models are born sharded.
+BASE = toy_model(seed=9)
 
 
 def settings(inputs: str, **changes: Any) -> PenaltySettings:
@@ -58,7 +58,7 @@ def protection(inputs: str, **changes: Any) -> Protection:
         return steering(toy_subspace(), ALPHA)
     extra = {key: changes.pop(key) for key in ("reference_model", "cache_dir") if key in changes}
     if changes.get("side") == "reversion":
-        extra["base"] = (base_model, "the base")
+        extra["base"] = (lambda: copy.deepcopy(BASE), "the base")
     return SubspaceProtection(
         toy_subspace(), settings(inputs, **changes), anchors=anchor_documents()[:4], task=task_documents(), **extra
     )
@@ -215,7 +215,6 @@ SPECIAL: dict[str, Callable[[Path, PreTrainedModel], dict[str, Any]]] = {
 
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    # Made first: while a ZeRO-3 configuration is alive, new models are born sharded.
     models = {lora: lora_model() if lora else toy_model() for lora in (False, True)}
     cases = {**CASES, **CHANGED}
     for name in names or [*cases, *SPECIAL]:

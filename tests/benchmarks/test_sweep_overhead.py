@@ -1,8 +1,9 @@
-"""What a sweep adds to its runs: wall time × jobs over the sum of their training (and measuring) seconds, on the lab.
+"""What a sweep adds to its runs: wall time × jobs over the sum of their training seconds, on the lab.
 
     python -m pytest tests/benchmarks/test_sweep_overhead.py -q -s
 
-Importing and checking is paid once per worker, about 15 s, so the share falls with the number and length of the runs.
+Importing and checking is paid once per worker, about 15 s, and measuring once per run, about 3 s, so the share falls
+with the number and length of the runs: these take one to two minutes, which is short for a fine-tune.
 Their number is even: with nine on two workers one waits while the last run ends, half of what was counted.
 """
 
@@ -18,7 +19,7 @@ from holdfast.recipes.lab.experiment import Experiment
 from holdfast.trainer.cli import main
 from lab_toys import shared_lab
 
-JOBS, STEPS, SEEDS, STRENGTHS = 2, 1000, ("0", "1", "2", "3"), ("1", "4")
+JOBS, STEPS, SEEDS, STRENGTHS = 2, 2000, ("0", "1", "2", "3"), ("1", "4")
 
 
 def test_a_sweep_costs_at_most_a_tenth_more_than_its_runs(tmp_path: Path, monkeypatch) -> None:
@@ -33,4 +34,4 @@ def test_a_sweep_costs_at_most_a_tenth_more_than_its_runs(tmp_path: Path, monkey
     measured = sum(line["seconds"]["measure"] + line["seconds"].get("test", 0.0) for line in lines)
     print(f"\n{len(lines)} runs, {JOBS} jobs: {wall:.0f} s; training {trained:.0f} s, measuring {measured:.0f} s")
     print(f"over training {wall * JOBS / trained - 1:.1%}, over both {wall * JOBS / (trained + measured) - 1:.1%}")
-    assert wall * JOBS <= 1.1 * (trained + measured)
+    assert wall * JOBS <= 1.1 * trained

@@ -16,12 +16,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from ....analysis.artifacts import MANIFEST, staged_file
+from ....analysis.artifacts import MANIFEST, sha256_file, staged_file
 from ....analysis.models import load_tokenizer
 from ....analysis.subspace_file import NULL_SEEDS
 from ..cache import LAB_FILE, cached_lab
 from ..experiment import RECIPES, Experiment
 from ..world import World, make_world
+from . import stress
 from .reading import merged_model, read_model
 from .stress import anchor_subset, style_rows
 
@@ -126,7 +127,10 @@ def made_by(job: Job, lab: Path) -> str:
     organism = ORGANISMS[job.organism]
     recipe = (RECIPES / f"{organism.recipe}.yaml").read_text()
     lab_hash = json.loads((lab / LAB_FILE).read_text())["hash"]
-    text = json.dumps([lab_hash, recipe, asdict(organism), job.flags, job.seed, job.phase], sort_keys=True)
+    facts = [lab_hash, recipe, asdict(organism), job.flags, job.seed, job.phase]
+    if organism.rows == "style":  # made and read by code of the comparison's own
+        facts.append(sha256_file(Path(stress.__file__)))
+    text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
