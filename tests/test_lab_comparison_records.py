@@ -67,7 +67,8 @@ def test_the_tables_are_those_of_the_recorded_runs():
     frozen = read_frozen(FROZEN)
     results = read_csv(RECORD)
     tables = (RECORD.parent.parent / "RESULTS.md").read_text(encoding="utf-8")
-    assert results_table(of_phase({Job(**one["job"]).name: one for one in results}, "test"), frozen) == tables
+    read = of_phase({Job(**one["job"]).name: one for one in results}, "test")
+    assert results_table(read, frozen) == tables
     chosen = {name: method["flags"] for name, method in frozen["methods"].items()} | {"instruct": {}}
-    assert all(one["job"]["flags"] == chosen[one["job"]["method"]] for one in results)
+    assert all(one["job"]["flags"] == chosen[one["job"]["method"]] for one in read)
     assert len(results) == len({json.dumps(one["job"], sort_keys=True) for one in results})

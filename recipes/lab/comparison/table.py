@@ -13,7 +13,7 @@ import numpy as np
 from ....analysis.frontier import Run, em_f1, paired, points
 from .choice import BASELINE, runs_of
 
-OWN = "subspace"
+OWN = ("subspace", "subspace, reversion")
 Result = dict[str, Any]
 Frozen = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ def _paragraph(lines: Sequence[str]) -> list[str]:
 def _references(frozen: Frozen) -> list[str]:
     """The methods shown against all others: the recommended ones, and the project's own."""
     recommended = [choice["recommended"] for choice in (frozen, *frozen.get("added", []))]
-    return list(dict.fromkeys(name for name in (*recommended, OWN) if name))
+    return list(dict.fromkeys(name for name in (*recommended, *OWN) if name))
 
 
 def organism_runs(results: Sequence[Result], organism: str) -> list[Run]:
