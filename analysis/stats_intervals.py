@@ -107,7 +107,7 @@ def rate_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: flo
         return binomial_ci(int(rows.sum()), len(rows), confidence)
     sums, counts = cluster_sums(rows, clusters)
     rate, influence = float(rows.mean()), _influence(sums, counts)
-    other = stretch(skewed_t(rate, influence, confidence), rate, influence, confidence, end=float(rate > 0.5))
+    other = stretch(skewed_t(rate, influence, confidence), rate, influence, confidence, float(rate > 0.5), rate=True)
     return rate_bounds(sums, counts, other, confidence)
 
 
@@ -193,14 +193,20 @@ def one_sign(values: ArrayLike) -> bool:
 
 
 def stretch(
-    interval: Interval, value: float, influence: Floats, confidence: float = 0.95, end: float = 0.0
+    interval: Interval,
+    value: float,
+    influence: Floats,
+    confidence: float = 0.95,
+    end: float = 0.0,
+    rate: bool = False,
 ) -> Interval:
     """The interval, its side away from `end`, which no value passes, as far out as a larger skewness would put it.
 
     A sample shows less skewness than there is, the less the smaller it is, and past some skewness Hall's interval
-    becomes shorter again. So the bound is the furthest of any skewness up to 1 + 30 / G^1.5 times the sample's, or, if
-    that is less, up to 3 cv + cv^3: that of lognormal values whose sd is cv times their mean's distance from `end`.
-    Values far from it stay as they are.
+    becomes shorter again. So the bound is the furthest of any skewness up to 1 + 30 / G^1.5 times the sample's (1 + 3 /
+    sqrt(G) with more than 10 units that are no rates, whose tails may be heavier), or, if that is less, up to
+    3 cv + cv^3: that of lognormal values whose sd is cv times their mean's distance from `end`. Values far from it stay
+    as they are.
     """
     n = len(influence)
     error, away = np.sqrt(_squared_error(influence)), value - end
@@ -208,7 +214,8 @@ def stretch(
         return interval
     skew = float(abs(np.mean(influence**3)) / np.mean(influence**2) ** 1.5)
     variation = float(error * np.sqrt(n) / abs(away))
-    most = min((1 + 30 / n**1.5) * skew, 3 * variation + variation**3) / np.sqrt(n)
+    unseen = 30 / n**1.5 if rate else 3 / np.sqrt(n) * max(1, 10 / n)
+    most = min((1 + unseen) * skew, 3 * variation + variation**3) / np.sqrt(n)
     quantile = float(scipy_stats.t.ppf(0.5 + confidence / 2, n - 1))
     reach = float(error * np.max(-_unskewed(-quantile, np.linspace(0, most, 200))))
     low, high = interval

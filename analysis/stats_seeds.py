@@ -53,7 +53,7 @@ def hierarchical_bootstrap(
     as_rate = rate or (rows.min() >= 0 and rows.max() <= 1 and np.ptp(rows) > 0)
     if n_units >= _FEWEST_UNITS and one_sign(rows):
         influence = (sums - mean * counts) / counts.mean()
-        interval = stretch(interval, mean, influence, confidence, end=float(as_rate and mean > 0.5))
+        interval = stretch(interval, mean, influence, confidence, end=float(as_rate and mean > 0.5), rate=as_rate)
     if as_rate:
         return rate_bounds(sums, counts, interval, confidence)
     return interval
