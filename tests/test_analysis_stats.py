@@ -57,20 +57,27 @@ def test_the_interval_of_a_mean_solves_halls_equation(seed):
     assert stats.mean_ci(even) == pytest.approx((-half, half))
 
 
-@pytest.mark.parametrize("seed", [0, 2, 3])
-def test_values_of_one_sign_reach_as_far_as_any_skewness_in_doubt(seed):
-    values = np.random.default_rng(seed).lognormal(size=10)
-    mean, sd, quantile = values.mean(), values.std(ddof=1), scipy_stats.t.ppf(0.975, 9)
-    low, high = stats.mean_ci(values)
-    most = min((1 + 3 / math.sqrt(10)) * scipy_stats.skew(values), 3 * sd / mean + (sd / mean) ** 3)
+def furthest(values: np.ndarray, unseen: float) -> float:
+    """The upper bound of any skewness up to 1 + `unseen` times that of the values, or that of a lognormal's."""
+    n, mean, sd = len(values), values.mean(), values.std(ddof=1)
+    quantile = scipy_stats.t.ppf(0.975, n - 1)
+    most = min((1 + unseen) * scipy_stats.skew(values), 3 * sd / mean + (sd / mean) ** 3)
 
     def bound(skew: float) -> float:
         """Where Hall's polynomial in t = (mean - bound) / error is the lower quantile, by root finding."""
-        g = skew / math.sqrt(10)
+        g = skew / math.sqrt(n)
         t = optimize.brentq(lambda t: t + g * t**2 / 3 + g**2 * t**3 / 27 + g / 6 + quantile, -100, 100)
-        return mean - t * sd / math.sqrt(10)
+        return mean - t * sd / math.sqrt(n)
 
-    assert high == pytest.approx(max(bound(skew) for skew in np.linspace(1e-6, most, 1000)), rel=1e-3)
+    return max(bound(skew) for skew in np.linspace(1e-6, most, 1000))
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3])
+@pytest.mark.parametrize(("n", "unseen"), [(5, 30 / 5**1.5), (10, 3 / math.sqrt(10)), (40, 3 / math.sqrt(40))])
+def test_values_of_one_sign_reach_as_far_as_any_skewness_in_doubt(seed, n, unseen):
+    values = np.random.default_rng(seed).lognormal(size=n)
+    low, high = stats.mean_ci(values)
+    assert high == pytest.approx(furthest(values, unseen), rel=1e-3)
     # The other side is that of the same values with a sign that differs.
     assert low == pytest.approx(stats.mean_ci(values - 100)[0] + 100, abs=2e-2)
     assert stats.mean_ci(-values) == pytest.approx((-high, -low))
@@ -107,9 +114,10 @@ def test_rates_of_independent_answers_are_binomial_and_clusters_cost_rows():
     low, high = stats.rate_ci(answers, questions)
     sums = answers.reshape(24, 10).sum(1)
     variance = np.sum((sums - 0.25) ** 2) * 24 / 23 / 240**2
-    effective, t = 0.025 * 0.975 / variance, scipy_stats.t.ppf(0.975, 2 * 23)
+    effective, t = 0.025 * 0.975 / variance, scipy_stats.t.ppf(0.975, 2.5 * 23)
     assert (0.025 - low) ** 2 == pytest.approx(t**2 * low * (1 - low) / effective)
-    assert high == pytest.approx(max(stats.mean_ci(answers, questions)[1], high)) and high > stats.wilson(6, 240)[1]
+    # Rates of questions: the skewness in doubt falls with their number to the power of 1.5.
+    assert high == pytest.approx(furthest(sums / 10, 30 / 24**1.5), rel=1e-3) and high > stats.wilson(6, 240)[1]
     mirrored = stats.rate_ci(1 - answers, questions)
     assert mirrored == pytest.approx((1 - high, 1 - low))
     with pytest.raises(ValueError, match="not rates"):
