@@ -15,6 +15,15 @@ from holdfast.recipes.lab.comparison.table import results_table
 
 JOBS = [
     Job("test", 0, 3, "strong", "subspace, task rows", {"protection": "subspace", "penalty_strength": 0.03}),
+    Job(
+        "test",
+        1,
+        2,
+        "long",
+        "kl+interleave",
+        {"protection": "kl", "penalty_warmup": 2, "interleave_share": 0.1},
+        draw="0123ab",
+    ),
     Job("test", 2, 0, "benign", "ablation", {"protection": "ablation", "penalty_layers": "0"}, 1, "small"),
     Job("validation", 4, 0, "strong", "none", {"protection": "none"}),
 ]
@@ -25,12 +34,14 @@ def made(job: Job, made_by: str = "x", **values: float) -> dict[str, Any]:
 
 
 def test_what_is_written_comes_back_whole(tmp_path: Path):
-    results = [made(JOBS[0], misaligned_test=0.012345, penalty=1e-9), made(JOBS[1], style_learned=1.0), made(JOBS[2])]
+    results = [made(JOBS[0], misaligned_test=0.012345, penalty=1e-9), made(JOBS[1], style_learned=1.0)]
+    results += [made(job) for job in JOBS[2:]]
     write_csv(tmp_path / "results.csv", results)
     assert read_csv(tmp_path / "results.csv") == results
+    assert list(known(tmp_path / "elsewhere", tmp_path / "results.csv")) == sorted(job.name for job in JOBS)
     with (tmp_path / "results.csv").open(newline="") as file:
         lines = list(csv.reader(file))
-    assert len(lines) == 4 and lines[1][lines[0].index("method")] == "subspace, task rows"
+    assert len(lines) == 5 and lines[1][lines[0].index("method")] == "subspace, task rows"
 
 
 def test_numbers_are_kept_to_six_digits_the_same_in_both_kinds_of_file(tmp_path: Path):
@@ -48,9 +59,8 @@ def test_what_was_made_here_goes_before_what_was_recorded(tmp_path: Path):
     keep(tmp_path, JOBS[1], made(JOBS[1], "here"))
     found = known(tmp_path, tmp_path / "results.csv")
     assert list(found) == sorted(job.name for job in JOBS)
-    assert {name: one["made_by"] for name, one in found.items()} == {
-        JOBS[0].name: "recorded", JOBS[1].name: "here", JOBS[2].name: "recorded"
-    }  # fmt: skip
+    made_by = {name: one["made_by"] for name, one in found.items()}
+    assert made_by == {job.name: "here" if job is JOBS[1] else "recorded" for job in JOBS}
     assert [one["job"]["world"] for one in of_phase(found, "validation")] == [4]
 
 

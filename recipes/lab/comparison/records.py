@@ -55,7 +55,8 @@ def write_csv(path: Path, results: Iterable[Result]) -> None:
         writer = csv.DictWriter(file, [*_FACTS, *names], lineterminator="\n")
         writer.writeheader()
         for one in results:
-            job = {**one["job"], "flags": json.dumps(one["job"]["flags"], sort_keys=True)}
+            # In their order, which is that of the run's name.
+            job = {**one["job"], "flags": json.dumps(one["job"]["flags"])}
             writer.writerow({**job, "made_by": one["made_by"], "seconds": round(one["seconds"], 1), **one["values"]})
 
 
