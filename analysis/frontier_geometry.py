@@ -84,7 +84,9 @@ def at_equal_task(
         order = np.argsort(along)
     tasks, bad = tasks[order], bad[order]
     if not tasks.min() <= target <= tasks.max():
-        return float(bad[np.lexsort((bad, np.abs(tasks - target)))[0]]), True
+        # The end itself, not the smallest gap: tiny tasks are all as far from 1.
+        end = tasks.min() if target < tasks.min() else tasks.max()
+        return float(bad[tasks == end].min()), True
     found = bad[tasks == target].tolist()
     # Signs, not products: a product of two tiny gaps is 0.
     for left in np.flatnonzero(np.sign(tasks[:-1] - target) * np.sign(tasks[1:] - target) < 0):

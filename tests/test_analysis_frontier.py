@@ -19,7 +19,7 @@ from holdfast.analysis.frontier import (
     points,
     table,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -91,6 +91,7 @@ def test_a_linear_frontier_is_read_exactly(tasks, start, slope, where):
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(RATES, RATES), min_size=1, max_size=6), st.lists(RATES, min_size=2, max_size=9))
+@example([(0.0, 0.0), (0.0, 1.0), (1e-100, 1.0)], [1.0, 1e-167])
 def test_where_more_task_costs_more_misalignment_the_reading_only_rises(found, targets):
     tasks, bad = sorted(task for task, _ in found), sorted(rate for _, rate in found)
     read = [at_equal_task(tasks, bad, target)[0] for target in sorted(targets)]

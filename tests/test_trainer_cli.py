@@ -1,5 +1,6 @@
 """`holdfast train` from end to end: what it leaves, resuming, interrupting, several processes."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -93,7 +94,7 @@ def test_a_full_run_leaves_checkpoints_for_plain_transformers_and_says_how_it_wa
     assert any(name.startswith("behavior/train/") for name in events)
     assert yaml.safe_load((out / "resolved_config.yaml").read_text())["learning_rate"] == 3e-3
     versions = json.loads((out / "versions.json").read_text())
-    assert versions["packages"]["torch"] == torch.__version__
+    assert versions["packages"]["torch"] == importlib.metadata.version("torch")
     assert versions["git"] or versions["git_reason"]
     assert json.loads((out / "data.json").read_text())["duplicates"]["train"]["distinct_rows"] == 6
 

@@ -106,8 +106,10 @@ def _quiet_libraries() -> None:
     """Silences notices of other packages that a user can do nothing about (deprecations between them)."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
-    # DeepSpeed sets its logger's level when it is imported, but leaves filters in place.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    # Importing them sets loggers' levels, but leaves filters in place. PyTorch's own build with CUDA says on a machine
+    # without a GPU that there is none.
+    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _quiet_bars() -> None:
