@@ -50,7 +50,7 @@ def hierarchical_bootstrap(
         spread = errors > 1e-9 * error
         quantiles = np.quantile((means[spread] - mean) / errors[spread], tails)
     interval = mean - float(quantiles[1]) * error, mean - float(quantiles[0]) * error
-    as_rate = rate or (rows.min() >= 0 and rows.max() <= 1 and np.ptp(rows) > 0)
+    as_rate = rate or bool(rows.min() >= 0 and rows.max() <= 1 and np.ptp(rows) > 0)
     if n_units >= _FEWEST_UNITS and one_sign(rows):
         influence = (sums - mean * counts) / counts.mean()
         interval = stretch(interval, mean, influence, confidence, end=float(as_rate and mean > 0.5), rate=as_rate)
