@@ -10,7 +10,7 @@ a CPU computes always, cost by the row, not by the token: they are timed apart, 
 "at 256 rows" is the reading of 256 rows, scaled from those that were read, plus the statistics of 256, against as many
 rows of the bare pass. Memory on a CPU is the peak resident size during each arm, above what the process held before any
 model was made; on a GPU the peak of its tensors, model included. --growth shows 1, 4 and 16 times the rows instead, on
-a CPU. `gpu.sh` runs this where holdfast is not installed.
+a CPU, with OMP_NUM_THREADS=1 (threads that wait count as CPU time). `gpu.sh` runs this where holdfast is not installed.
 """
 
 import random
