@@ -252,6 +252,8 @@ def test_a_method_that_comes_later_is_frozen_by_the_same_rule_and_leaves_the_oth
 
 
 def test_a_method_is_not_added_twice_nor_after_its_test_results_nor_beside_changed_settings(tuned: Path):
+    with pytest.raises(UserError, match="choose settings first"):
+        steps.freeze_more(known(tuned / "out"), tuned / "frozen.json", ["kl"])
     steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     stands = (tuned / "frozen.json").read_text()
     with pytest.raises(UserError, match="'kl' is frozen already"):

@@ -215,6 +215,10 @@ def test_reversion_refuses_what_would_leave_it_without_a_way_to_base(tmp_path):
     start = (toy_model, "the start itself")
     with pytest.raises(UserError, match="equal to the starting model's"):
         trained(tmp_path, protect("anchors", side="reversion", base=start))
+    broken = toy_model(seed=9)
+    broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        trained(tmp_path, protect("anchors", side="reversion", base=(lambda: broken, "the broken one")))
     with pytest.raises(UserError, match="the reference is frozen"):
         trained(tmp_path, protect("anchors", side="reversion", base=start, reference="frozen",
                                   reference_model=toy_model()))  # fmt: skip

@@ -95,6 +95,11 @@ class SubspaceProtection(DriftProtection):
         )  # fmt: skip
         cache.fill(store)
         gaps = store.values - start
+        # A gap that is no number points nowhere: its token would never count, and nothing would say so.
+        if not gaps.isfinite().all():
+            raise UserError(
+                "penalty side reversion finds states of the base model that are not finite: check its weights"
+            )
         if not gaps.any():
             raise UserError(
                 "penalty side reversion finds base's states equal to the starting model's, so there is no way back: "

@@ -139,7 +139,7 @@ def freeze_more(results: dict[str, Result], path: Path, names: Sequence[str]) ->
         UserError: a method that is frozen or not listed, a setting without a result, frozen settings that are listed
             no more, or test domains that were read with one of these methods.
     """
-    frozen, listed = json.loads(path.read_text()), methods()
+    frozen, listed = _read(path), methods()
     for name in names:
         if name in frozen["methods"] or name not in listed:
             raise UserError(f"{name!r} is {'frozen already' if name in listed else 'no method of methods.yaml'}")
@@ -176,11 +176,15 @@ def tuned(results: Mapping[str, Result], jobs: Collection[Job]) -> list[Result]:
     return [result for name in names for result in found[name]]
 
 
-def read_frozen(path: Path) -> dict[str, Any]:
-    """The frozen settings. Raises UserError where there are none or the methods have changed since."""
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: choose settings first (--steps tune freeze)")
-    frozen = json.loads(path.read_text())
+    return json.loads(path.read_text())
+
+
+def read_frozen(path: Path) -> dict[str, Any]:
+    """The frozen settings. Raises UserError where there are none or the methods have changed since."""
+    frozen = _read(path)
     if frozen["methods_file"] != sha256_file(METHODS):
         raise UserError(f"{METHODS.name} has changed since {path} was frozen: tune and freeze again")
     return frozen
