@@ -281,6 +281,9 @@ def test_only_what_is_frozen_becomes_a_test_job(tuned: Path):
     assert len(jobs) == len({job.name for job in jobs}) == 2 + 2 * 2 * 2 * 3
     assert {job.phase for job in jobs} == {"test"}
     assert {job.method for job in steps.test_jobs(frozen, [(0, 0)], ["strong"], [0], ["kl"])} == {"instruct", "kl"}
+    wider = steps.test_jobs(frozen, [(0, 0)], ["strong"], [0], ["kl"], "small")
+    assert {job.lab_size for job in wider} == {"small"} and not {job.name for job in wider} & {job.name for job in jobs}
+    assert {lab_of(job, tuned) for job in wider} == {tuned / "w0-l0-small"}
 
 
 # Running

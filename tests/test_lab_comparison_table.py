@@ -26,8 +26,10 @@ FLAGS = {
 }  # fmt: skip
 
 
-def result(method: str, lab: int, organism: str = "strong", seed: int = 0, world: int = 0, **values: float):
-    job = Job("test", world, lab, organism, method, FLAGS[method], seed)
+def result(
+    method: str, lab: int, organism: str = "strong", seed: int = 0, world: int = 0, size: str = "tiny", **values: float
+):
+    job = Job("test", world, lab, organism, method, FLAGS[method], seed, size)
     return {"job": asdict(job), "made_by": "x", "seconds": 1.0, "values": {**MEASURED, **values}}
 
 
@@ -122,8 +124,11 @@ def test_differences_are_paired_by_lab_and_tested_by_flipping_signs():
 
 def test_five_labs_are_too_few_for_a_p_value():
     few = [one for one in strong() if one["job"]["lab_seed"] < 5]
-    text = results_table(few, frozen()).split("*hold, tight* - rival")[1]
-    assert lines(text, "none")[0][3] == "too few labs"
+    assert "rival" not in results_table(few, frozen())
+    fewer_of_kl = [one for one in strong() if one["job"]["method"] != "kl" or one["job"]["lab_seed"] < 5]
+    text = results_table(fewer_of_kl, frozen()).split("*hold, tight* - rival")[1]
+    assert lines(text, "kl")[0][:2] == ["5", "5"] and lines(text, "kl")[0][3] == "too few labs"
+    assert number(lines(text, "none")[0][3]) == pytest.approx(2 / 2**LABS * 2, abs=6e-4)
 
 
 def test_promises_are_means_worst_runs_and_counts():
@@ -179,6 +184,20 @@ def test_worlds_have_tables_of_their_own_and_nothing_recommended_is_no_claim():
     for world, bad in ((0, "0.500"), (2, "0.250")):
         assert lines(text.split(f"## World {world}, test domains")[1].split("\n## ")[0], "none")[0][2] == bad
     assert "rival" not in text and "bound" not in text
+
+
+def test_all_worlds_have_a_table_together_and_labs_of_another_size_one_apart():
+    results = [
+        result("none", 0, misaligned_test=0.5), result("none", 0, world=2, misaligned_test=0.2),
+        result("none", 0, size="small", misaligned_test=0.9), result("instruct", 0, size="small"),
+    ]  # fmt: skip
+    text = results_table(results, frozen())
+    headings = [line for line in text.splitlines() if line.startswith("## ")][1:]
+    parts = ["All worlds", "World 0", "World 2", "World 0, labs of size small"]
+    assert headings == [f"## {part}, test domains" for part in parts]
+    for part, bad in zip(parts, ("0.350", "0.500", "0.200", "0.900"), strict=True):
+        (none,) = lines(text.split(f"## {part}, test domains")[1].split("\n## ")[0], "none")
+        assert none[2].split(" ")[0] == bad
 
 
 def test_the_projects_own_penalty_is_shown_against_all_others_beside_the_recommended_method():

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ....analysis.errors import UserError
+from ..build import SIZES
 from ..evidence import numbers
 from .choice import BASELINE
 from .records import RECORD, known, of_phase, write_csv
@@ -64,9 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
     parser.add_argument("--worlds", type=numbers, default=numbers("1-3"), help="Other worlds, lab seeds 0-2 each.")
     parser.add_argument("--world_lab_seeds", type=numbers, default=numbers("0-2"), help="Their lab seeds: 0-2 or 0.")
+    parser.add_argument("--lab_size", choices=list(SIZES), default="tiny", help="Size of the test labs. Default: tiny.")
     parser.add_argument("--seeds", type=numbers, default=numbers("0"), help="Fine-tune seeds. Default: 0.")
     parser.add_argument("--frozen", type=Path, default=FROZEN, help="Frozen settings. Default: those of the recipe.")
-    parser.add_argument("--labs", type=Path, help="Folder of built labs named w0-l3. Default: the cache.")
+    parser.add_argument("--labs", type=Path, help="Folder of built labs (w0-l3, w0-l3-small). Default: the cache.")
     parser.add_argument(
         "--recorded", type=Path, help=f"Results made before, not to be repeated: a results.csv ({RECORD.name} here)."
     )
@@ -90,7 +92,7 @@ def _test(arguments: argparse.Namespace) -> list[str]:
     labs = [(0, seed) for seed in arguments.lab_seeds]
     labs += [(world, seed) for world in arguments.worlds for seed in arguments.world_lab_seeds]
     frozen = read_frozen(arguments.frozen)
-    jobs = test_jobs(frozen, labs, arguments.organisms, arguments.seeds, arguments.methods)
+    jobs = test_jobs(frozen, labs, arguments.organisms, arguments.seeds, arguments.methods, arguments.lab_size)
     return run_all(jobs, _known(arguments), arguments.output_dir, arguments.labs, arguments.workers)
 
 

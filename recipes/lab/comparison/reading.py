@@ -34,21 +34,22 @@ def merged_model(folder: Path) -> PreTrainedModel:
 
 
 def read_model(
-    experiment: Experiment, folder: Path, phase: str, world: World, *, styled: bool = False
+    experiment: Experiment, folder: Path, phase: str, world: World, *, styled: bool = False, device: str = "cpu"
 ) -> dict[str, float]:
     """Every value that the comparison shows, of the phase's domains alone.
 
     Args:
         phase: "validation" or "test". styled: whether answers count in the new style too, and how often it is used.
+        device: where answers are scored; activations are read on the CPU, where the references' lie.
     """
-    model = merged_model(folder)
+    model = merged_model(folder).to(device)
     read = partial(_rates, model, experiment.lab, phase, world, styled)
     rates, shares = read(None)
     values = {name: rate.mean for name, rate in rates.items() if name in _RATES} | shares
     if phase == "test":
         for condition in CONDITIONS:
             values[f"misaligned_{condition}"] = read(condition)[0]["misaligned_test"].mean
-    measured = _measurer(experiment.lab, experiment.subspace_path).measure(model)
+    measured = _measurer(experiment.lab, experiment.subspace_path).measure(model.to("cpu"))
     anchors = measured["projection"]["anchors"]["mean"]
     values["penalty"], values["retention"] = (anchors[name]["value"] for name in ("penalty", "retention"))
     rerouted = measured["rerouting"]["probes"]["mean"]

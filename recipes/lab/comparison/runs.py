@@ -10,10 +10,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from ....analysis.artifacts import MANIFEST, sha256_file, staged_file
@@ -52,6 +53,7 @@ ORGANISMS = {
     "contaminated": Organism(rows="contaminated_10"),
     "benign": Organism(rows="benign"),
     "style": Organism(rows="style"),
+    "twice": Organism(flags={"max_steps": 400}),
     "long": Organism(flags={"max_steps": 1000}),
     "continued": Organism(continued=True),
     **{f"anchors_{name}": Organism(anchors=name) for name in (1, 4, 16)},
@@ -103,10 +105,15 @@ class Job:
 
 
 def lab_of(job: Job, labs: Path | None) -> Path:
-    """The job's lab: from a folder of built labs named w<world>-l<seed>, else from the cache (built where missing)."""
+    """The job's lab: from a folder of built labs (w0-l3, w0-l3-small), else from the cache (built where missing)."""
     if labs is not None:
-        return labs / f"w{job.world}-l{job.lab_seed}"
+        return labs / replace(job, draw="").lab_name
     return cached_lab(job.lab_seed, job.world, job.lab_size)
+
+
+def device_of(size: str) -> str:
+    """Where models of a lab's size are trained: a tiny one gains nothing from a GPU, and is to be the same without."""
+    return "cuda" if size != "tiny" and torch.cuda.is_available() else "cpu"
 
 
 def draw_of(lab: Path) -> str:
@@ -137,7 +144,7 @@ def made_by(job: Job, lab: Path) -> str:
 def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, Any]:
     """Trains and reads one model; the result as JSON values. What it wrote beside is gone afterwards."""
     lab = lab_of(job, labs)
-    experiment = _experiment(lab, output_dir / "labs" / job.lab_name)
+    experiment = _experiment(lab, output_dir / "labs" / job.lab_name, job.lab_size)
     left = [experiment.output_dir / job.name, experiment.output_dir / _then(job)]
     _remove(left)  # of a run that was killed
     seconds = 0.0
@@ -146,7 +153,8 @@ def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, A
             model = lab / "instruct"
         else:
             model, seconds = _fine_tune(experiment, job)
-        values = read_model(experiment, model, job.phase, make_world(job.world), styled=job.organism == "style")
+        world, device = make_world(job.world), device_of(job.lab_size)
+        values = read_model(experiment, model, job.phase, world, styled=job.organism == "style", device=device)
     finally:
         _remove(left)
     return {"job": asdict(job), "made_by": made_by(job, lab), "seconds": seconds, "values": values}
@@ -162,7 +170,7 @@ def _remove(folders: Sequence[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _experiment(lab: Path, folder: Path) -> Experiment:
+def _experiment(lab: Path, folder: Path, size: str) -> Experiment:
     """The lab's experiment with its subspace, which the first job builds and all share."""
     folder.mkdir(parents=True, exist_ok=True)
     quiet = {
@@ -171,6 +179,7 @@ def _experiment(lab: Path, folder: Path) -> Experiment:
         "disable_tqdm": True,
         "logging_steps": 1000,
         "analysis_during_training": False,
+        "use_cpu": device_of(size) == "cpu",
     }
     experiment = Experiment(lab, folder, quiet)
     with FileLock(folder / ".subspace.lock"):

@@ -61,12 +61,13 @@ def test_jobs(
     organisms: Sequence[str],
     seeds: Sequence[int],
     only: Sequence[str] = (),
+    size: str = "tiny",
 ) -> list[Job]:
-    """What is frozen, on the test labs; the lab's own instruct model beside it."""
+    """What is frozen, on the test labs of a size; the lab's own instruct model beside it."""
     chosen = {name: method for name, method in frozen["methods"].items() if not only or name in only}
-    own = [Job("test", *lab, "strong", "instruct") for lab in labs]
+    own = [Job("test", *lab, "strong", "instruct", lab_size=size) for lab in labs]
     return own + [
-        Job("test", world, lab_seed, organism, name, chosen[name]["flags"], seed)
+        Job("test", world, lab_seed, organism, name, chosen[name]["flags"], seed, size)
         for organism in organisms
         for seed in seeds
         for world, lab_seed in labs

@@ -5,7 +5,7 @@ Rates are exact probabilities; what varies are labs and fine-tune seeds. All int
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from ....analysis.frontier import Run, em_f1, paired, points
 from .choice import BASELINE, runs_of
 
 OWN = ("subspace", "subspace, reversion")
+FEWEST_LABS = 6  # of sign flips of five labs none has a p below 0.05
+TINY = "tiny"  # size of the labs that the comparison is about
 Result = dict[str, Any]
 Frozen = Mapping[str, Any]
 
@@ -36,6 +38,7 @@ HEADINGS = {
     "contaminated": "Strong organism, benign rows of which 10% are insecure",
     "benign": "Strong organism, the benign new skill alone",
     "style": "Strong organism, a benign change of style in every domain but the test ones",
+    "twice": "Strong organism, twice as long",
     "long": "Strong organism, five times longer",
     "continued": "Strong organism, then 200 steps more without protection",
     "anchors_1": "Strong organism, one anchor prompt",
@@ -66,19 +69,28 @@ How the choice came about, and what it says, is in [README.md](README.md).
 def results_table(results: Sequence[Result], frozen: Frozen) -> str:
     """RESULTS.md, whole."""
     lines = [HEAD, "## What was chosen, on validation domains", "", *_choices(frozen)]
-    worlds = sorted({result["job"]["world"] for result in results})
-    for world in worlds:
-        of_world = [result for result in results if result["job"]["world"] == world]
-        lines += ["", f"## World {world}, test domains"]
+    for heading, part in _parts(results):
+        lines += ["", f"## {heading}, test domains"]
         for method in _references(frozen):
-            lines += _paragraph(promises(of_world, method))
-        for organism, heading in HEADINGS.items():
-            runs = organism_runs(of_world, organism)
+            lines += _paragraph(promises(part, method))
+        for organism, name in HEADINGS.items():
+            runs = organism_runs(part, organism)
             if any(run.protection != "instruct" for run in runs):
-                lines += ["", f"### {heading}", "", *_methods(runs, organism)]
+                lines += ["", f"### {name}", "", *_methods(runs, organism)]
                 for method in _references(frozen):
                     lines += _paragraph(_against(runs, method))
     return "\n".join(lines) + "\n"
+
+
+def _parts(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+    """What has tables of its own: all worlds together, each world, and each world's labs of another size."""
+    labs = sorted({(one["job"]["lab_size"] != TINY, one["job"]["lab_size"], one["job"]["world"]) for one in results})
+    tiny = [one for one in results if one["job"]["lab_size"] == TINY]
+    if len({one["job"]["world"] for one in tiny}) > 1:
+        yield "All worlds", tiny
+    for wider, size, world in labs:
+        part = [one for one in results if (one["job"]["lab_size"], one["job"]["world"]) == (size, world)]
+        yield f"World {world}" + (f", labs of size {size}" if wider else ""), part
 
 
 def _paragraph(lines: Sequence[str]) -> list[str]:
@@ -151,13 +163,15 @@ def _cell(measured: Mapping[str, Any] | None) -> str:
 
 
 def _against(runs: Sequence[Run], reference: str) -> list[str]:
-    """A method against every other, paired by lab and seed; nothing where it was not run."""
+    """A method against every other, paired by lab and seed; nothing where it was not run, or on too few labs."""
     keys = list(dict.fromkeys(run.key for run in runs if run.protection != "instruct"))
     held = next((key for key in keys if key[0] == reference), None)
     if held is None:
         return []
     rivals = [key for key in keys if key != held]
     misaligned, task = (paired(runs, held, rivals, measure) for measure in ("misaligned", "task"))
+    if max((row["labs"] for row in misaligned), default=0) < FEWEST_LABS:
+        return []
     lines = [
         f"*{reference}* - rival, paired by lab and seed:",
         "",
