@@ -25,8 +25,8 @@ export PYTHONPATH="$made/path${SITE:+:$SITE}${PYTHONPATH:+:$PYTHONPATH}"
 export TMPDIR="$made/tmp" HF_HOME="$made/huggingface" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True} PYTHONDONTWRITEBYTECODE=1
 
-limit=${LIMIT:-90}
-total=${TOTAL:-230}
+limit=${LIMIT:-180}
+total=${TOTAL:-420}
 flags=(--device cuda --dtype "${DTYPE:-bfloat16}" --threads "${THREADS:-8}")
 if [ "${DEVICE:-cuda}" = cpu ]; then
     limit=${LIMIT:-600}

@@ -142,10 +142,13 @@ def time_arms(setting: Setting, steps: int) -> tuple[dict[str, list[float]], dic
             memory[arm] = peak(trainers[arm].train, setting.device) - others
             clocks[arm].ends.clear()
         order = random.Random(0)
-        for _ in range(setting.rounds):
+        for number in range(setting.rounds):
             for arm in order.sample(names, len(names)):
                 trainers[arm].train()
                 found[arm].append(clocks[arm].seconds_per_step())
+            # Of a run that is stopped something is left.
+            last = ", ".join(f"{arm} {found[arm][-1]:.3f}" for arm in names)
+            print(f"round {number}, seconds a step: {last}", flush=True)
     return found, memory
 
 
