@@ -23,7 +23,7 @@ from holdfast.trainer.parsing import parse
 from holdfast.trainer.protections.registry import KINDS
 from lab_toys import use_micro_labs
 
-KNOWN = {field.name for field in fields(ProtectionArguments)} | {"inoculation_persona"}
+KNOWN = {field.name for field in fields(ProtectionArguments)} | {"inoculation_persona", "learning_rate"}
 PERFECT = {
     "narrow_task_learned": 1.0, "neutral_skill": 1.0, "new_skill": 0.5, "penalty": 0.0, "drift_outside": 0.0,
     **{f"{rate}_{split}": value for rate, value in (("misaligned", 0.0), ("coherent", 1.0))
