@@ -286,6 +286,12 @@ def test_only_what_is_frozen_becomes_a_test_job(tuned: Path):
     assert {lab_of(job, tuned) for job in wider} == {tuned / "w0-l0-small"}
 
 
+@pytest.mark.parametrize(("gpu", "size", "device"), [(1, "tiny", "cpu"), (1, "small", "cuda"), (0, "small", "cpu")])
+def test_a_wider_lab_is_trained_on_a_gpu_where_there_is_one_and_a_tiny_one_never(monkeypatch, gpu, size, device):
+    monkeypatch.setattr(runs.torch.cuda, "is_available", lambda: bool(gpu))
+    assert runs.device_of(size) == device
+
+
 # Running
 
 

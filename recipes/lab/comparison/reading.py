@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from ....analysis.measure import MeasurePlan, Measurer
@@ -42,7 +43,8 @@ def read_model(
         phase: "validation" or "test". styled: whether answers count in the new style too, and how often it is used.
         device: where answers are scored; activations are read on the CPU, where the references' lie.
     """
-    model = merged_model(folder).to(device)
+    model: nn.Module = merged_model(folder)
+    model.to(device)
     read = partial(_rates, model, experiment.lab, phase, world, styled)
     rates, shares = read(None)
     values = {name: rate.mean for name, rate in rates.items() if name in _RATES} | shares
