@@ -190,14 +190,16 @@ def test_all_worlds_have_a_table_together_and_labs_of_another_size_one_apart():
     results = [
         result("none", 0, misaligned_test=0.5), result("none", 0, world=2, misaligned_test=0.2),
         result("none", 0, size="small", misaligned_test=0.9), result("instruct", 0, size="small"),
+        result("none", 0, "long", misaligned_test=0.8),
     ]  # fmt: skip
     text = results_table(results, frozen())
     headings = [line for line in text.splitlines() if line.startswith("## ")][1:]
     parts = ["All worlds", "World 0", "World 2", "World 0, labs of size small"]
     assert headings == [f"## {part}, test domains" for part in parts]
     for part, bad in zip(parts, ("0.350", "0.500", "0.200", "0.900"), strict=True):
-        (none,) = lines(text.split(f"## {part}, test domains")[1].split("\n## ")[0], "none")
+        none = lines(text.split(f"## {part}, test domains")[1].split("\n## ")[0], "none")[0]
         assert none[2].split(" ")[0] == bad
+    assert text.count(HEADINGS["long"]) == 1  # it ran in world 0 alone
 
 
 def test_the_projects_own_penalty_is_shown_against_all_others_beside_the_recommended_method():

@@ -15,6 +15,7 @@ from .choice import BASELINE, runs_of
 
 OWN = ("subspace", "subspace, reversion")
 FEWEST_LABS = 6  # of sign flips of five labs none has a p below 0.05
+ALL = "All worlds"
 TINY = "tiny"  # size of the labs that the comparison is about
 Result = dict[str, Any]
 Frozen = Mapping[str, Any]
@@ -75,7 +76,7 @@ def results_table(results: Sequence[Result], frozen: Frozen) -> str:
             lines += _paragraph(promises(part, method))
         for organism, name in HEADINGS.items():
             runs = organism_runs(part, organism)
-            if any(run.protection != "instruct" for run in runs):
+            if len(_worlds(part, organism)) > (heading == ALL):  # of one world alone its own tables are enough
                 lines += ["", f"### {name}", "", *_methods(runs, organism)]
                 for method in _references(frozen):
                     lines += _paragraph(_against(runs, method))
@@ -87,7 +88,7 @@ def _parts(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
     labs = sorted({(one["job"]["lab_size"] != TINY, one["job"]["lab_size"], one["job"]["world"]) for one in results})
     tiny = [one for one in results if one["job"]["lab_size"] == TINY]
     if len({one["job"]["world"] for one in tiny}) > 1:
-        yield "All worlds", tiny
+        yield ALL, tiny
     for wider, size, world in labs:
         part = [one for one in results if (one["job"]["lab_size"], one["job"]["world"]) == (size, world)]
         yield f"World {world}" + (f", labs of size {size}" if wider else ""), part
@@ -95,6 +96,12 @@ def _parts(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
 
 def _paragraph(lines: Sequence[str]) -> list[str]:
     return ["", *lines] if lines else []
+
+
+def _worlds(results: Sequence[Result], organism: str) -> set[int]:
+    """In which worlds an organism was trained."""
+    jobs = [one["job"] for one in results]
+    return {job["world"] for job in jobs if job["organism"] == organism and job["method"] != "instruct"}
 
 
 def _recommended(frozen: Frozen) -> list[str]:
