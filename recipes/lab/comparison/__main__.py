@@ -17,7 +17,7 @@ from ..build import SIZES
 from ..evidence import numbers
 from .choice import BASELINE
 from .records import RECORD, known, of_phase, write_csv
-from .runs import ORGANISMS
+from .runs import ORGANISMS, TINY
 from .steps import (
     FROZEN,
     TUNING_LABS,
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
     parser.add_argument("--worlds", type=numbers, default=numbers("1-3"), help="Other worlds, lab seeds 0-2 each.")
     parser.add_argument("--world_lab_seeds", type=numbers, default=numbers("0-2"), help="Their lab seeds: 0-2 or 0.")
-    parser.add_argument("--lab_size", choices=list(SIZES), default="tiny", help="Size of the test labs. Default: tiny.")
+    parser.add_argument("--lab_size", choices=list(SIZES), default=TINY, help="Size of the test labs. Default: tiny.")
     parser.add_argument("--seeds", type=numbers, default=numbers("0"), help="Fine-tune seeds. Default: 0.")
     parser.add_argument("--frozen", type=Path, default=FROZEN, help="Frozen settings. Default: those of the recipe.")
     parser.add_argument("--labs", type=Path, help="Folder of built labs (w0-l3, w0-l3-small). Default: the cache.")

@@ -27,6 +27,8 @@ from . import stress
 from .reading import merged_model, read_model
 from .stress import anchor_subset, style_rows
 
+TINY = "tiny"  # size of the labs that the comparison is about
+
 
 @dataclass(frozen=True)
 class Organism:
@@ -80,13 +82,13 @@ class Job:
     method: str
     flags: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    lab_size: str = "tiny"
+    lab_size: str = TINY
     draw: str = ""
 
     @property
     def lab_name(self) -> str:
         """World, seed, size and draw of the lab."""
-        size = "" if self.lab_size == "tiny" else f"-{self.lab_size}"
+        size = "" if self.lab_size == TINY else f"-{self.lab_size}"
         return f"w{self.world}-l{self.lab_seed}{size}" + (f"-{self.draw}" if self.draw else "")
 
     @property
@@ -113,7 +115,7 @@ def lab_of(job: Job, labs: Path | None) -> Path:
 
 def device_of(size: str) -> str:
     """Where models of a lab's size are trained: a tiny one gains nothing from a GPU, and is to be the same without."""
-    return "cuda" if size != "tiny" and torch.cuda.is_available() else "cpu"
+    return "cuda" if size != TINY and torch.cuda.is_available() else "cpu"
 
 
 def draw_of(lab: Path) -> str:

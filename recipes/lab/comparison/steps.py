@@ -24,7 +24,7 @@ from ....analysis.errors import UserError
 from ..evidence import quiet
 from .choice import BASELINE, choose, finalists
 from .records import Result, keep, of_phase, path_of
-from .runs import Job, draw_of, lab_of, made_by, run_job
+from .runs import TINY, Job, draw_of, lab_of, made_by, run_job
 
 METHODS = Path(__file__).with_name("methods.yaml")
 FROZEN = Path(__file__).with_name("frozen.json")
@@ -61,7 +61,7 @@ def test_jobs(
     organisms: Sequence[str],
     seeds: Sequence[int],
     only: Sequence[str] = (),
-    size: str = "tiny",
+    size: str = TINY,
 ) -> list[Job]:
     """What is frozen, on the test labs of a size; the lab's own instruct model beside it."""
     chosen = {name: method for name, method in frozen["methods"].items() if not only or name in only}

@@ -12,11 +12,11 @@ import numpy as np
 
 from ....analysis.frontier import Run, em_f1, paired, points
 from .choice import BASELINE, runs_of
+from .runs import TINY
 
 OWN = ("subspace", "subspace, reversion")
 FEWEST_LABS = 6  # of sign flips of five labs none has a p below 0.05
 ALL = "All worlds"
-TINY = "tiny"  # size of the labs that the comparison is about
 Result = dict[str, Any]
 Frozen = Mapping[str, Any]
 
