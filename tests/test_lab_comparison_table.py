@@ -120,6 +120,8 @@ def test_differences_are_paired_by_lab_and_tested_by_flipping_signs():
         assert float(lines(text, rival)[0][3]) == pytest.approx(p, abs=6e-4)
     assert number(lines(text, "none")[0][4]) == pytest.approx((HELD_TASK - UNPROTECTED_TASK).mean(), abs=6e-4)
     assert number(lines(text, "kl")[0][4]) == 0
+    # A protection that lowers what is misaligned by incoherence must look bad.
+    assert number(lines(text, "kl")[0][6]) == pytest.approx(0.8 - 0.9, abs=6e-4)
 
 
 def test_five_labs_are_too_few_for_a_p_value():

@@ -15,6 +15,7 @@ from .choice import BASELINE, runs_of
 from .runs import TINY
 
 OWN = ("subspace", "subspace, reversion")
+PAIRED = ("misaligned", "task", "coherent")  # in which a method and a rival are compared lab by lab
 FEWEST_LABS = 6  # of sign flips of five labs none has a p below 0.05
 ALL = "All worlds"
 Result = dict[str, Any]
@@ -187,17 +188,18 @@ def _against(runs: Sequence[Run], reference: str) -> list[str]:
     if held is None:
         return []
     rivals = [key for key in keys if key != held]
-    misaligned, task = (paired(runs, held, rivals, measure) for measure in ("misaligned", "task"))
-    if max((row["labs"] for row in misaligned), default=0) < FEWEST_LABS:
+    columns = [paired(runs, held, rivals, measure) for measure in PAIRED]
+    if max((row["labs"] for row in columns[0]), default=0) < FEWEST_LABS:
         return []
     lines = [
         f"*{reference}* - rival, paired by lab and seed:",
         "",
-        "| rival | pairs | labs | misaligned | sign-flip p (Holm) | task | sign-flip p (Holm) |",
-        "|---|---|---|---|---|---|---|",
+        "| rival | pairs | labs | " + " | ".join(f"{measure} | sign-flip p (Holm)" for measure in PAIRED) + " |",
+        "|---|---|---|" + "---|---|" * len(PAIRED),
     ]
-    for (name, _), left, right in zip(rivals, misaligned, task, strict=True):
-        lines.append(f"| {name} | {left['n']} | {left['labs']} | {_difference(left)} | {_difference(right)} |")
+    for (name, _), *row in zip(rivals, *columns, strict=True):
+        differences = " | ".join(_difference(one) for one in row)
+        lines.append(f"| {name} | {row[0]['n']} | {row[0]['labs']} | {differences} |")
     return lines
 
 
