@@ -124,6 +124,16 @@ def test_differences_are_paired_by_lab_and_tested_by_flipping_signs():
     assert number(lines(text, "kl")[0][6]) == pytest.approx(0.8 - 0.9, abs=6e-4)
 
 
+def test_pairs_stand_once_where_an_organisms_labs_are_together():
+    elsewhere = [result("hold, tight", 0, world=1), result("kl", 0, world=1)]
+    text = results_table([*strong(), *elsewhere], frozen())
+    together, world_0 = text.split("## All worlds, test domains")[1].split("## World 0, test domains")
+    assert "*hold, tight* - rival" in together and lines(together.split("- rival")[1], "kl")[0][0] == "7"
+    assert "- rival" not in world_0
+    wider = [{**one, "job": {**one["job"], "lab_size": "small"}} for one in strong()]
+    assert results_table([*strong(), *elsewhere, *wider], frozen()).count("*hold, tight* - rival") == 2
+
+
 def test_five_labs_are_too_few_for_a_p_value():
     few = [one for one in strong() if one["job"]["lab_seed"] < 5]
     assert "rival" not in results_table(few, frozen())

@@ -69,8 +69,9 @@ How the choice came about, and what it says, is in [README.md](README.md).
 
 
 def results_table(results: Sequence[Result], frozen: Frozen) -> str:
-    """RESULTS.md, whole."""
+    """RESULTS.md, whole. Pairs stand once for an organism, where its labs are together."""
     lines = [HEAD, "## What was chosen, on validation domains", "", *_choices(frozen)]
+    compared: set[tuple[str, str]] = set()
     for heading, part in _parts(results):
         lines += ["", f"## {heading}, test domains"]
         for method in _held_to_bounds(frozen):
@@ -79,8 +80,10 @@ def results_table(results: Sequence[Result], frozen: Frozen) -> str:
             runs = organism_runs(part, organism)
             if len(_worlds(part, organism)) > (heading == ALL):  # of one world alone its own tables are enough
                 lines += ["", f"### {name}", "", *_methods(runs, organism)]
-                for method in _references(frozen):
+                once = (organism, part[0]["job"]["lab_size"])
+                for method in () if once in compared else _references(frozen):
                     lines += _paragraph(_against(runs, method))
+                compared.add(once)
     return "\n".join(lines) + "\n"
 
 
