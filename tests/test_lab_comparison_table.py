@@ -214,6 +214,17 @@ def test_all_worlds_have_a_table_together_and_labs_of_another_size_one_apart():
     assert text.count(HEADINGS["long"]) == 1  # it ran in world 0 alone
 
 
+def test_labs_that_were_read_last_are_in_no_other_table():
+    last = [result("none", 20, misaligned_test=0.9), result("none", 0, world=8, misaligned_test=0.7)]
+    text = results_table([*strong(), *last], frozen())
+    headings = [line for line in text.splitlines() if line.startswith("## ")][1:]
+    assert headings == ["## Labs that were read last, test domains", "## World 0, test domains"]
+    parts = [part.split("## World 0")[0] for part in text.split(", test domains\n")[1:]]
+    shown = [lines(part.split("- rival")[0], "none")[0] for part in parts]
+    assert [one[0] for one in shown] == ["2", "6"]
+    assert [number(one[2]) for one in shown] == pytest.approx([0.8, UNPROTECTED_BAD.mean()], abs=6e-4)
+
+
 def test_the_projects_own_penalty_is_shown_against_all_others_beside_the_recommended_method():
     own = [result("subspace", lab, narrow_task_learned=0.5, misaligned_test=0.25) for lab in range(LABS)]
     text = results_table([*strong(), *own], frozen())
