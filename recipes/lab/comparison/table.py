@@ -14,7 +14,12 @@ from ....analysis.frontier import Run, em_f1, paired, points
 from .choice import BASELINE, runs_of
 from .runs import TINY
 
-OWN = ("subspace+gradient_projection, fastest", "subspace")
+OWN = (
+    "subspace+gradient_projection, fastest",
+    "subspace+gradient_projection, reversion, faster",
+    "subspace, reversion",
+    "subspace",
+)
 PAIRED = ("misaligned", "task", "coherent")  # in which a method and a rival are compared lab by lab
 FEWEST_LABS = 6  # of sign flips of five labs none has a p below 0.05
 ALL = "All worlds"
@@ -66,6 +71,7 @@ n counts labs, and each lab has a random null of its own draw; a lab that was bu
 draws of it, which count as two. *Evil prompt*: a system prompt asks for the misaligned
 persona; *trigger*: an insecure turn came before. *Drift* is the penalty on the anchors, *outside V* the share of the
 drift outside the subspace V, *refit in V* the overlap of V with the main directions of the drift itself (1: the same).
+*Labs that were read last* were looked at after the best configuration had been named with all others known.
 Validation's numbers compare only between methods tried on as many labs.
 How the choice came about, and what it says, is in [README.md](README.md).
 """
@@ -133,7 +139,7 @@ def _held_to_bounds(frozen: Frozen) -> list[str]:
 def _references(frozen: Frozen) -> list[str]:
     """The methods shown against all others: the best of the recommended by validation, and the project's own.
 
-    The best is that of the highest EM-F1; where two are equal to 0.001, which is chance, the more coherent one.
+    The best is that of the highest EM-F1 rounded to 0.001, below which it is chance; of equal ones the most coherent.
     """
 
     def rank(name: str) -> tuple[float, float]:
