@@ -16,7 +16,7 @@ import deepspeed
 import trl
 from peft import LoraConfig
 from torch.distributed import get_backend
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -113,6 +113,8 @@ def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | Non
             if not has_checkpoint(arguments.output_dir):
                 go_on = "there is no checkpoint yet, start again"
             raise KeyboardInterrupt(f"interrupted at step {trainer.state.global_step}; {go_on}") from None
+        finally:
+            _close_progress(trainer)
         seconds = time.perf_counter() - started
         final = _save_final(trainer, arguments.output_dir / "final")
     penalties = [entry["penalty"] for entry in trainer.state.log_history if "penalty" in entry]
@@ -124,6 +126,13 @@ def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | Non
         penalty=penalties[-1] if penalties else None,
         global_step=output.global_step,
     )
+
+
+def _close_progress(trainer: ProtectedSFTTrainer) -> None:
+    """What is said of a run that stopped has a line of its own, not one behind the progress bar."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def subspace(arguments: Arguments) -> Path:
