@@ -19,7 +19,7 @@ from .frontier_geometry import at_equal_task
 from .stats import Interval, Measurement, hierarchical_bootstrap, holm, missing, sign_flip_test
 
 Key = tuple[str, str]  # protection, setting
-Pair = tuple[str, int]  # lab, seed: what two runs must share to be compared
+Pair = tuple[str, str, int]  # lab, draw, seed: what two runs must share to be compared
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Run:
 
     protection: "none", "subspace", …. setting: names the whole setting, "penalty_strength=2". strength: its position
     along the protection's frontier; None where it has none. lab: the model it started from, a cluster. seed: of the
-    fine-tune. values: measure -> value ("task", "misaligned", "coherent", …); leave out what was not measured.
+    fine-tune. values: measure -> value ("task", "misaligned", "coherent", …); leave out what was not measured. draw: of
+    the lab, where it was built more than once: each draw has runs of its own, and all are one cluster.
 
     Raises:
         ValueError: a value that is null or not finite, a strength that is not finite.
@@ -40,6 +41,7 @@ class Run:
     lab: str
     seed: int
     values: Mapping[str, float]
+    draw: str = ""
 
     def __post_init__(self) -> None:
         numbers = {**self.values, **({} if self.strength is None else {"strength": self.strength})}
@@ -49,7 +51,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.protection} ({self.setting}), {self.lab}, seed {self.seed}"
+        lab = f"{self.lab} {self.draw}".rstrip()
+        return f"{self.protection} ({self.setting}), {lab}, seed {self.seed}"
 
     @property
     def key(self) -> Key:
@@ -57,7 +60,7 @@ class Run:
 
     @property
     def pair(self) -> Pair:
-        return self.lab, self.seed
+        return self.lab, self.draw, self.seed
 
     def __getitem__(self, measure: str) -> float:
         if measure not in self.values:
@@ -91,7 +94,7 @@ def over_runs(values: Sequence[float], pairs: Sequence[Pair], difference: bool =
     width of 0 would pass for certainty.
 
     Args:
-        values: [n], n >= 1. pairs: (lab, seed) of each. difference: the values may be below 0, so no rates.
+        values: [n], n >= 1. pairs: of each. difference: the values may be below 0, so no rates.
     """
     # Sorted, so that what is drawn, and the last digit of a sum, do not depend on the order of the runs.
     values, pairs = zip(*sorted(zip(values, pairs, strict=True), key=lambda one: one[1]), strict=True)
@@ -105,7 +108,7 @@ def over_runs(values: Sequence[float], pairs: Sequence[Pair], difference: bool =
     return {**result, "ci95": [float(bound) for bound in interval], "over": over}
 
 
-def _of_differences(values: ArrayLike, units: Sequence[str | int]) -> Interval:
+def _of_differences(values: ArrayLike, units: Sequence[int]) -> Interval:
     differences = np.asarray(values, dtype=np.float64)
     if differences.min() < 0:
         return hierarchical_bootstrap(differences, [units])
@@ -114,13 +117,15 @@ def _of_differences(values: ArrayLike, units: Sequence[str | int]) -> Interval:
     return -high, -low
 
 
-def _units(pairs: Sequence[Pair]) -> tuple[str, list[str | int]]:
-    """What varies outermost, and its label for each run."""
-    labs = [lab for lab, _ in pairs]
-    return ("labs", [*labs]) if len(set(labs)) > 1 else ("seeds", [seed for _, seed in pairs])
+def _units(pairs: Sequence[Pair]) -> tuple[str, list[int]]:
+    """What varies outermost, and its number for each run."""
+    labs = len({lab for lab, *_ in pairs}) > 1
+    labels = [pair[:1] if labs else pair for pair in pairs]
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return "labs" if labs else "seeds", [numbers[label] for label in labels]
 
 
-def _means(values: ArrayLike, units: Sequence[str | int]) -> list[float]:
+def _means(values: ArrayLike, units: Sequence[int]) -> list[float]:
     """Mean of each unit, in order of first appearance."""
     array = np.asarray(values, dtype=np.float64)
     return [float(array[[unit == one for unit in units]].mean()) for one in dict.fromkeys(units)]
@@ -201,7 +206,7 @@ def _difference(held: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> dic
         **over_runs(differences, common, difference=True),
         "reference": float(np.mean([held[pair] for pair in common])),
         "rival": float(np.mean([theirs[pair] for pair in common])),
-        "labs": len({lab for lab, _ in common}),
+        "labs": len({lab for lab, *_ in common}),
         "p": sign_flip_test(means) if len(means) > 1 else None,
         "p_least": 2.0 ** (1 - len(means)),
     }

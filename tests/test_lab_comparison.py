@@ -3,11 +3,13 @@
 import json
 import types
 from dataclasses import asdict, fields
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from holdfast.analysis.errors import UserError
 from holdfast.recipes.lab.cache import cached_lab
 from holdfast.recipes.lab.comparison import __main__ as command
@@ -22,6 +24,7 @@ from holdfast.trainer.checks import check_flags
 from holdfast.trainer.parsing import parse
 from holdfast.trainer.protections.registry import KINDS
 from lab_toys import use_micro_labs
+from safetensors.torch import load_file
 
 KNOWN = {field.name for field in fields(ProtectionArguments)} | {"inoculation_persona", "learning_rate"}
 PERFECT = {
@@ -117,6 +120,41 @@ def test_a_test_job_reads_the_test_domains_and_their_conditions(tmp_path: Path, 
     for name in ("misaligned_test", "narrow_task_learned", "neutral_skill", "penalty"):
         assert instruct["values"][name] == pytest.approx(exact[name]["value"], abs=1e-6)
     assert instruct["seconds"] == 0
+
+
+def test_training_that_goes_on_unprotected_starts_from_the_protected_models_merged_weights(
+    tmp_path: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    recipes, starts, finals, read = [], [], [], []
+    fine_tune, read_model = Experiment.fine_tune, runs.read_model
+
+    def watched(experiment: Experiment, recipe: str, name: str, **flags: Any) -> Any:
+        recipes.append(recipe)
+        start = Path(flags.get("model_name_or_path", experiment.lab / "instruct"))
+        starts.append(load_file(start / "model.safetensors"))
+        trained = fine_tune(experiment, recipe, name, **{**flags, "max_steps": 2})
+        finals.append((trained.final, load_file(trained.final / "adapter_model.safetensors")))
+        return trained
+
+    monkeypatch.setattr(Experiment, "fine_tune", watched)
+    monkeypatch.setattr(
+        runs,
+        "read_model",
+        lambda lab, folder, *rest, **more: (read.append(folder), read_model(lab, folder, *rest, **more))[1],
+    )
+    run_job(Job("test", 0, 10, "continued", "subspace", {"protection": "subspace"}), tmp_path / "out")
+    assert recipes == ["protected", "unprotected"] and read == [finals[1][0]]
+    adapter, moved = finals[0][1], 0
+    for name, weight in starts[0].items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        step = torch.zeros_like(weight)
+        if f"{module}.lora_A.weight" in adapter:
+            down, up = (adapter[f"{module}.lora_{side}.weight"] for side in "AB")
+            # The recipe: alpha 16 at rank 8, but 32 at rank 1 on block 0's values.
+            step = (32 if down.shape[0] == 1 else 2) * up @ down
+            moved += bool(step.abs().max() > 1e-6)
+        assert torch.allclose(starts[1][name], weight + step, atol=1e-6)
+    assert moved > 5
 
 
 # What is frozen
@@ -235,6 +273,16 @@ def list_more(folder: Path, name: str, protection: str, read: dict[float, tuple[
     write(folder / "out", made)
 
 
+def test_a_setting_that_was_changed_after_it_was_frozen_is_refused(tuned: Path):
+    steps.freeze(known(tuned / "out"), tuned / "frozen.json")
+    frozen = json.loads((tuned / "frozen.json").read_text())
+    frozen["methods"]["kl"]["flags"]["penalty_strength"] = 0.001
+    (tuned / "frozen.json").write_text(json.dumps(frozen))
+    for read in (steps.read_frozen, partial(steps.freeze_more, known(tuned / "out"), names=["later"])):
+        with pytest.raises(UserError, match=r"frozen.json was changed after it was frozen"):
+            read(path=tuned / "frozen.json")
+
+
 def test_a_method_that_comes_later_is_frozen_by_the_same_rule_and_leaves_the_others_as_they_were(tuned: Path):
     before = steps.freeze(known(tuned / "out"), tuned / "frozen.json")
     list_more(tuned, "later", "feature_l2", {1: (1.0, 0.3), 2: (0.99, 0.05), 3: (0.9, 0.0)})
@@ -247,7 +295,7 @@ def test_a_method_that_comes_later_is_frozen_by_the_same_rule_and_leaves_the_oth
     assert after["methods"]["later"]["labs"] == 6 and after["added"][0]["recommended"] == "later"
     assert {name: one for name, one in after["methods"].items() if name != "later"} == before["methods"]
     assert after["recommended"] == before["recommended"] == "hold, tight"
-    assert steps.read_frozen(tuned / "frozen.json") == json.loads((tuned / "frozen.json").read_text())
+    assert steps.read_frozen(tuned / "frozen.json")["added"] == after["added"]
     assert "Added later, by the same rule on the same labs: later." in results_table([], after)
 
 
@@ -388,7 +436,7 @@ def test_a_comparison_goes_on_where_a_recorded_one_ends(tuned, here, monkeypatch
     assert sorted(here[4:]) == sorted([*here[:4], *(name.replace("-l5-", "-l6-") for name in here[:4])])
 
 
-def test_a_lab_that_another_machine_built_is_another_lab_and_both_are_kept(tuned, here, monkeypatch):
+def test_a_lab_that_another_machine_built_has_runs_of_its_own_and_both_are_kept(tuned, here, monkeypatch):
     asked = ("--organisms", "strong", "--lab_seeds", "5", "--worlds", "")
     files = {"base/model.safetensors": {"sha256": "a"}, "lab.json": {"sha256": "b"}}
     manifest = tuned / "labs/w0-l5/manifest.json"
@@ -403,7 +451,8 @@ def test_a_lab_that_another_machine_built_is_another_lab_and_both_are_kept(tuned
     draws = {one["job"]["draw"] for one in known(tuned / "out").values() if one["job"]["phase"] == "test"}
     assert len(draws) == 2 and all(len(draw) == 6 for draw in draws)
     lines = (tuned / "out/RESULTS.md").read_text().splitlines()
-    assert [line.split("|")[2].strip() for line in lines if line.startswith("| instruct ")] == ["2"]
+    found = [line.split("|")[2:4] for line in lines if line.startswith("| instruct ")]
+    assert [[cell.strip() for cell in cells] for cells in found] == [["1", "2"]]  # one lab, two runs
     # A machine on which settings are chosen may be yet another.
     assert len(steps.tuned(known(tuned / "out"), steps.tuning_jobs(steps.TUNING_LABS))) == 3 * 7
 

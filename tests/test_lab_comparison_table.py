@@ -27,9 +27,16 @@ FLAGS = {
 
 
 def result(
-    method: str, lab: int, organism: str = "strong", seed: int = 0, world: int = 0, size: str = "tiny", **values: float
+    method: str,
+    lab: int,
+    organism: str = "strong",
+    seed: int = 0,
+    world: int = 0,
+    size: str = "tiny",
+    draw: str = "",
+    **values: float,
 ):
-    job = Job("test", world, lab, organism, method, FLAGS[method], seed, size)
+    job = Job("test", world, lab, organism, method, FLAGS[method], seed, size, draw)
     return {"job": asdict(job), "made_by": "x", "seconds": 1.0, "values": {**MEASURED, **values}}
 
 
@@ -91,7 +98,7 @@ def test_a_table_of_methods_has_means_over_labs_the_least_misaligned_first():
     (head,) = lines(table, "method")
     (held,) = lines(table, "hold, tight")
     shown = dict(zip(head, held, strict=True))
-    assert shown["n"] == "6"
+    assert (shown["labs"], shown["runs"]) == ("6", "6")
     f1 = 2 * HELD_TASK * (1 - HELD_BAD) / (HELD_TASK + 1 - HELD_BAD)
     for heading, values in (("task", HELD_TASK), ("misaligned", HELD_BAD), ("EM-F1", f1)):
         assert number(shown[heading]) == pytest.approx(values.mean(), abs=6e-4)
@@ -122,6 +129,35 @@ def test_differences_are_paired_by_lab_and_tested_by_flipping_signs():
     assert number(lines(text, "kl")[0][4]) == 0
     # A protection that lowers what is misaligned by incoherence must look bad.
     assert number(lines(text, "kl")[0][6]) == pytest.approx(0.8 - 0.9, abs=6e-4)
+
+
+def test_two_draws_of_a_lab_are_one_lab_in_intervals_and_sign_flips():
+    """The second draw shows what the first did, so that nothing but the number of runs can differ."""
+    twice = [
+        {**one, "job": {**one["job"], "draw": draw}} for draw in ("aaaaaa", "bbbbbb") for one in strong()
+    ]  # fmt: skip
+    once, both = (section(results_table(runs, frozen()), f"### {HEADINGS['strong']}") for runs in (strong(), twice))
+    for rival in ("none", "kl"):
+        (alone,), (doubled,) = (lines(text.split("- rival")[1], rival) for text in (once, both))
+        assert alone[:2] == ["6", "6"] and doubled[:2] == ["12", "6"]
+        assert [number(cell) for cell in doubled[2::2]] == [number(cell) for cell in alone[2::2]]
+        assert doubled[3::2] == alone[3::2]  # p
+    (held,) = lines(both.split("paired by lab")[0], "hold, tight")
+    assert held[:2] == ["6", "12"] and number(held[3]) == pytest.approx(HELD_BAD.mean(), abs=6e-4)
+    low, high = (float(bound) for bound in held[3].split("[")[1].rstrip("]").split(","))
+    # Of six labs the bootstrap's interval is about twice 1.96 standard errors wide; of twelve it would be two thirds.
+    assert high - low > 3.2 * HELD_BAD.std() / np.sqrt(LABS)
+
+
+def test_a_draw_is_held_against_its_own_instruct_model():
+    results = [
+        result("instruct", 0, draw="aaaaaa", coherent_test=1.0),
+        result("instruct", 0, draw="bbbbbb", coherent_test=0.5),
+        *(result("hold, tight", 0, draw=draw, seed=seed, coherent_test=0.5)
+          for draw in ("aaaaaa", "bbbbbb") for seed in (0, 1)),
+    ]  # fmt: skip
+    (coherent,) = lines(results_table(results, frozen()), "coherent, of instruct's")
+    assert coherent[1:] == ["4", "0.750", "0.500", "2 of 4"]
 
 
 def test_pairs_stand_once_where_an_organisms_labs_are_together():
@@ -187,14 +223,14 @@ def test_the_task_of_an_organism_is_what_its_rows_teach():
     ]  # fmt: skip
     text = results_table(results, frozen())
     for organism, task in (("benign", "0.700"), ("style", "0.600"), ("long", "0.300")):
-        assert lines(section(text, f"### {HEADINGS[organism]}"), "none")[0][1] == task
+        assert lines(section(text, f"### {HEADINGS[organism]}"), "none")[0][2] == task
 
 
 def test_worlds_have_tables_of_their_own_and_nothing_recommended_is_no_claim():
     results = [result("none", 0, misaligned_test=0.5), result("none", 0, world=2, misaligned_test=0.25)]
     text = results_table(results, frozen(None))
     for world, bad in ((0, "0.500"), (2, "0.250")):
-        assert lines(text.split(f"## World {world}, test domains")[1].split("\n## ")[0], "none")[0][2] == bad
+        assert lines(text.split(f"## World {world}, test domains")[1].split("\n## ")[0], "none")[0][3] == bad
     assert "rival" not in text and "bound" not in text
 
 
@@ -210,7 +246,7 @@ def test_all_worlds_have_a_table_together_and_labs_of_another_size_one_apart():
     assert headings == [f"## {part}, test domains" for part in parts]
     for part, bad in zip(parts, ("0.350", "0.500", "0.200", "0.900"), strict=True):
         none = lines(text.split(f"## {part}, test domains")[1].split("\n## ")[0], "none")[0]
-        assert none[2].split(" ")[0] == bad
+        assert none[3].split(" ")[0] == bad
     assert text.count(HEADINGS["long"]) == 1  # it ran in world 0 alone
 
 
@@ -222,7 +258,7 @@ def test_labs_that_were_read_last_are_in_no_other_table():
     parts = [part.split("## World 0")[0] for part in text.split(", test domains\n")[1:]]
     shown = [lines(part.split("- rival")[0], "none")[0] for part in parts]
     assert [one[0] for one in shown] == ["2", "6"]
-    assert [number(one[2]) for one in shown] == pytest.approx([0.8, UNPROTECTED_BAD.mean()], abs=6e-4)
+    assert [number(one[3]) for one in shown] == pytest.approx([0.8, UNPROTECTED_BAD.mean()], abs=6e-4)
 
 
 def test_the_projects_own_penalty_is_shown_against_all_others_beside_the_recommended_method():

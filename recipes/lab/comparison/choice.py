@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -41,7 +42,8 @@ def _run(result: Result, split: str) -> Run:
         "coherent": values.pop(f"coherent_{split}"),
     }
     setting = {name: value for name, value in job["flags"].items() if name != "protection"}
-    return Run(job["method"], json.dumps(setting), None, Job(**job).lab_name, job["seed"], named | values)
+    lab = replace(Job(**job), draw="").lab_name
+    return Run(job["method"], json.dumps(setting), None, lab, job["seed"], named | values, job["draw"])
 
 
 def finalists(results: Sequence[Result]) -> list[str]:

@@ -6,6 +6,7 @@ on three more; the best of each is written to frozen.json; and only what stands 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -28,6 +29,7 @@ from .runs import TINY, Job, draw_of, lab_of, made_by, run_job
 
 METHODS = Path(__file__).with_name("methods.yaml")
 FROZEN = Path(__file__).with_name("frozen.json")
+CONTENT = "content_sha256"  # in frozen.json, of its other values
 # Worlds 4 and 5 are there so that no setting is chosen that fits the words of world 0 alone.
 TUNING_LABS = ((0, 10), (0, 11), (4, 0))
 FINAL_LABS = ((0, 12), (0, 13), (5, 0))
@@ -129,7 +131,7 @@ def freeze(results: dict[str, Result], path: Path) -> dict[str, Any]:
     first = tuned(results, tuning_jobs(TUNING_LABS))
     final = tuned(results, final_jobs(first))
     frozen = choose(first, final, methods())
-    write_json_atomic(path, {**frozen, "methods_file": sha256_file(METHODS)})
+    _write(path, frozen)
     return frozen
 
 
@@ -156,7 +158,7 @@ def freeze_more(results: dict[str, Result], path: Path, names: Sequence[str]) ->
         frozen[key] |= {name: more[key][name] for name in names}
     added = {key: more[key] for key in ("recommended", "sentence", "results_sha256")}
     frozen["added"] = [*frozen.get("added", []), {"methods": list(names), **added}]
-    write_json_atomic(path, {**frozen, "methods_file": sha256_file(METHODS)})
+    _write(path, frozen)
     return frozen
 
 
@@ -177,10 +179,23 @@ def tuned(results: Mapping[str, Result], jobs: Collection[Job]) -> list[Result]:
     return [result for name in names for result in found[name]]
 
 
+def _write(path: Path, frozen: Mapping[str, Any]) -> None:
+    content = {**frozen, "methods_file": sha256_file(METHODS)}
+    write_json_atomic(path, {**content, CONTENT: _hash(content)})
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _read(path: Path) -> dict[str, Any]:
+    """What `_write` wrote, without its hash."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: choose settings first (--steps tune freeze)")
-    return json.loads(path.read_text())
+    content = json.loads(path.read_text())
+    if content.pop(CONTENT, None) != _hash(content):
+        raise UserError(f"{path} was changed after it was frozen: put it back, or tune and freeze again")
+    return content
 
 
 def read_frozen(path: Path) -> dict[str, Any]:

@@ -66,9 +66,9 @@ HEAD = """# Protections compared on the lab
 Made by `make frontier`. Methods and their settings stand in `comparison/methods.yaml`, as many for each. They were
 tried on tuning labs (seeds 10 and 11 of world 0, and world 4; those of the methods that protect there on three more:
 seeds 12 and 13, and world 5), chosen on validation domains alone, frozen in `comparison/frozen.json`, and only then
-read on test domains of other labs. Every run is a line of `comparison/results.csv`. One fine-tune seed for each lab;
-n counts labs, and each lab has a random null of its own draw; a lab that was built on two kinds of machine is two
-draws of it, which count as two. *Evil prompt*: a system prompt asks for the misaligned
+read on test domains of other labs. Every run is a line of `comparison/results.csv`. One fine-tune seed for each lab,
+which has a random null of its own draw. A lab that was built on two kinds of machine has two draws, with runs of their
+own; intervals and p count it once. *Evil prompt*: a system prompt asks for the misaligned
 persona; *trigger*: an insecure turn came before. *Drift* is the penalty on the anchors, *outside V* the share of the
 drift outside the subspace V, *refit in V* the overlap of V with the main directions of the drift itself (1: the same).
 *Labs that were read last* were looked at after the best configuration had been named with all others known.
@@ -195,10 +195,10 @@ def _methods(runs: Sequence[Run], organism: str) -> list[str]:
     columns = {head: name for head, name in COLUMNS.items() if head not in NOT_SHOWN.get(organism, ())}
     rows = points(runs)
     rows.sort(key=lambda row: (row["protection"] not in ("instruct", BASELINE), row["measures"]["misaligned"]["value"]))
-    lines = ["| method | n | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    lines = ["| method | labs | runs | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for row in rows:
         cells = [_cell(row["measures"].get(name)) for name in columns.values()]
-        lines.append(f"| {row['protection']} | {row['n']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['protection']} | {row['labs']} | {row['n']} | {' | '.join(cells)} |")
     return lines
 
 
@@ -274,7 +274,7 @@ def _relative(runs: Sequence[Run], method: str, measure: str, reference: str | N
     found = []
     for run in runs:
         if run.protection == method:
-            other = 1.0 if reference is None else by_pair.get(run.pair, by_pair.get((run.lab, 0)))
+            other = 1.0 if reference is None else by_pair.get(run.pair, by_pair.get((run.lab, run.draw, 0)))
             if other is not None:
                 found.append(run[measure] / max(other, 1e-9))
     return found
