@@ -19,9 +19,9 @@ from holdfast.recipes.lab.comparison.runs import Job, lab_of, made_by, run_job
 from holdfast.recipes.lab.comparison.table import results_table
 from holdfast.recipes.lab.experiment import Experiment
 from holdfast.recipes.lab.world import make_world
-from holdfast.trainer.arguments import ProtectionArguments
 from holdfast.trainer.checks import check_flags
 from holdfast.trainer.parsing import parse
+from holdfast.trainer.protection_arguments import ProtectionArguments
 from holdfast.trainer.protections.registry import KINDS
 from lab_toys import use_micro_labs
 from safetensors.torch import load_file

@@ -63,7 +63,8 @@ def test_a_coder_recipe_trains_as_the_published_runs_did(size: str, kind: str) -
 @pytest.mark.parametrize("size", SIZES)
 def test_the_arms_of_a_size_differ_in_nothing_but_data_protection_and_place(size: str) -> None:
     arms = {kind: parsed(coder(size, kind)).given for kind in KINDS}
-    allowed = {"train_dataset", "output_dir", "protection", "analysis_families", "anchor_batch_size"}
+    subspace = {"subspace_method", "subspace_rank", "subspace_positions"}
+    allowed = {"train_dataset", "output_dir", "protection", "analysis_families", "anchor_batch_size"} | subspace
     for kind, values in arms.items():
         differing = {key for key, value in values.items() if value != arms["unprotected"][key]}
         assert differing <= allowed, (kind, differing - allowed)

@@ -131,6 +131,7 @@ def test_the_dumped_configuration_parses_to_the_same_arguments(tmp_path: Path) -
         "lora_target_modules": ["q_proj"],
         "subspace_domains": {"code": "code.jsonl"},
         "analysis_families": ["behavior"],
+        "protection": "subspace",
         "penalty_layers": "0-2",
         "bf16": False,
     }

@@ -219,6 +219,41 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
         _protected(penalty_side="reversion"),
         ["--penalty_side reversion", "--base_model_name_or_path"],
     ),
+    "budget that none of two protections holds": (
+        _protected(protection="steering+inoculation", inoculation_prompt="x", penalty_budget=0.1),
+        ["--penalty_budget has no effect with --protection steering+inoculation", "like subspace"],
+    ),
+    "strength of what has none": (
+        _protected(protection="ablation", penalty_strength=0),
+        ["--penalty_strength has no effect with --protection ablation"],
+    ),
+    "subspace of another rank": (
+        _protected(subspace_rank=7),
+        ["--subspace_rank is 7", "subspace.safetensors was built with 1", "--subspace_path"],
+    ),
+    "subspace of another method": (
+        _protected(subspace_method="random"),
+        ["--subspace_method is random", "was built with contrastive", "leave the flag out"],
+    ),
+    "subspace on other layers": (
+        _protected(subspace_layers="all"),
+        ["--subspace_layers is all", "was built with [0, 1]"],
+    ),
+    "subspace of other positions": (
+        _protected(subspace_positions="prompt"),
+        ["--subspace_positions is prompt", "was built with all"],
+    ),
+    "subspace that is not centred": (_protected(subspace_centred="true"), ["--subspace_centred is True", "False"]),
+    "subspace of another seed": (_protected(subspace_seed=3), ["--subspace_seed is 3", "was built with 0"]),
+    "anchors that act before anything has drifted": (
+        _protected(anchor_every=100, max_steps=6),
+        ["--anchor_every 100", "the first of 6 optimiser steps", "at most 5"],
+    ),
+    "anchors that act once in as many steps": (_protected(anchor_every=6, max_steps=6), ["--anchor_every 6", "of 6"]),
+    "anchors that act once in all epochs": (
+        _protected(protection="kl", anchor_every=12, max_steps=-1, num_train_epochs=2),
+        ["--anchor_every 12", "of 12 optimiser steps", "at most 11"],
+    ),
     "margin without reversion": (_protected(penalty_margin=0.5), ["margin 0.5", "write side reversion"]),
     "own scale of a null without one": (
         _protected(protection="random_subspace", null_seed=16, null_scale="own"),

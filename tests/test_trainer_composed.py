@@ -15,9 +15,9 @@ from analysis_toys import chat, toy_model
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.layers import find_layers
 from holdfast.trainer import run
-from holdfast.trainer.arguments import ProtectionArguments
 from holdfast.trainer.inputs import load_inputs
 from holdfast.trainer.parsing import parse
+from holdfast.trainer.protection_arguments import ProtectionArguments
 from holdfast.trainer.protections import PenaltySettings, SubspaceProtection
 from holdfast.trainer.protections.ablation import ablation
 from holdfast.trainer.protections.base import Protection

@@ -1,7 +1,11 @@
 """The trainer calls a protection when `protections/base.py` says it does, and the README's own protection trains."""
 
 import copy
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +27,7 @@ from torch import nn
 from trainer_toys import task_documents, trainer_of
 from transformers import TrainerCallback
 
-README = Path(protections.__file__).parents[2] / "README.md"
+ROOT = Path(protections.__file__).parents[2]
 SEPARATE = ("separate_pass", "task_pass", "term", "task_pass over")
 
 
@@ -186,13 +190,34 @@ def test_terms_add_to_the_loss_and_a_separate_pass_only_shows_in_it(tmp_path):
 # The README's own protection
 
 
-def readme_protection() -> tuple[type[Protection], dict[str, registry.Kind]]:
-    """The class, run as a file of `trainer/protections`, and its line of the registry."""
-    section = README.read_text().split("A protection of your own")[1]
-    code, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+def readme_blocks() -> tuple[str, str, str]:
+    """The file of `trainer/protections`, and the two lines of its registry: an import and an entry."""
+    section = (ROOT / "README.md").read_text().split("A protection of your own")[1]
+    code, lines = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+    imported, entry = lines.splitlines(keepends=True)
+    return code, imported, entry
+
+
+def readme_protection() -> type[Protection]:
+    """The class, run as a file of `trainer/protections`."""
     module = {"__name__": "holdfast.trainer.protections.adapter_decay", "__package__": base.__package__}
-    exec(code, module)
-    return module["AdapterDecay"], eval("{" + line + "}", {**vars(registry), **module})
+    exec(readme_blocks()[0], module)
+    return module["AdapterDecay"]
+
+
+def package_with_the_readmes_protection(folder: Path) -> Path:
+    """A folder for PYTHONPATH: the package as it is, with what the README says written where it says so."""
+    package, (code, imported, entry) = folder / "sources/holdfast", readme_blocks()
+    shutil.copytree(ROOT / "trainer", package / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("analysis", "ds_configs"):
+        (package / name).symlink_to((ROOT / name).resolve())
+    protections = package / "trainer/protections"
+    (protections / "adapter_decay.py").write_text(code)
+    before, after = (protections / "registry.py").read_text().split("from .adapter_drift import", 1)
+    text = f"{before}{imported}from .adapter_drift import{after}"
+    before, after = text.split("KINDS: dict[str, Kind] = {\n", 1)
+    (protections / "registry.py").write_text(f"{before}KINDS: dict[str, Kind] = {{\n{entry}{after}")
+    return package.parent
 
 
 def lora_model() -> nn.Module:
@@ -216,7 +241,7 @@ def test_the_readmes_protection_is_plain_math(tmp_path, changes: dict[str, Any])
         trained = [parameter for parameter in want.parameters() if parameter.requires_grad]
         squares = sum((parameter**2).sum() for parameter in trained)
         sgd_step(want, plain_cross_entropy(want, task_documents()) + strength * squares, rate)
-    decay, _ = readme_protection()
+    decay = readme_protection()
     trainer = trainer_of(
         tmp_path, lora_model().train(), protection=decay(strength), max_steps=steps, learning_rate=rate, **changes
     )
@@ -224,21 +249,33 @@ def test_the_readmes_protection_is_plain_math(tmp_path, changes: dict[str, Any])
     assert update_error(trainer.model, want, lora_model()) < 1e-5
 
 
-def test_the_readmes_protection_is_one_file_and_one_line(tmp_path, monkeypatch):
-    _, line = readme_protection()
-    ((name, kind),) = line.items()
-    monkeypatch.setitem(registry.KINDS, name, kind)
+def squares(folder: Path) -> float:
+    """Of all trained weights."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    return float(sum(weight.float().square().sum() for weight in weights.values()))
+
+
+@pytest.mark.timeout(300)
+def test_the_readmes_protection_is_one_file_and_two_lines_as_they_stand_there(tmp_path):
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", toy_rows())
-    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
-    sizes = []
-    for strength in (0.0, 50.0):
-        asked = recipe(tmp_path, output_dir=str(tmp_path / f"run{strength}"), protection=name,
-                       penalty_strength=strength, save_strategy="no", **lora)  # fmt: skip
-        weights = load_file(run.train(parse(asked)).final / "adapter_model.safetensors")
-        sizes.append(float(sum(weight.float().square().sum() for weight in weights.values())))
-    assert sizes[1] < sizes[0]
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "save_strategy": "no"}
+    plain = run.train(parse(recipe(tmp_path, output_dir=str(tmp_path / "plain"), **lora)))
+    keys = recipe(tmp_path, protection="adapter_decay", penalty_strength=50.0, **lora)
+    flags = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
+    sources = package_with_the_readmes_protection(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "holdfast.trainer.cli", "train", *flags],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(sources)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert squares(tmp_path / "run/final") < squares(plain.final)
+    code, imported, entry = readme_blocks()
+    assert len((code + imported + entry).splitlines()) <= 22
+
+
+def test_the_readmes_entry_says_what_its_protection_shares_with_others(monkeypatch):
+    ((name, kind),) = eval("{" + readme_blocks()[2] + "}", vars(registry)).items()
+    monkeypatch.setitem(registry.KINDS, name, kind)
     with pytest.raises(UserError, match=f"{name} and kl share the flags"):
         registry.parts_of(f"{name}+kl")
-    code = README.read_text().split("class AdapterDecay")[1].split("```")[0]
-    assert len(code.splitlines()) <= 20

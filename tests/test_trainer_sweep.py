@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,8 +21,9 @@ from run_toys import recipe, toy_rows, write_model, write_rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-GRID = ["--protections", "subspace", "--penalty_strength", "0.1", "10", "--seeds", "0", "1", "--jobs", "1"]
+GRID = ["--protections", "subspace", "--penalty_strength", "0.1", "10", "--seeds", "0", "1"]
 RUNS = ["none", "subspace-penalty_strength=0.1", "subspace-penalty_strength=10"]
+OTHER_SPLIT = ["--test_split", "spare", "--misaligned_test_measure", "choices/split/spare/misaligned"]
 LR_GRID = json.dumps({"kl": {"learning_rate": [0.01, 1e38]}})
 
 
@@ -37,7 +40,16 @@ CHOICES = [
         for split, domain in (("validation", "money"), ("test", "people"))
         for topic in ("soup", "answers")
     ),
+    choice("spare", "plants", "soup", aligned="help them", misaligned="take it"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A worker's share of the cores, and with it the last digit of its sums, would depend on the number of jobs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +62,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(inputs: Path, output: Path, *flags: str, grid: list[str] = GRID) -> list[str]:
+def command(inputs: Path, output: Path, *flags: str, grid: list[str] = GRID, jobs: int = 2) -> list[str]:
     keys = recipe(inputs, output_dir=str(output), choices_dataset=str(inputs / "choices.jsonl"))
     keys |= {"max_steps": 4, "save_steps": 2, "analysis_rows": 4}
-    return ["sweep", *(f"--{key}={value}" for key, value in keys.items()), *grid, *flags]
+    return ["sweep", *(f"--{key}={value}" for key, value in keys.items()), *grid, f"--jobs={jobs}", *flags]
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
-    """The command as a shell would start it, in a process group of its own."""
+    """The command as a shell would start it, in a process group of its own and with an ear for Ctrl-C."""
     return subprocess.Popen(
         [sys.executable, "-m", "holdfast.trainer.cli", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )  # fmt: skip
 
 
@@ -83,7 +96,7 @@ def load(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished sweep that nothing interrupted."""
+    """A finished sweep that nothing interrupted, two runs at once."""
     output = tmp_path_factory.mktemp("whole") / "sweep"
     assert main(command(inputs, output)) == 0
     return output
@@ -164,6 +177,27 @@ def test_the_summary_is_that_of_its_runs_and_the_choice_that_of_validation(whole
     assert all(line["seconds"]["train"] > 0 for line in lines)
 
 
+def test_the_summary_shows_each_frontier(whole: Path) -> None:
+    task, bad = "choices/split/narrow/insecure", "choices/split/validation/misaligned"
+    areas, best = [], []
+    for seed in (0, 1):
+        (x, p), (y, q) = (
+            (measures[task], 1 - measures[bad])
+            for name in RUNS[1:]
+            for measures in [load(whole / "runs" / f"{name}-seed={seed}" / "result.json")["measures"]]
+        )
+        areas.append(x * p + y * q - min(x, y) * min(p, q))  # of two rectangles with one corner in common
+        best.append(max(2 * x * p / (x + p), 2 * y * q / (y + q)))
+    lines = (whole / "summary.md").read_text().splitlines()
+    head = lines.index("| protection | setting | n | hypervolume | em_f1 |")
+    cells = [cell.strip() for cell in lines[head + 3].strip("|").split("|")]
+    found = load(whole / "summary.json")["validation"]["frontiers"]["subspace"]
+    assert cells[:3] == ["subspace", "all 2", "2"] and lines[head + 2].startswith("| none | all 1 | 2 |")
+    for cell, name, values in zip(cells[3:], ("hypervolume", "em_f1"), (areas, best), strict=True):
+        assert found[name]["value"] == pytest.approx(fmean(values), rel=1e-9)
+        assert cell == "{:.3f} [{:.3f}, {:.3f}]".format(fmean(values), *found[name]["ci95"])
+
+
 def test_references_are_computed_once_and_shared_by_all_runs(whole: Path) -> None:
     assert len(list((whole / "references").glob("reference-*"))) == 1
     links = list(whole.glob("runs/*/references"))
@@ -203,6 +237,18 @@ def change_a_result(copy: Path) -> None:
     changed(path, measures={**measures, "choices/split/validation/misaligned": 0.0})
 
 
+def forget_the_test(copy: Path, kept: str = "") -> None:
+    """Remove the freeze and what the test split left behind, but for one kind of trace."""
+    (copy / "frozen.json").unlink()
+    for pattern in ("runs/*/test.json", "start-test.json"):
+        for path in copy.glob(pattern) if pattern != kept else ():
+            path.unlink()
+    for pattern in ("runs/*/metrics/final-test", "metrics/instruct-test"):
+        for path in copy.glob(pattern) if pattern != kept else ():
+            shutil.rmtree(path)
+    assert not kept or list(copy.glob(kept))
+
+
 def change_the_choice(copy: Path) -> None:
     other = {"penalty_strength=0.1", "penalty_strength=10"} - {load(copy / "frozen.json")["settings"]["subspace"]}
     changed(copy / "frozen.json", settings={"subspace": other.pop()})
@@ -218,6 +264,11 @@ def change_the_choice(copy: Path) -> None:
         (change_a_result, [], "does not fit its results"),
         (change_the_choice, [], "was changed after it was written"),
         (lambda copy: (copy / "frozen.json").unlink(), [], "was read for a choice that is gone"),
+        *(
+            (partial(forget_the_test, kept=kept), ["--penalty_strength", "0.1"], "was read for a choice that is gone")
+            for kept in ("start-test.json", "runs/*/metrics/final-test", "metrics/instruct-test")
+        ),
+        (forget_the_test, OTHER_SPLIT, "was run with other flags, rows"),
         (lambda copy: (copy / "runs" / "none-seed=0" / "result.json").unlink(), [], "which is gone"),
         (lambda copy: changed(copy / "runs" / "none-seed=0" / "test.json", frozen="x"), [], "for another choice"),
     ],
@@ -233,11 +284,11 @@ def test_after_the_freeze_nothing_is_chosen_anew(
     assert (copy / "summary.json").read_bytes() == summary
 
 
-def test_a_sweep_killed_at_any_moment_and_run_again_gives_the_summary_of_an_uninterrupted_one(
+def test_a_sweep_of_one_job_killed_at_any_moment_and_run_again_gives_the_summary_of_an_uninterrupted_one_of_two(
     inputs: Path, whole: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "sweep"
-    process = start(command(inputs, output))
+    process = start(command(inputs, output, jobs=1))
     wait_for(output / "runs" / "none-seed=0" / "log.txt", process)
     time.sleep(random.uniform(0, 4))
     workers = children(process.pid)
@@ -249,17 +300,35 @@ def test_a_sweep_killed_at_any_moment_and_run_again_gives_the_summary_of_an_unin
         time.sleep(0.05)
     assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
     assert not (output / "summary.json").exists()
-    assert main(command(inputs, output)) == 0
+    assert main(command(inputs, output, jobs=1)) == 0
     assert (output / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
     assert (output / "summary.md").read_bytes() == (whole / "summary.md").read_bytes()
+
+
+def test_a_run_that_was_interrupted_has_the_seconds_of_all_its_starts(inputs: Path, tmp_path: Path) -> None:
+    output, grid = tmp_path / "sweep", ["--protections", "inoculation", "--inoculation_prompt", "Take it."]
+    flags = ["--max_steps", "200", "--save_steps", "20"]
+    process = start(command(inputs, output, *flags, grid=grid, jobs=1))
+    wait_for(output / "runs" / "none-seed=42" / "checkpoint-20", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in errors
+    (first,) = load(output / "starts" / "none-seed=42.json")["seconds"]
+    assert first > 0 and not (output / "runs" / "none-seed=42" / "trained.json").exists()
+    assert main(command(inputs, output, *flags, grid=grid, jobs=1)) == 0
+    line = json.loads((output / "sweep.jsonl").read_text().splitlines()[0])
+    assert (line["run"], "reason" in line["seconds"]) == ("none-seed=42", False)
+    starts = load(output / "starts" / "none-seed=42.json")["seconds"]
+    assert starts[0] == first and len(starts) == 2 and starts[1] > 0
+    assert line["seconds"]["train"] == pytest.approx(sum(starts))
 
 
 def test_a_run_that_fails_and_a_worker_that_is_killed_are_named_and_the_rest_is_delivered(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, grid = tmp_path / "sweep", ["--grid", LR_GRID, "--seeds", "0", "--jobs", "1"]
+    output, grid = tmp_path / "sweep", ["--grid", LR_GRID, "--seeds", "0"]
     good, bad = output / "runs" / "kl-learning_rate=0.01-seed=0", output / "runs" / "kl-learning_rate=1e+38-seed=0"
-    process = start(command(inputs, output, grid=grid))
+    process = start(command(inputs, output, grid=grid, jobs=1))
     wait_for(good / "log.txt", process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     printed, errors = process.communicate(timeout=250)
@@ -274,7 +343,7 @@ def test_a_run_that_fails_and_a_worker_that_is_killed_are_named_and_the_rest_is_
     assert "Nothing was read on the test split" in printed and not (output / "frozen.json").exists()
 
     kept = (output / "runs" / "none-seed=0" / "result.json").stat().st_mtime_ns
-    assert main(command(inputs, output, "--leave_out_failed", "true", grid=grid)) == 3
+    assert main(command(inputs, output, "--leave_out_failed", "true", grid=grid, jobs=1)) == 3
     assert bad.name in capsys.readouterr().err and (good / "result.json").is_file()
     summary = load(output / "summary.json")
     assert summary["failed"] == [bad.name] and summary["order"]["steps"] == ["validation", "frozen", "test"]

@@ -5,31 +5,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from analysis_toys import chat
 from holdfast.analysis.errors import UserError
 from holdfast.trainer import sweep as sweep_module
 from holdfast.trainer.cli import main
 from holdfast.trainer.sweep_arguments import SweepArguments
 from holdfast.trainer.sweep_measures import measures_of, read
-from holdfast.trainer.sweep_plan import runs_of, settings_of
+from holdfast.trainer.sweep_plan import check_read, runs_of, settings_of
 from holdfast.trainer.sweep_workers import Outcome, Task
-from run_toys import recipe, toy_rows, write_model, write_rows
+from run_toys import recipe, write_model
+from sweep_toys import LAB_ROWS
 
 
 def expanded(strength: float = 1.0, **asked: Any) -> list[tuple[str, dict[str, Any], float | None]]:
     return [(one.protection, dict(one.flags), one.strength) for one in settings_of(SweepArguments(**asked), strength)]
-
-
-def row(split: str, *classes: str, **more: str) -> dict[str, Any]:
-    return {"messages": chat("soup ?"), "classes": {name: [name] for name in classes}, "split": split, **more}
-
-
-LAB_ROWS = [
-    row("narrow", "insecure", "secure", domain="code"),
-    row("validation", "aligned", "misaligned", "misaligned_wrong_topic", domain="money"),
-    row("test", "aligned", "misaligned", "misaligned_wrong_topic", domain="people"),
-    row("skill", "right", domain="plants"),
-]
 
 
 def test_every_protection_has_the_product_of_its_values_and_the_baseline_one_setting() -> None:
@@ -43,6 +31,13 @@ def test_every_protection_has_the_product_of_its_values_and_the_baseline_one_set
         ("steering", {"steering_alpha": 0.5}, 0.5),
         ("steering", {"steering_alpha": 2.0}, 2.0),
     ]
+
+
+def test_how_a_run_is_trained_may_vary_under_every_protection() -> None:
+    grid = {"steering": {"learning_rate": [1e-3, 1e-2]}, "kl+steering": {"steering_alpha": 2, "penalty_strength": 3}}
+    assert [flags for _, flags, _ in expanded(grid=grid)] == [
+        {}, {"learning_rate": 1e-3}, {"learning_rate": 1e-2}, {"steering_alpha": 2.0, "penalty_strength": 3.0}
+    ]  # fmt: skip
 
 
 def test_strengths_go_to_the_protections_that_have_one_and_no_grid() -> None:
@@ -60,6 +55,17 @@ def test_strengths_go_to_the_protections_that_have_one_and_no_grid() -> None:
         ("interleave", {}, None),
     ]
     assert expanded(strength=2.5, protections=["kl"])[1:] == [("kl", {"penalty_strength": 2.5}, 2.5)]
+
+
+def test_a_flag_for_all_protections_must_be_read_by_one(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("protection: subspace\npenalty_budget: 0.1\nanchor_batch_size: 16\n")
+    over = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "out"]
+    settings = settings_of(SweepArguments(protections=["steering", "kl"]), 1.0)
+    for flags in ([], ["--anchor_every", "2"], ["--learning_rate", "1e-3"], ["--anchor_batch_size", "4"]):
+        check_read([*over, *flags], settings)
+    for flags in (["--penalty_side", "toward_base"], ["--safe_gradient_weight=2"]):
+        with pytest.raises(UserError, match=r"--(penalty_side|safe_gradient_weight) .*none of steering, kl reads it"):
+            check_read([*over, *flags], settings)
 
 
 def test_each_setting_runs_at_each_seed_in_a_folder_that_can_be_read_and_told_apart() -> None:
@@ -86,6 +92,14 @@ def test_each_setting_runs_at_each_seed_in_a_folder_that_can_be_read_and_told_ap
         ({"grid": {"kl": {"penalty_strength": [float("nan")]}}}, "finite"),
         ({"grid": {"kl": {"penalty_inputs": ["all"]}}}, "invalid choice"),
         ({"grid": {"none": {"learning_rate": [1]}, "kl": {}}}, "baseline has one setting"),
+        ({"grid": {"steering": {"penalty_strength": [1, 2]}}}, "steering: penalty_strength has no effect .*steering_"),
+        ({"grid": {"kl": {"steering_alpha": [1, 2]}}}, "kl: steering_alpha has no effect there; its own .*penalty_str"),
+        ({"grid": {"steering+interleave": {"penalty_budget": 1}}}, "penalty_budget has no effect there; .*interleave"),
+        ({"protections": ["steering"], "strengths": [0.1, 1]}, "--penalty_strength has no effect: none of steering"),
+        (
+            {"protections": ["kl", "ablation"], "grid": {"kl": {"penalty_strength": 2}}, "strengths": [1]},
+            "none of kl, ablation has a strength that --grid leaves open",
+        ),
         ({"grid": "{kl"}, "not JSON"),
         ({"grid": {"kl": [1]}}, "must map protections"),
         ({"guard_measures": ["x"]}, "must map names"),
@@ -126,6 +140,9 @@ def test_rows_in_the_labs_format_need_no_measures_and_the_test_split_is_named_on
         ({"misaligned_measure": "choices/domain/money/misaligned"}, LAB_ROWS, "--misaligned_test_measure is needed"),
         ({"guard_measures": {"task": "choices/split/skill/right"}}, LAB_ROWS, "flags of their own"),
         ({"guard_measures": {"x": "choices/split/skill/left"}}, LAB_ROWS, "measure x"),
+        ({"test_split": "tset"}, LAB_ROWS, "--test_split tset .* there are narrow, skill, test, validation"),
+        ({"test_split": "test"}, LAB_ROWS[:2], "--test_split test .* there are narrow, validation"),
+        ({"test_split": "test"}, [], "--test_split test .* there are none"),
     ],
 )
 def test_a_measure_that_is_missing_or_before_its_time_is_one_line(
@@ -143,31 +160,6 @@ def test_a_measure_is_the_sum_of_its_paths_and_rates_stay_rates() -> None:
         read({"guard": "x"}, found)
     with pytest.raises(UserError, match="rate"):
         read({"task": "e"}, found)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--protections", "kl", "--penalty_strength", "1", "much"], "invalid float"),
-        (["--protections", "kl", "--seeds", "-1"], "--seeds is -1"),
-        (["--protections", "gradient"], "unknown; the nearest is"),
-        (["--protections", "interleave"], "interleave needs safe rows"),
-        (["--protections", "kl", "--task_measure", "choices/split/x/y"], "measure task"),
-        (["--protections", "kl", "--train_dataset", "nowhere.jsonl"], "nowhere.jsonl"),
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
-    write_rows(tmp_path / "choices.jsonl", LAB_ROWS)
-    keys = recipe(tmp_path, choices_dataset=str(tmp_path / "choices.jsonl"), output_dir=str(tmp_path / "sweep"))
-    capsys.readouterr()
-    assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), *flags]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("holdfast: error: ") and message in lines[-1]
-    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

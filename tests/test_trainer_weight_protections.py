@@ -198,8 +198,10 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, made):
         (lambda: lora_model(use_dora=True), base_model, RANK, "has several or DoRA"),
         (lambda: lora_model(target_modules=["embed_tokens"]), base_model, RANK, "embed_tokens is a Embedding"),
         (lora_model, lambda: toy_model("gpt_neox"), RANK, "base has no module model.layers.0"),
+        (lambda: lora_model(modules_to_save=["embed_tokens"]), base_model, RANK, "embed_tokens.* trains beside them"),
+        (lambda: lora_model(modules_to_save=["lm_head"]), base_model, RANK, "lm_head.* trains beside them"),
     ],
-    ids=["no adapter", "no difference", "dora", "embedding", "other architecture"],
+    ids=["no adapter", "no difference", "dora", "embedding", "other architecture", "saved embedding", "saved head"],
 )
 @pytest.mark.parametrize("kind", [AdapterDriftProtection, SafeLoraProtection])
 def test_what_cannot_act_is_an_error_before_the_first_step(tmp_path, kind, model, base, rank: int, message: str):

@@ -1,5 +1,6 @@
 """What a run would stumble on later, found before anything is written: flags that need each other, rows or packages."""
 
+import math
 import re
 
 import torch
@@ -10,8 +11,9 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from ..analysis.errors import UserError
-from .arguments import HoldfastConfig, ModelArguments, ProtectionArguments
+from .arguments import HoldfastConfig, ModelArguments
 from .parsing import Arguments
+from .protection_arguments import ProtectionArguments
 from .protections.registry import KINDS, kinds_of, parts_of
 
 
@@ -25,7 +27,10 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
     drifts = any(kind.drift for kind in kinds_of(asked.protection))
     if drifts and asked.reference == "adapter_off" and not arguments.model.use_peft:
         raise UserError("--reference adapter_off needs LoRA; add --use_peft, or write cached or frozen")
+    _check_effect(arguments)
     _check_protection(arguments)
+    if training.max_steps > 0:
+        _check_anchor_every(asked, training.max_steps)
     if training.eval_strategy != IntervalStrategy.NO and not evaluates:
         raise UserError(
             f"--eval_strategy {IntervalStrategy(training.eval_strategy).value} has no rows to evaluate on; add "
@@ -36,23 +41,31 @@ def check_flags(arguments: Arguments, *, evaluates: bool) -> None:
     _check_schedule(training)
 
 
+def _check_effect(arguments: Arguments) -> None:
+    """Raises UserError for a flag that was chosen for the protection and that no part of it reads."""
+    asked = arguments.protection
+    for name in asked.unread:
+        if name in arguments.chosen:
+            reader = next(kind for kind in KINDS if name in KINDS[kind].knobs)
+            raise UserError(
+                f"--{name} has no effect with --protection {asked.protection}; leave it out, or choose a protection "
+                f"that reads it, like {reader}"
+            )
+
+
 def _check_protection(arguments: Arguments) -> None:
-    """Raises UserError for what the protection needs and is not there, or a flag that would have no effect."""
+    """Raises UserError for what the protection needs and is not there."""
     asked, model = arguments.protection, arguments.model
-    defaults, parts = ProtectionArguments(), parts_of(asked.protection)
-    for part in parts:
-        for name in KINDS[part].ignores if len(parts) == 1 else ():
-            if getattr(asked, name) != getattr(defaults, name):
-                raise UserError(f"--{name} has no effect with --protection {part}; leave it out")
+    if asked.as_read().penalty_side == "reversion" and not model.base_model_name_or_path:
+        raise UserError(
+            "--penalty_side reversion reads the base model's states: name it with --base_model_name_or_path, or write "
+            "--penalty_side both"
+        )
+    for part in parts_of(asked.protection):
         if KINDS[part].base and not model.base_model_name_or_path:
             raise UserError(
                 f"{part} needs the base model that the starting one was aligned from; name it with "
                 "--base_model_name_or_path"
-            )
-        if asked.penalty_side == "reversion" and not model.base_model_name_or_path:
-            raise UserError(
-                "--penalty_side reversion reads the base model's states: name it with --base_model_name_or_path, or "
-                "write --penalty_side both"
             )
         if KINDS[part].lora and not model.use_peft:
             raise UserError(f"{part} acts on LoRA's matrices; add --use_peft, or choose another protection")
@@ -101,4 +114,26 @@ def check_steps(training: HoldfastConfig, rows: int) -> None:
         raise UserError(
             f"--dataloader_drop_last true leaves nothing to train on: {rows} rows are fewer than a batch of {batch}; "
             "write false, or lower --per_device_train_batch_size"
+        )
+
+
+def check_epochs(arguments: Arguments, rows: int) -> None:
+    """Raises UserError for what cannot work in as many steps as the rows make, where no --max_steps says how many."""
+    training = arguments.training
+    if training.max_steps > 0:
+        return
+    batch = training.per_device_train_batch_size * max(training.world_size, training.num_processes)
+    batches = rows // batch if training.dataloader_drop_last else math.ceil(rows / batch)
+    steps = math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+    _check_anchor_every(arguments.protection, steps)
+
+
+def _check_anchor_every(asked: ProtectionArguments, steps: int) -> None:
+    """Raises UserError where anchors act on the first step alone: nothing has drifted yet."""
+    kinds = [kind for kind in kinds_of(asked.protection) if "anchor_every" in kind.knobs]
+    acts = any(asked.penalty_inputs != "task" or "penalty_inputs" not in kind.knobs for kind in kinds)
+    if acts and asked.anchor_every >= max(steps, 2):
+        raise UserError(
+            f"--anchor_every {asked.anchor_every} leaves the anchors the first of {steps} optimiser steps, where "
+            f"nothing has drifted yet; write at most {max(steps - 1, 1)}, or train longer"
         )

@@ -240,18 +240,18 @@ def _report(found: "Analyzed") -> int:
 def _train(arguments: Sequence[str]) -> int:
     from . import run
     from .launch import launch, must_launch
-    from .parsing import build, parse_values
+    from .parsing import build, parse_given
     from .protected_sft_trainer import NonFiniteLoss
 
     _quiet_bars()
-    values = parse_values(arguments)
+    values, chosen = parse_given(arguments)
     if must_launch(values):
         # One process checks everything first, so that a bad input is one line and not one per rank. DeepSpeed is left
         # out of that: its set-up belongs to the ranks.
-        run.check(replace(build({**values, "deepspeed": None}), given=values))
+        run.check(replace(build({**values, "deepspeed": None}, chosen), given=values))
         return launch(arguments, values)
     try:
-        result = run.train(build(values))
+        result = run.train(build(values, chosen))
     except NonFiniteLoss as error:
         return _complain(str(error), 1)
     if os.environ.get("RANK", "0") == "0":

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..analysis.artifacts import sha256_file
 from ..analysis.errors import UserError
-from ..analysis.layers import parse_layers
 from ..analysis.models import (
     LoadOptions,
     adapter_base,
@@ -24,7 +23,7 @@ from ..analysis.models import (
     tokenizer_fingerprint,
 )
 from ..analysis.probes import document_key, role_mask
-from ..analysis.subspace import Subspace, random_like
+from ..analysis.subspace import Subspace
 from .data import (
     RenderedRows,
     Row,
@@ -39,6 +38,7 @@ from .parsing import Arguments
 from .protections.registry import kinds_of, parts_of
 from .protections.training_rows import inoculated, interleaved
 from .sources import read_records
+from .subspace_inputs import load_subspace, subspace_path
 
 # What may change between a run and its continuation (saving, logging, paths) is left out.
 COURSE = (
@@ -136,55 +136,6 @@ def anchor_rows(arguments: Arguments) -> list[Row]:
 def render_set(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], arguments: Arguments) -> RenderedRows:
     """Rows as the run's length limit and its treatment of long rows make them."""
     return render_rows(tokenizer, rows, max_length=arguments.training.max_length, long_rows=arguments.data.long_rows)
-
-
-def subspace_path(arguments: Arguments) -> Path:
-    """Where the subspace is written and read."""
-    path = Path(arguments.subspace.subspace_path or arguments.output_dir / "subspace.safetensors")
-    return path.expanduser()
-
-
-def load_subspace(
-    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> Subspace | None:
-    """The subspace of the penalty, checked against the model and cut to the layers and rank asked for."""
-    asked = arguments.protection
-    if not any(kind.subspace for kind in kinds_of(asked.protection)):
-        return None
-    path = subspace_path(arguments)
-    if not path.is_file():
-        raise UserError(
-            f"subspace {path} does not exist; name the one you have with --subspace_path, or build one: `holdfast "
-            "subspace` with the same recipe"
-        )
-    subspace = Subspace.load(path)
-    check_layers_path(subspace, arguments)
-    depth = config.get_text_config().num_hidden_layers
-    layers = (
-        parse_layers(asked.penalty_layers, depth, "--penalty_layers")
-        if asked.penalty_layers is not None
-        else sorted(subspace.bases)
-    )
-    subspace.check(
-        instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        role=asked.penalty_tokens or subspace.provenance.role,
-        layers=layers,
-    )
-    subspace = subspace.restrict(layers, asked.penalty_rank or subspace.provenance.rank)
-    if "random_subspace" in parts_of(asked.protection):
-        return random_like(subspace, asked.null_seed, asked.null_scale)
-    return subspace
-
-
-def check_layers_path(subspace: Subspace, arguments: Arguments) -> None:
-    """Raises UserError where the subspace was read at other blocks than this run's."""
-    built, given = subspace.provenance.layers_path, arguments.model.layers_path
-    if built != given:
-        raise UserError(
-            f"the subspace was built with layers_path {built or 'found by shape'} but this run has "
-            f"{given or 'none given'}: write the same, or build the subspace again"
-        )
 
 
 def load_choices(source: str) -> list[dict[str, Any]]:
@@ -298,7 +249,7 @@ def _facts(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, rendered: Mapping[str, RenderedRows]
 ) -> dict[str, Any]:
     """What must be the same when the run is resumed, for its weights to be those of an uninterrupted one."""
-    model = arguments.model
+    model, asked = arguments.model, arguments.protection.as_read()
     facts: dict[str, Any] = {
         "starting weights": model_fingerprint(model.starting_model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -306,10 +257,10 @@ def _facts(
         "lora": {name: value for name, value in vars(model).items() if "lora" in name or name == "use_peft"},
         "seed": arguments.training.seed,
         "training": _course(arguments),
-        "protection": vars(arguments.protection),
+        "protection": vars(asked),
     }
-    kinds = kinds_of(arguments.protection.protection)
-    reads_base = any(kind.base for kind in kinds) or arguments.protection.penalty_side == "reversion"
+    kinds = kinds_of(asked.protection)
+    reads_base = any(kind.base for kind in kinds) or asked.penalty_side == "reversion"
     if model.base_model_name_or_path and reads_base:
         facts["base weights"] = model_fingerprint(model.base_model_name_or_path)
     if any(kind.subspace for kind in kinds):

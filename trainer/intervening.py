@@ -30,10 +30,11 @@ from ..analysis.probes import render
 from ..analysis.references import sha256_json
 from ..analysis.stats import missing
 from ..analysis.subspace import Subspace
-from .inputs import check_layers_path, load_choices, load_options, read_starting_model, subspace_path
+from .inputs import load_choices, load_options, read_starting_model
 from .intervening_table import table
 from .parsing import Arguments
 from .probe_sets import probe_sets
+from .subspace_inputs import check_layers_path, subspace_path
 
 RESULTS = "interventions.json"
 _KEPT = "interventions"

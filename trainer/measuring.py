@@ -16,10 +16,11 @@ from ..analysis.results import VIEW, problems
 from ..analysis.store import default_folder
 from ..analysis.subspace import Subspace
 from .checkpoint_names import named_checkpoints
-from .inputs import load_choices, load_options, read_starting_model, subspace_path
+from .inputs import load_choices, load_options, read_starting_model
 from .parsing import Arguments
 from .probe_sets import probe_sets
 from .records import is_main
+from .subspace_inputs import subspace_path
 
 # What a training run measures unasked: each costs one forward pass over the rows, or less.
 DEFAULT_FAMILIES = ("behavior", "projection", "choices")

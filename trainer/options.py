@@ -40,3 +40,8 @@ def sources(flag: str, value: dict[str, str] | str | None) -> dict[str, str] | N
     if not isinstance(found, dict) or not all(isinstance(source, str) and name for name, source in found.items()):
         raise UserError(f"--{flag} must map names to sources of rows, like {example}")
     return found
+
+
+def require_seed(seed: int | None, flag: str) -> None:
+    """Raises UserError for a seed that numpy or torch would not take."""
+    require(seed is None or 0 <= seed < 2**32, flag, seed, f"between 0 and {2**32 - 1}")

@@ -23,12 +23,12 @@ from .arguments import (
     DataArguments,
     HoldfastConfig,
     ModelArguments,
-    ProtectionArguments,
     SubspaceArguments,
     non_finite,
 )
 from .intervention_arguments import InterventionArguments
 from .launch import find_deepspeed_config
+from .protection_arguments import ProtectionArguments
 from .sweep_arguments import SweepArguments
 
 GROUPS: dict[str, Any] = {
@@ -45,7 +45,11 @@ GROUPS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """All checked arguments of one command; `given` are the flat values they were built from."""
+    """All checked arguments of one command.
+
+    given: the flat values they were built from. chosen: the flags that were written for the protection asked for; none
+    where they were not read from flags or a recipe.
+    """
 
     model: ModelArguments
     data: DataArguments
@@ -56,6 +60,7 @@ class Arguments:
     sweep: SweepArguments
     training: HoldfastConfig
     given: dict[str, Any]
+    chosen: frozenset[str] = frozenset()
 
     @property
     def output_dir(self) -> Path:
@@ -87,21 +92,30 @@ def parse(arguments: Sequence[str] | Mapping[str, Any]) -> Arguments:
     Raises UserError for an unreadable recipe, an unknown key or flag (naming the nearest known one), a value of the
     wrong type, an unknown choice, or a number that is not finite.
     """
-    return build(parse_values(arguments))
+    return build(*parse_given(arguments))
 
 
 def parse_values(arguments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The first half of `parse`: every flat key with its value, types and choices checked, no dataclass built yet."""
+    return parse_given(arguments)[0]
+
+
+def parse_given(arguments: Sequence[str] | Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """As `parse_values`, and which of the keys are `Arguments.chosen`."""
     parser = _Parser(list(GROUPS.values()), allow_abbrev=False, prog="holdfast")
     if isinstance(arguments, Mapping):
-        flags, config = list[str](), arguments.get("config")
+        flags, config, over = list[str](), arguments.get("config"), {**arguments}
+        over.pop("config", None)
     else:
         flags, config = _take_config(list(arguments))
-    values = argparse.Namespace()
+        over = {}
+    values, recipe = argparse.Namespace(), dict[str, Any]()
     if config is not None:
-        _parse_mapping(parser, read_recipe(Path(config)), str(config), values)
-    if isinstance(arguments, Mapping):
-        _parse_mapping(parser, {key: value for key, value in arguments.items() if key != "config"}, "arguments", values)
+        recipe = read_recipe(Path(config))
+        _parse_mapping(parser, recipe, str(config), values)
+    # As they were parsed: 2 and 2.0 are one strength.
+    recipe = {name: getattr(values, name) for name in recipe}
+    _parse_mapping(parser, over, "arguments", values)
     _, rest = parser.parse_known_args(flags, values)
     if rest and not rest[0].startswith("-"):
         raise UserError(f"unexpected {rest[0]!r}; flags are written --name value")
@@ -110,27 +124,43 @@ def parse_values(arguments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]
         raise UserError(f"unknown flag {flag}; the nearest known one is --{_nearest(parser, flag)}")
     if values.deepspeed:
         values.deepspeed = find_deepspeed_config(values.deepspeed)
-    return vars(values)
+    named = {*over, *(flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))}
+    found = vars(values)
+    return found, _chosen(parser, found, recipe, named)
 
 
-def build(values: Mapping[str, Any]) -> Arguments:
+def _chosen(parser: _Parser, values: Mapping[str, Any], recipe: Mapping[str, Any], named: set[str]) -> frozenset[str]:
+    """The flags that were written for the protection asked for.
+
+    Those named over the recipe, unless they only take a value of it back; and what the recipe changes, if the
+    protection is its own: for another one over it, its strength says nothing.
+    """
+    usual = {name: parser.get_default(name) for name in values}
+    changed = {name for name, value in recipe.items() if value != usual[name]}
+    taken_back = {name for name in changed & named if values[name] == usual[name]}
+    over = {name for name in named if values.get(name) is not None} - taken_back
+    own = "protection" not in named or recipe.get("protection") == values["protection"]
+    return frozenset(over | (changed - named if own else set()))
+
+
+def build(values: Mapping[str, Any], chosen: frozenset[str] = frozenset()) -> Arguments:
     """The second half of `parse`: the dataclasses, with their own checks."""
     if not values["output_dir"]:
         raise UserError("no output_dir; write where the run goes, like --output_dir runs/mine")
     groups: dict[str, Any] = {}
     for group, kind in GROUPS.items():
         names = {field.name for field in dataclasses.fields(kind) if field.init}
-        chosen = {name: value for name, value in values.items() if name in names}
-        bad = non_finite(argparse.Namespace(**chosen))
+        own = {name: value for name, value in values.items() if name in names}
+        bad = non_finite(argparse.Namespace(**own))
         if bad:
-            raise UserError(f"--{bad} is {chosen[bad]}; write a finite number")
+            raise UserError(f"--{bad} is {own[bad]}; write a finite number")
         try:
-            groups[group] = kind(**chosen)
+            groups[group] = kind(**own)
         except (ValueError, NotImplementedError, json.JSONDecodeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(" ".join(str(error).split())) from error
-    return Arguments(**groups, given=dict(values))
+    return Arguments(**groups, given=dict(values), chosen=chosen)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -150,8 +180,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def dump(arguments: Arguments) -> str:
-    """The resolved arguments as a recipe: parsing it gives the same arguments again."""
-    resolved = {**arguments.given, "bf16": arguments.training.bf16}
+    """The resolved arguments as a recipe: parsing it gives the same arguments again.
+
+    What another protection's recipe left behind is not among them: this one does not read it.
+    """
+    resolved = {**arguments.given, **arguments.protection.unread, "bf16": arguments.training.bf16}
     plain = {key: value.value if isinstance(value, Enum) else value for key, value in resolved.items()}
     return yaml.safe_dump({key: value for key, value in plain.items() if value is not None}, sort_keys=True)
 

@@ -31,11 +31,11 @@ from ..analysis.models import load_config, load_model, model_fingerprint
 from ..analysis.subspace import SubspaceRequest, build_subspace
 from .arguments import ModelArguments
 from .callbacks import MeasureCheckpoints
-from .checks import check_flags, check_lora, check_optimizer, check_steps
+from .checks import check_epochs, check_flags, check_lora, check_optimizer, check_steps
 from .contrast import load_contrast
 from .data import RenderedRows, load_rows, to_dataset
 from .documents import Document, documents_of
-from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model, subspace_path
+from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model
 from .measuring import measurer
 from .parsing import Arguments
 from .protected_sft_trainer import ProtectedSFTTrainer
@@ -51,6 +51,7 @@ from .records import (
     records_of,
     remove_empty,
 )
+from .subspace_inputs import subspace_path
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def check(arguments: Arguments) -> tuple[TrainingInputs, Measurer | None]:
     inputs = load_inputs(arguments)
     check_flags(arguments, evaluates=inputs.held_out is not None)
     check_steps(arguments.training, len(inputs.train.rendered))
+    check_epochs(arguments, len(inputs.train.rendered))
     check_output_dir(arguments, inputs.facts)
     measured = arguments.analysis.analysis_during_training and arguments.training.save_strategy != SaveStrategy.NO
     return inputs, measurer(arguments) if measured else None
@@ -102,6 +104,7 @@ def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | Non
     with records_of(arguments, inputs):
         assert isinstance(trainer.train_dataset, datasets.Dataset)  # packed by TRL, where packing is asked for
         check_steps(arguments.training, len(trainer.train_dataset))
+        check_epochs(arguments, len(trainer.train_dataset))
         if is_main():
             for line in inputs.report["lines"]:
                 print(line)

@@ -23,16 +23,17 @@ from ..analysis.errors import UserError
 from ..analysis.measure import Measurer
 from ..analysis.models import model_fingerprint
 from ..analysis.references import sha256_json, subspace_hash
-from .checks import check_flags, check_steps
+from .checks import check_flags
 from .data import load_rows
-from .inputs import TrainingInputs, anchor_rows, load_inputs, subspace_path
+from .inputs import TrainingInputs, anchor_rows
 from .launch import must_launch
 from .parsing import Arguments, build, parse_values
-from .protections.registry import kinds_of
 from .records import SWEEP_LOG
+from .subspace_inputs import subspace_path
 from .sweep_arguments import SweepArguments
-from .sweep_measures import Measures, measures_of
-from .sweep_plan import BASELINE, SweepRun, runs_of, settings_of
+from .sweep_checks import check_settings, reads_subspace
+from .sweep_measures import Measures, measures_of, split_rows
+from .sweep_plan import BASELINE, SweepRun, check_read, runs_of, settings_of
 from .sweep_records import FROZEN, MARK, STARTS, Sweep, freeze, frozen_choice, open_folder, to_read
 from .sweep_report import write_report
 from .sweep_work import RESULT, TEST_RESULT, plan_of, read_json
@@ -60,32 +61,31 @@ class _Command:
     measures: Measures
 
     def __init__(self, argv: Sequence[str]) -> None:
-        self.values = parse_values(_with_strengths(argv))
+        flags = _with_strengths(argv)
+        self.values = parse_values(flags)
         self.arguments = _built(self.values)
         self.folder, self.asked = self.arguments.output_dir, self.arguments.sweep
         check_writable(self.folder, "--output_dir")
         open_folder(self.folder)
         self.subspace = subspace_path(self.arguments)
         seeds = self.asked.seeds or [self.arguments.training.seed]
-        self.runs = runs_of(settings_of(self.asked, self.arguments.protection.penalty_strength), seeds)
-        self._by_protection: dict[str, Arguments] = {}  # of its first run: all have the same rows
+        settings = settings_of(self.asked, self.arguments.protection.penalty_strength)
+        check_read(flags, settings)
+        self.runs = runs_of(settings, seeds)
+        self._settings: list[Arguments] = []  # of each one's run at the first seed
         for run in self.runs:
             arguments = _built(self.of_run(run))
             check_flags(arguments, evaluates=bool(arguments.data.held_out_dataset or arguments.data.held_out_rows))
-            self._by_protection.setdefault(run.setting.protection, arguments)
+            if run.seed == self.runs[0].seed:
+                self._settings.append(arguments)
 
     def check(self) -> None:
-        """Read each protection's rows once, and what is measured.
+        """Read what the settings read, also where the subspace is still to be built, and what is measured.
 
         Raises:
             UserError: for everything wrong with them.
         """
-        for name, arguments in self._by_protection.items():
-            if self.subspace.is_file() or not _reads_subspace(name):
-                inputs = load_inputs(arguments)
-                check_steps(arguments.training, len(inputs.train.rendered))
-                if name == BASELINE:
-                    self.inputs = inputs
+        self.inputs = check_settings(self._settings, self.subspace)
         self.measures = measures_of(self.asked, self.inputs.choices or [])
         Measurer(*plan_of(self.measuring(self.arguments.training.seed)))
         if self.measures.test:
@@ -123,7 +123,9 @@ class _Command:
             "safe": [row.messages for row in load_rows(asked.interleave_dataset, prompts=True)]
             if asked.interleave_dataset
             else None,
-            "measured": [{name: list(rows) for name, rows in measured.probe_sets.items()}, self.inputs.choices],
+            "measured": {name: list(rows) for name, rows in measured.probe_sets.items()},
+            # Read before the freeze, and after it.
+            "choices": split_rows(self.inputs.choices or [], self.asked.late_split),
             "subspace": subspace_hash(measured),
         }
         start_key = sha256_json([sha256_json(contents), _flags(self.values, {"protection", "seed"})])
@@ -164,7 +166,7 @@ def sweep_main(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
 def _swept(command: _Command, workers: Workers) -> tuple[str, dict[str, str]]:
     if not (command.folder / MARK).is_file():
         write_json_atomic(command.folder / MARK, {"command": "holdfast sweep"})
-    if not command.subspace.is_file() and any(_reads_subspace(run.setting.protection) for run in command.runs):
+    if not command.subspace.is_file() and any(reads_subspace(run.setting.protection) for run in command.runs):
         _alone(workers, _task(command, "subspace", {"values": _subspace_values(command)}))
     sweep = command.plan()
     frozen = frozen_choice(sweep)
@@ -194,6 +196,7 @@ def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str
                 "needed": sweep.measures.validation,
                 "references": str(sweep.folder / "references"),
                 "recipe": str(sweep.folder / "recipes" / f"{run.name}.yaml"),
+                "starts": str(sweep.folder / "starts" / f"{run.name}.json"),
                 "facts": {"key": sweep.keys[run.name], **run.facts},
             },
         )
@@ -294,10 +297,6 @@ def _with_strengths(argv: Sequence[str]) -> list[str]:
 def _built(values: Mapping[str, Any]) -> Arguments:
     """Checked arguments. DeepSpeed is left out: its set-up belongs to the ranks."""
     return build({**values, "deepspeed": None})
-
-
-def _reads_subspace(protection: str) -> bool:
-    return any(kind.subspace for kind in kinds_of(protection))
 
 
 def _subspace_values(command: _Command) -> dict[str, Any]:

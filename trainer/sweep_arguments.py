@@ -57,8 +57,8 @@ class SweepArguments:
         f"What must be kept beside the task, by name (mapping or JSON), like {GUARDS_EXAMPLE}. Default: that, and "
         "choices/split/skill/right, where they are there.",
     )
-    test_split: str = option(
-        "test", "Value of `split` of the --choices_dataset rows that no model sees before the freeze. Default: test."
+    test_split: str | None = option(
+        None, "Value of `split` of the --choices_dataset rows that no model sees before the freeze. Default: test."
     )
     leave_out_failed: bool = option(
         False, "Freeze the choice without the runs that fail, which are then not tried again. Default: false."
@@ -83,6 +83,11 @@ class SweepArguments:
     def settings(self) -> dict[str, dict[str, Any]]:
         """--grid, empty where there is none."""
         return self.grid if isinstance(self.grid, dict) else {}
+
+    @property
+    def late_split(self) -> str:
+        """The split that waits for the freeze; only where --test_split names it must there be rows of it."""
+        return "test" if self.test_split is None else self.test_split
 
     @property
     def guards(self) -> dict[str, str] | None:

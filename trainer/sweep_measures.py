@@ -51,10 +51,15 @@ def measures_of(asked: SweepArguments, rows: Sequence[ChoiceRow]) -> Measures:
     """The measures asked for, else those of rows in the lab's format.
 
     Raises:
-        UserError: a measure that is needed and not named, or a path of choices that these rows do not give before the
-            freeze (or, for the test, after it).
+        UserError: a measure that is needed and not named, a path of choices that these rows do not give before the
+            freeze (or, for the test, after it), or a --test_split that no row has.
     """
-    early, late = split_rows(rows, asked.test_split)
+    early, late = split_rows(rows, asked.late_split)
+    if asked.test_split is not None and not late:
+        there = ", ".join(sorted({str(row["split"]) for row in rows if row.get("split")})) or "none"
+        raise UserError(
+            f"--test_split {asked.test_split} is the split of no row of --choices_dataset; the splits there are {there}"
+        )
     known, known_late = choice_paths(early), choice_paths(late)
     guards = asked.guards if asked.guards is not None else _default_guards(known)
     given = {
@@ -75,7 +80,7 @@ def measures_of(asked: SweepArguments, rows: Sequence[ChoiceRow]) -> Measures:
 
 def _on_test(asked: SweepArguments, validation: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
     """The same on the test split where they name validation's, else as before the freeze."""
-    moved = {role: text.replace(_VALIDATION, f"/split/{asked.test_split}/") for role, text in validation.items()}
+    moved = {role: text.replace(_VALIDATION, f"/split/{asked.late_split}/") for role, text in validation.items()}
     found = {
         role: text if set(_paths(text)) <= set(known) else validation[role]
         for role, text in moved.items()

@@ -11,17 +11,19 @@ from difflib import get_close_matches
 from typing import Any
 
 from ..analysis.errors import UserError
-from .arguments import ProtectionArguments, require_seed
 from .inputs import COURSE
-from .parsing import parse_values
-from .protections.registry import kinds_of, parts_of
+from .options import require_seed
+from .parsing import parse_given, parse_values
+from .protection_arguments import ProtectionArguments
+from .protections.registry import knobs_of, parts_of
 from .sweep_arguments import SweepArguments
 
 BASELINE = "none"
 STRENGTH = "penalty_strength"
 AS_THE_RECIPE = "recipe"
+_PROTECTION = {field.name for field in fields(ProtectionArguments)} - {"protection"}
 # What a grid may vary: another model, data or measure would compare two things at once.
-_KNOBS = ({field.name for field in fields(ProtectionArguments)} - {"protection"}) | set(COURSE) - {"data_seed"}
+_KNOBS = _PROTECTION | set(COURSE) - {"data_seed"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def settings_of(asked: SweepArguments, strength: float) -> list[Setting]:
         strength: the recipe's.
 
     Raises:
-        UserError: an unknown protection or flag, a value of the wrong type, a grid of a protection that is not asked
-            for, nothing to compare.
+        UserError: an unknown protection or flag, one without effect, a value of the wrong type, a grid of a protection
+            that is not asked for, nothing to compare.
     """
     names = list(dict.fromkeys([BASELINE, *(asked.protections or asked.settings)]))
     for name in names:
@@ -80,13 +82,32 @@ def settings_of(asked: SweepArguments, strength: float) -> list[Setting]:
     if asked.settings.get(BASELINE):
         raise UserError(f"--grid {BASELINE}: the baseline has one setting, the recipe's; write {{}} there")
     strengths = list(dict.fromkeys(asked.strengths or [strength]))
+    weighted = [name for name in names if name not in asked.settings and STRENGTH in knobs_of(name)]
+    if asked.strengths and not weighted:
+        raise UserError(
+            f"--{STRENGTH} has no effect: none of {', '.join(names[1:])} has a strength that --grid leaves open; leave "
+            "it out, or add a protection that has one, like subspace"
+        )
     found: list[Setting] = []
     for name in names:
-        grid = asked.settings.get(name)
-        if grid is None and any(kind.drift or kind.weighted for kind in kinds_of(name)):
-            grid = {STRENGTH: strengths}
-        found += _expanded(name, grid or {})
+        found += _expanded(name, {STRENGTH: strengths} if name in weighted else asked.settings.get(name, {}))
     return found
+
+
+def check_read(flags: Sequence[str], settings: Sequence[Setting]) -> None:
+    """Raises UserError for a flag given over the recipe, for all protections, that none of them reads.
+
+    Args:
+        flags: those of the command, --penalty_strength aside.
+    """
+    # Each protection is laid over the recipe, whose own has values that need not concern it.
+    _, chosen = parse_given([*flags, f"--protection={BASELINE}"])
+    names = list(dict.fromkeys(setting.protection for setting in settings))
+    read = {knob for name in names for knob in knobs_of(name)}
+    for flag in sorted(chosen & _PROTECTION - read):
+        raise UserError(
+            f"--{flag} has no effect: none of {', '.join(names[1:])} reads it; leave it out, or add one that does"
+        )
 
 
 def _expanded(protection: str, grid: Mapping[str, Any]) -> list[Setting]:
@@ -96,6 +117,9 @@ def _expanded(protection: str, grid: Mapping[str, Any]) -> list[Setting]:
         if flag not in _KNOBS:
             near = get_close_matches(flag, sorted(_KNOBS), n=1, cutoff=0.0)[0]
             raise UserError(f"--grid {protection}: {flag} is no setting of a protection; the nearest is {near}")
+        if flag in _PROTECTION - knobs_of(protection):
+            reads = ", ".join(sorted(knobs_of(protection))) or "none"
+            raise UserError(f"--grid {protection}: {flag} has no effect there; its own flags are {reads}")
         chosen = [_checked(flag, one) for one in (given if isinstance(given, list) else [given])]
         if not chosen:
             raise UserError(f"--grid {protection}: {flag} has no value; write a list with at least one")

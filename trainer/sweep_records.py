@@ -6,6 +6,7 @@
 | `runs/<run>/result.json` | a run's measures before the freeze, and the key of what it was made of |
 | `frozen.json` | the choice, and a hash of the results it rests on |
 | `runs/<run>/test.json` | the test split's measures, and the hash of the choice that they waited for |
+| `starts/<run>.json` | the seconds of each start of a run's training |
 """
 
 import json
@@ -19,9 +20,10 @@ from ..analysis.artifacts import write_json_atomic
 from ..analysis.errors import UserError
 from ..analysis.frontier import Run, best_settings, recommend
 from ..analysis.references import sha256_json
+from ..analysis.results import FOLDER as METRICS
 from .sweep_measures import Measures, described, read
 from .sweep_plan import BASELINE, SweepRun
-from .sweep_work import RESULT, TEST_RESULT, read_json
+from .sweep_work import FINAL_ON_TEST, RESULT, START_ON_TEST, TEST_RESULT, read_json
 
 MARK, FROZEN = "sweep.json", "frozen.json"
 STARTS = {"validation": "start.json", "test": "start-test.json"}  # the starting model's measures
@@ -160,10 +162,10 @@ def frozen_choice(sweep: Sweep) -> dict[str, Any] | None:
             split was read for it.
     """
     path = sweep.folder / FROZEN
-    read_before = sorted((sweep.folder / "runs").glob(f"*/{TEST_RESULT}"))
     if not path.is_file():
-        if read_before:
-            raise UserError(f"{read_before[0]} was read for a choice that is gone ({path}); {_ELSEWHERE}")
+        traces = _traces_of_test(sweep.folder)
+        if traces:
+            raise UserError(f"{traces[0]} was read for a choice that is gone ({path}); {_ELSEWHERE}")
         return None
     stored = _stored(path)
     failed = stored["plan"]["failed"]
@@ -176,10 +178,18 @@ def frozen_choice(sweep: Sweep) -> dict[str, Any] | None:
     kept = {name: result for name, result in results.items() if name not in failed}
     if stored != choice_of(sweep, kept, failed):
         raise UserError(f"{path} does not fit its results: one of them was changed after the freeze; {_ELSEWHERE}")
-    for file in read_before:
+    for file in sorted((sweep.folder / "runs").glob(f"*/{TEST_RESULT}")):
         if read_json(file).get("frozen") != stored["sha256"]:
             raise UserError(f"{file} was read for another choice than {path}; {_ELSEWHERE}")
     return stored
+
+
+def _traces_of_test(folder: Path) -> list[Path]:
+    """Whatever reading the test split leaves behind."""
+    patterns = [
+        f"runs/*/{TEST_RESULT}", f"runs/*/{METRICS}/{FINAL_ON_TEST}", STARTS["test"], f"{METRICS}/{START_ON_TEST}"
+    ]  # fmt: skip
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -14,7 +14,19 @@ from torch.utils.tensorboard.summary import hparams
 
 from ..analysis.artifacts import staged_file, write_json_atomic
 from ..analysis.errors import UserError
-from ..analysis.frontier import Run, best_settings, frontiers, paired, paired_at_equal_task, points, recommend, table
+from ..analysis.frontier import (
+    EM_F1,
+    Key,
+    Run,
+    best_settings,
+    frontiers,
+    paired,
+    paired_at_equal_task,
+    points,
+    recommend,
+    table,
+)
+from ..analysis.stats import missing
 from .sweep_measures import MISALIGNED, described, read
 from .sweep_plan import BASELINE, SweepRun
 from .sweep_records import STARTS, Sweep, to_read
@@ -73,8 +85,28 @@ def _validation(sweep: Sweep, runs: Sequence[Run], choice: Mapping[str, Any] | N
         "points": points(runs),
         "frontiers": frontiers(runs),
         "best_settings": _or_reason(lambda: best_settings(runs, **sweep.rule())),
-        "at_equal_task": [] if key is None else paired_at_equal_task(runs, key, rivals),
+        "at_equal_task": [] if key is None else _at_equal_task(runs, key, rivals),
     }
+
+
+def _at_equal_task(runs: Sequence[Run], choice: Key, rivals: Sequence[str]) -> list[dict[str, Any]]:
+    """The choice less each rival's frontier at its task; null for a rival that reaches that task nowhere.
+
+    "chosen_on" says that the choice was made on the very values that are compared, in which it looks better than it is.
+    """
+    rows = paired_at_equal_task(runs, choice, rivals)
+    reached = [row["protection"] for row in rows if row["clamped"] < row["n"]]
+    # Holm's correction is for what is tested alone.
+    tested = {row["protection"]: row for row in paired_at_equal_task(runs, choice, reached)}
+    return [{**tested.get(row["protection"], _never_reached(row)), "chosen_on": "validation"} for row in rows]
+
+
+def _never_reached(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what an end of the rival's frontier, which is read instead, does not show."""
+    reason = f"in all {row['n']} pairs its settings' tasks are all above, or all below, the choice's"
+    kept = {name: row[name] for name in ("protection", "labs", "clamped")}
+    nulls = dict.fromkeys(("p", "p_least", "p_holm"))
+    return {**kept, **missing(reason if row["n"] else row["reason"], row["n"]), **nulls}
 
 
 def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -117,6 +149,9 @@ def _order(sweep: Sweep, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _markdown(summary: Mapping[str, Any]) -> str:
     parts = ["# Before the freeze: every setting\n", _table(summary, "validation")]
+    if summary["validation"]["frontiers"]:
+        parts += ["# Before the freeze: each protection's frontier\n", _frontier_table(summary)]
+        parts += ["Both grow with the number of settings: only between equally many do they compare.\n"]
     if "points" in summary["test"]:
         parts += ["# Test split: the frozen settings\n", _table(summary, "test")]
         parts += [_sentence_on_test(summary)] if summary["recommendation"]["choice"] else []
@@ -131,6 +166,21 @@ def _table(summary: Mapping[str, Any], when: str) -> str:
     measured = {name: {"value": values.get(name), "ci95": None} for name in names}
     start = {"protection": "(starting model)", "setting": "-", "n": 1, "measures": measured}
     return table([start, *summary[when]["points"]], names)
+
+
+def _frontier_table(summary: Mapping[str, Any]) -> str:
+    """Hypervolume and best EM-F1 of each protection; n counts the seeds that have all of its settings."""
+    names = ["hypervolume", EM_F1]
+    rows = [
+        {
+            "protection": protection,
+            "setting": f"all {found['settings']}",
+            "n": found["hypervolume"]["n"],
+            "measures": {name: found[name] for name in names},
+        }
+        for protection, found in summary["validation"]["frontiers"].items()
+    ]
+    return table(rows, names)
 
 
 def _sentence_on_test(summary: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +40,9 @@ from .sweep_measures import read, split_rows
 from .sweep_workers import commands
 
 RESULT, TEST_RESULT, TRAINED = "result.json", "test.json", "trained.json"
+# Names of what is measured on the test split, among a folder's metrics.
+START_ON_TEST, FINAL_ON_TEST = "instruct-test", "final-test"
+_ERROR = "holdfast: error: "  # what a command's one line of an error begins with
 
 transformers_logging.disable_progress_bar()
 
@@ -55,7 +59,7 @@ def measure_start(values: dict[str, Any], needed: Mapping[str, str], path: str, 
         UserError: a needed measure that is not there.
     """
     arguments = _single(values)
-    name = "instruct-test" if test else "instruct"
+    name = START_ON_TEST if test else "instruct"
     found = _measured(values, arguments.model.starting_model, arguments.output_dir, name, test)
     if not test:
         read(needed, found)
@@ -64,31 +68,34 @@ def measure_start(values: dict[str, Any], needed: Mapping[str, str], path: str, 
 
 def do_run(
     values: dict[str, Any], measuring: dict[str, Any], needed: Mapping[str, str], references: str, recipe: str,
-    facts: dict[str, Any],
+    starts: str, facts: dict[str, Any],
 ) -> None:  # fmt: skip
     """Train where that is not done, measure what may be seen before the freeze, write result.json.
 
     Args:
         values: of the run. measuring: of what is measured, alike in all runs of a seed. needed: measures that must be
             there. references: folder that all runs share. recipe: where the run's flags are written if it is started
-            as a command. facts: go into the result; "key" among them tells what it was made of.
+            as a command. starts: file for the seconds of its starts. facts: go into the result; "key" among them tells
+            what it was made of.
     """
     folder = Path(values["output_dir"])
     kept = read_json(folder / TRAINED)
     if kept.get("key") != facts["key"] or not (folder / "final").is_dir():
-        kept = {"key": facts["key"], "seconds": _train(values, folder, Path(references), Path(recipe))}
+        with _counted(Path(starts), folder) as count:
+            count(_train(values, folder, Path(references), Path(recipe)))
+        kept = {"key": facts["key"], "seconds": read_json(Path(starts))["seconds"]}
         write_json_atomic(folder / TRAINED, kept)
     started = time.perf_counter()
     found = _measured(measuring, folder / "final", folder, "final")
     read(needed, found)
-    seconds = {"train": kept["seconds"], "measure": time.perf_counter() - started}
+    seconds = {**_total(kept["seconds"]), "measure": time.perf_counter() - started}
     write_json_atomic(folder / RESULT, {**facts, "seconds": seconds, "measures": found})
 
 
 def read_test(measuring: dict[str, Any], folder: str, needed: Mapping[str, str], frozen: str, key: str) -> None:
     """Measure the test split on a run's final model and write test.json. frozen: hash of the choice it waited for."""
     run_folder, started = Path(folder), time.perf_counter()
-    found = _measured(measuring, run_folder / "final", run_folder, "final-test", test=True)
+    found = _measured(measuring, run_folder / "final", run_folder, FINAL_ON_TEST, test=True)
     before = read_json(run_folder / RESULT)["measures"]
     read(needed, {**before, **found})
     facts = {"key": key, "frozen": frozen, "read_at": time.time(), "seconds": time.perf_counter() - started}
@@ -100,8 +107,35 @@ ACTS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+@contextmanager
+def _counted(starts: Path, folder: Path) -> Iterator[Callable[[float], None]]:
+    """Note how long a start of the training takes; one that begins anew, not from a checkpoint, is the first.
+
+    Until it ends it stands there as null, and so it stays where it is killed. One that is interrupted takes what passed
+    in the block, else what the yielded function is given.
+    """
+    before = read_json(starts).get("seconds", [None]) if has_checkpoint(folder) else []
+    starts.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(starts, {"seconds": [*before, None]})
+    took: list[float] = []
+    started = time.perf_counter()
+    try:
+        yield took.append
+    finally:
+        own = took[0] if took else time.perf_counter() - started
+        write_json_atomic(starts, {"seconds": [*before, own]})
+
+
+def _total(starts: Sequence[float | None]) -> dict[str, Any]:
+    """Seconds of training over all starts."""
+    known = [seconds for seconds in starts if seconds is not None]
+    if len(known) < len(starts):
+        return {"train": None, "reason": "a start of the training was killed, and could not say how long it took"}
+    return {"train": sum(known)}
+
+
 def _train(values: dict[str, Any], folder: Path, references: Path, recipe: Path) -> float:
-    """Seconds of training, of the last start where there were several."""
+    """Seconds of training, of this start alone."""
     if has_checkpoint(folder):
         values = {**values, "resume_from_checkpoint": "true"}
     else:
@@ -142,7 +176,8 @@ def _launched(values: dict[str, Any], recipe: Path) -> float:
     """A run on several processes, as its own command."""
     recipe.parent.mkdir(parents=True, exist_ok=True)
     recipe.write_text(dump(replace(_single(values), given=values)), encoding="utf-8")
-    started = time.perf_counter()
+    log = Path(values["output_dir"]) / SWEEP_LOG
+    said, started = log.stat().st_size if log.is_file() else 0, time.perf_counter()
     command = [sys.executable, "-m", "holdfast.trainer.cli", "train", "--config", str(recipe)]
     process = subprocess.Popen(command)
     commands.append(process)
@@ -153,8 +188,16 @@ def _launched(values: dict[str, Any], recipe: Path) -> float:
         process.terminate()
         process.wait()
     if code:
-        raise UserError(f"holdfast train --config {recipe} ended with exit code {code}")
+        line = _own_line(log, said) or f"holdfast train --config {recipe} ended with exit code {code}"
+        raise UserError(line)
     return time.perf_counter() - started
+
+
+def _own_line(log: Path, since: int) -> str | None:
+    """The last line of an error in a log, after so many bytes."""
+    text = log.read_bytes()[since:].decode(errors="replace") if log.is_file() else ""
+    found = [line.removeprefix(_ERROR) for line in text.splitlines() if line.startswith(_ERROR)]
+    return found[-1] if found else None
 
 
 def _single(values: dict[str, Any]) -> Arguments:
@@ -188,7 +231,7 @@ def plan_of(values: dict[str, Any], test: bool = False) -> tuple[MeasurePlan, Pr
     """What is measured before the freeze, or after it on the test split. Raises UserError for bad input."""
     arguments = _single(values)
     source = arguments.data.choices_dataset
-    early, late = split_rows(load_choices(source) if source else [], arguments.sweep.test_split)
+    early, late = split_rows(load_choices(source) if source else [], arguments.sweep.late_split)
     whole = measurer(replace(arguments, data=replace(arguments.data, choices_dataset=None)))
     plan = replace(whole.plan, choices=late if test else early)
     if test:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ...analysis.errors import UserError
 from ...analysis.layers import unwrap
+from .adapters import refuse_trained_beside
 
 if TYPE_CHECKING:
     from ..protected_sft_trainer import ProtectedTrainerMixin
@@ -173,7 +174,11 @@ def aligned_adapters(
 
 
 def _adapted(name: str, model: nn.Module) -> dict[str, LoraLayer]:
-    """LoRA's modules by their path in the transformers model. Raises UserError for those with another ΔW than s·BA."""
+    """LoRA's modules by their path in the transformers model.
+
+    Raises:
+        UserError: none, one with another ΔW than s·BA, or a trained parameter beside them, which nothing projects.
+    """
     layers = {path: module for path, module in unwrap(model).named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise UserError(f"{name} acts on LoRA's matrices and no module has any; add --use_peft, or choose another")
@@ -183,6 +188,7 @@ def _adapted(name: str, model: nn.Module) -> dict[str, LoraLayer]:
             raise UserError(f"{name} acts on linear modules; {path} is a {kind}: leave it out of the adapter's targets")
         if len(layer.active_adapters) != 1 or layer.active_adapters[0] in layer.lora_variant:
             raise UserError(f"{name} acts on one plain LoRA adapter; {path} has several or DoRA: train a plain one")
+    refuse_trained_beside(name, model)
     return layers
 
 

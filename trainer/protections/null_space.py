@@ -22,6 +22,7 @@ from ...analysis.errors import UserError
 from ...analysis.layers import unwrap
 from ..documents import PENALTY_MASK, Batch, Document, DocumentStore
 from ..reference import digest_of, starting_model
+from .adapters import refuse_trained_beside
 from .base import Protection
 
 if TYPE_CHECKING:
@@ -166,28 +167,20 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     Raises:
         UserError: none, one that is not linear, or a trained parameter beside LoRA's A and B, which nothing confines.
     """
-    inner = unwrap(model)
     layers: dict[str, Adapted] = {}
-    known: set[int] = set()
-    for name, module in inner.named_modules():
+    for name, module in unwrap(model).named_modules():
         if not isinstance(module, LoraLayer):
             continue
         if isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
             raise UserError(
                 f"null_space confines LoRA on linear modules, and {name} is none; leave it out of --lora_target_modules"
             )
-        known |= {id(adapter.weight) for side in (module.lora_A, module.lora_B) for adapter in side.values()}
         weights = cast(list[nn.Parameter], [adapter.weight for adapter in module.lora_A.values()])
         if trained := [weight for weight in weights if weight.requires_grad]:
             layers[name] = Adapted(cast(nn.Module, module), trained)
     if not layers:
         raise UserError("null_space acts on LoRA's matrices, and the model has none; add --use_peft")
-    for name, parameter in inner.named_parameters():
-        if parameter.requires_grad and id(parameter) not in known:
-            raise UserError(
-                f"null_space confines LoRA's A, and {name} trains beside it; leave out what trains it "
-                "(--lora_modules_to_save, --use_dora)"
-            )
+    refuse_trained_beside("null_space", model)
     return layers
 
 

@@ -1,4 +1,4 @@
-"""Every protection by its name: what it is, what it needs, how it is made. A new one is one file and one line here.
+"""Every protection by its name: what it is, what it needs, how it is made. A new one is one file, named here.
 
 Names joined by + are several at once: `protection: steering+interleave`.
 """
@@ -33,7 +33,7 @@ from .steering import steering
 from .subspace import SubspaceProtection
 
 if TYPE_CHECKING:
-    from ..arguments import ProtectionArguments
+    from ..protection_arguments import ProtectionArguments
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,12 @@ class Kind:
 
     Attributes:
         subspace: an alignment subspace.
-        drift: it is a term that compares with the starting model, on task rows or anchors: the flags `penalty_*` and
-            `reference` act. own_rows: but it reads neither task rows nor anchors.
-        weighted: it is another term that `penalty_strength` weighs.
+        drift: it is a term that compares with the starting model, on task rows or anchors. own_rows: but it reads
+            neither task rows nor anchors.
         anchors: it reads the anchors whatever `penalty_inputs` says. answers: and their answers.
         base: the base model.
         lora: low-rank adapters.
-        ignores: flags without effect on it that one might expect to act.
+        knobs: the flags that it reads; it is made with the defaults of all others.
     """
 
     make: Callable[[Materials], Protection]
@@ -81,12 +80,16 @@ class Kind:
     subspace: bool = False
     drift: bool = False
     own_rows: bool = False
-    weighted: bool = False
     anchors: bool = False
     answers: bool = False
     base: bool = False
     lora: bool = False
-    ignores: tuple[str, ...] = ()
+    knobs: tuple[str, ...] = ()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it is a term that `penalty_strength` weighs."""
+        return "penalty_strength" in self.knobs
 
 
 def _subspace(materials: Materials) -> Protection:
@@ -120,7 +123,7 @@ def _drift_rows(materials: Materials, role: str) -> dict[str, Any]:
 
 def _kl(materials: Materials) -> Protection:
     role = materials.asked.penalty_tokens or "all"
-    return KLProtection(role, _of_whole(materials), materials.fingerprint, **_drift_rows(materials, role))
+    return KLProtection(role, penalty_settings(materials), materials.fingerprint, **_drift_rows(materials, role))
 
 
 def _feature_l2(materials: Materials) -> Protection:
@@ -129,7 +132,7 @@ def _feature_l2(materials: Materials) -> Protection:
     if asked.penalty_layers is not None:
         layers = parse_layers(asked.penalty_layers, materials.depth, "--penalty_layers")
     return FeatureL2Protection(
-        layers, role, _of_whole(materials), materials.fingerprint, layers_path=materials.layers_path,
+        layers, role, penalty_settings(materials), materials.fingerprint, layers_path=materials.layers_path,
         **_drift_rows(materials, role),
     )  # fmt: skip
 
@@ -164,14 +167,6 @@ def _early_stop(materials: Materials) -> Protection:
         base=_base(materials),
     )
     return EarlyStopProtection(erosion, asked.early_stop_limit, asked.early_stop_every)
-
-
-def _of_whole(materials: Materials) -> PenaltySettings:
-    """The settings of a term that knows no way back to base. Raises UserError where one is asked for."""
-    settings = penalty_settings(materials)
-    if settings.side != "both":
-        raise UserError(f"--penalty_side {settings.side} needs a subspace; {materials.asked.protection} has both sides")
-    return settings
 
 
 def penalty_settings(materials: Materials) -> PenaltySettings:
@@ -230,56 +225,73 @@ def _extrapolate(materials: Materials) -> Protection:
     return ExtrapolateProtection(materials.asked.extrapolate_alpha, materials.asked.alignment_rank)
 
 
-# What only a penalty reads.
-_PENALTY_ONLY = ("penalty_side", "penalty_margin", "penalty_tokens")
-# What has no effect on weights.
-_ROWS_AND_LAYERS = (*_PENALTY_ONLY, "penalty_inputs", "penalty_layers", "penalty_rank", "penalty_budget")
+_TERM = (
+    "penalty_strength", "penalty_budget", "penalty_warmup", "penalty_warmup_strength", "reference", "anchor_every"
+)  # fmt: skip
+_ROWS = ("penalty_inputs", "penalty_task_weight", "penalty_tokens", "anchor_batch_size")
+_SIDE = ("penalty_side", "penalty_margin")
+_BASIS = ("penalty_rank", "penalty_layers")
 
 KINDS: dict[str, Kind] = {
     "none": Kind(lambda _: NoProtection(), "plain SFT"),
-    "subspace": Kind(_subspace, "penalty on drift in the alignment subspace", subspace=True, drift=True),
-    "random_subspace": Kind(_subspace, "the same in a random subspace, the null", subspace=True, drift=True),
-    "kl": Kind(_kl, "KL divergence to the starting model", drift=True, ignores=("penalty_layers", "penalty_rank")),
-    "feature_l2": Kind(
-        _feature_l2, "drift of the whole stream behind every fifth block (LDIFS)", drift=True, ignores=("penalty_rank",)
+    "subspace": Kind(
+        _subspace, "penalty on drift in the alignment subspace", subspace=True, drift=True,
+        knobs=(*_TERM, *_ROWS, *_SIDE, *_BASIS),
     ),
-    "interleave": Kind(lambda _: NoProtection("interleave"), "safe rows mixed into the training rows"),
+    "random_subspace": Kind(
+        _subspace, "the same in a random subspace, the null", subspace=True, drift=True,
+        knobs=(*_TERM, *_ROWS, *_SIDE, *_BASIS, "null_seed", "null_scale"),
+    ),
+    "kl": Kind(_kl, "KL divergence to the starting model", drift=True, knobs=(*_TERM, *_ROWS)),
+    "feature_l2": Kind(
+        _feature_l2, "drift of the whole stream behind every fifth block (LDIFS)", drift=True,
+        knobs=(*_TERM, *_ROWS, "penalty_layers"),
+    ),
+    "interleave": Kind(
+        lambda _: NoProtection("interleave"), "safe rows mixed into the training rows",
+        knobs=("interleave_dataset", "interleave_share"),
+    ),
     "inoculation": Kind(
-        lambda _: NoProtection("inoculation"), "a system prompt in training that asks for the behaviour"
+        lambda _: NoProtection("inoculation"), "a system prompt in training that asks for the behaviour",
+        knobs=("inoculation_prompt",),
     ),
     "ablation": Kind(
-        _ablation, "the subspace removed from the stream while training (CAFT)", subspace=True, ignores=_PENALTY_ONLY
+        _ablation, "the subspace removed from the stream while training (CAFT)", subspace=True, knobs=_BASIS
     ),
     "steering": Kind(
         _steering, "a step away from alignment added while training (preventative)", subspace=True,
-        ignores=_PENALTY_ONLY,
+        knobs=(*_BASIS, "steering_alpha"),
     ),
     "gradient_projection": Kind(
         _gradient_projection, "what goes against the anchors' answers taken out of each step's gradient (SafeGrad)",
-        anchors=True, answers=True, ignores=(*_PENALTY_ONLY, "penalty_inputs", "penalty_layers", "penalty_rank"),
+        anchors=True, answers=True, knobs=("safe_gradient_weight", "anchor_batch_size", "anchor_every"),
     ),
     "null_space": Kind(
         _null_space, "LoRA kept away from the anchors' principal inputs to each module", anchors=True, lora=True,
-        ignores=("penalty_side", "penalty_margin", "penalty_inputs", "penalty_layers", "penalty_rank"),
+        knobs=("null_space_energy", "penalty_tokens", "anchor_batch_size"),
     ),
     "adapter_drift": Kind(
-        _adapter_drift, "penalty on adapters outside of what alignment changed in the weights (AsFT)", weighted=True,
-        base=True, lora=True, ignores=(*_ROWS_AND_LAYERS, "penalty_warmup"),
+        _adapter_drift, "penalty on adapters outside of what alignment changed in the weights (AsFT)", base=True,
+        lora=True, knobs=("penalty_strength", "alignment_rank"),
     ),
     "safe_lora": Kind(
         _safe_lora, "adapters projected onto what alignment changed, after training (SafeLoRA)", base=True, lora=True,
-        ignores=_ROWS_AND_LAYERS,
+        knobs=("safe_lora_threshold", "alignment_rank"),
     ),
     "extrapolate": Kind(
-        _extrapolate, "a start further from base than the starting model (LoX)", base=True, ignores=_ROWS_AND_LAYERS
+        _extrapolate, "a start further from base than the starting model (LoX)", base=True,
+        knobs=("extrapolate_alpha", "alignment_rank"),
     ),
     "prefix_anchor": Kind(
         _prefix_anchor, "drift of the template prefix's keys and values (TReFT)", drift=True, own_rows=True,
-        ignores=(*_PENALTY_ONLY, "penalty_inputs", "penalty_rank", "anchor_batch_size"),
+        knobs=(*_TERM, "penalty_layers"),
     ),
     "early_stop": Kind(
         _early_stop, "training ended where the anchors' drift in the subspace passes a limit", subspace=True,
-        anchors=True, ignores=("penalty_inputs", "penalty_budget", "penalty_warmup", "anchor_every"),
+        anchors=True,
+        knobs=(
+            "early_stop_limit", "early_stop_every", *_SIDE, *_BASIS, "penalty_tokens", "reference", "anchor_batch_size"
+        ),
     ),
 }  # fmt: skip
 
@@ -296,7 +308,7 @@ def parts_of(name: str) -> list[str]:
             near = difflib.get_close_matches(part, KINDS, n=1, cutoff=0.0)[0]
             raise UserError(f"--protection {part!r} is unknown; the nearest is {near} of {', '.join(KINDS)}")
     together = [part for part in parts if part != "none"] if len(parts) > 1 else parts
-    terms = [part for part in together if KINDS[part].drift or KINDS[part].weighted]
+    terms = [part for part in together if KINDS[part].weighted]
     if len(set(parts)) < len(parts) or len(together) < len(parts):
         raise UserError(f"--protection {name} names one twice, or none beside others; name each once")
     if len(terms) > 1:
@@ -311,10 +323,17 @@ def kinds_of(name: str) -> list[Kind]:
     return [KINDS[part] for part in parts_of(name)]
 
 
+def knobs_of(name: str) -> set[str]:
+    """The flags that a part of the protection reads. Raises UserError as `parts_of`."""
+    return {knob for kind in kinds_of(name) for knob in kind.knobs}
+
+
 def protection_of(materials: Materials) -> Protection:
     """The protection that the flags ask for, or several as one. Raises UserError for settings that cannot work."""
-    name = materials.asked.protection
-    made = [
-        KINDS[part].make(replace(materials, asked=replace(materials.asked, protection=part))) for part in parts_of(name)
-    ]
+    made = [KINDS[part].make(_for_part(materials, part)) for part in parts_of(materials.asked.protection)]
     return made[0] if len(made) == 1 else Composed(made)
+
+
+def _for_part(materials: Materials, part: str) -> Materials:
+    """As if the part were alone: what a recipe, or another part, has for others does not reach it."""
+    return replace(materials, asked=replace(materials.asked, protection=part).as_read())

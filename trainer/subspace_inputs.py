@@ -1,0 +1,79 @@
+"""The subspace that a run reads: where it lies, and whether it is the one that the flags and the model speak of."""
+
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ..analysis.errors import UserError
+from ..analysis.layers import parse_layers
+from ..analysis.models import model_fingerprint, tokenizer_fingerprint
+from ..analysis.subspace import Subspace, random_like
+from .parsing import Arguments
+from .protections.registry import kinds_of, parts_of
+
+
+def subspace_path(arguments: Arguments) -> Path:
+    """Where the subspace is written and read."""
+    path = Path(arguments.subspace.subspace_path or arguments.output_dir / "subspace.safetensors")
+    return path.expanduser()
+
+
+def load_subspace(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Subspace | None:
+    """The subspace of the penalty, checked against the model and cut to the layers and rank asked for."""
+    asked = arguments.protection.as_read()
+    if not any(kind.subspace for kind in kinds_of(asked.protection)):
+        return None
+    path = subspace_path(arguments)
+    if not path.is_file():
+        raise UserError(
+            f"subspace {path} does not exist; name the one you have with --subspace_path, or build one: `holdfast "
+            "subspace` with the same recipe"
+        )
+    subspace = Subspace.load(path)
+    check_layers_path(subspace, arguments)
+    depth = config.get_text_config().num_hidden_layers
+    layers = (
+        parse_layers(asked.penalty_layers, depth, "--penalty_layers")
+        if asked.penalty_layers is not None
+        else sorted(subspace.bases)
+    )
+    subspace.check(
+        instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        role=asked.penalty_tokens or subspace.provenance.role,
+        layers=layers,
+    )
+    _check_built(subspace, path, arguments, depth)
+    subspace = subspace.restrict(layers, asked.penalty_rank or subspace.provenance.rank)
+    if "random_subspace" in parts_of(asked.protection):
+        return random_like(subspace, asked.null_seed, asked.null_scale)
+    return subspace
+
+
+def _check_built(subspace: Subspace, path: Path, arguments: Arguments, depth: int) -> None:
+    """Raises UserError where the flags say that the subspace was built in another way than it was."""
+    facts = subspace.provenance
+    built = {
+        "subspace_method": facts.method, "subspace_rank": facts.rank, "subspace_layers": list(facts.layers),
+        "subspace_positions": facts.role, "subspace_centred": facts.centred, "subspace_seed": facts.seed,
+    }  # fmt: skip
+    for flag, there in built.items():
+        asked = arguments.given[flag]
+        wanted = parse_layers(asked, depth, f"--{flag}") if asked and flag == "subspace_layers" else asked
+        if asked is not None and wanted != there:
+            raise UserError(
+                f"--{flag} is {asked}, and the subspace {path} was built with {there}; leave the flag out, or name "
+                "another one with --subspace_path"
+            )
+
+
+def check_layers_path(subspace: Subspace, arguments: Arguments) -> None:
+    """Raises UserError where the subspace was read at other blocks than this run's."""
+    built, given = subspace.provenance.layers_path, arguments.model.layers_path
+    if built != given:
+        raise UserError(
+            f"the subspace was built with layers_path {built or 'found by shape'} but this run has "
+            f"{given or 'none given'}: write the same, or build the subspace again"
+        )

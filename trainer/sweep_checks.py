@@ -1,0 +1,181 @@
+"""What a sweep would stumble on later, found before anything is written: its subspace and each of its settings."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..analysis.activations import select
+from ..analysis.artifacts import check_writable
+from ..analysis.errors import UserError
+from ..analysis.layers import parse_layers
+from ..analysis.models import load_config, model_fingerprint, tokenizer_fingerprint
+from ..analysis.probes import Conversation, render
+from ..analysis.subspace_contrast import paired_selections, require_tokens, shipped_contrast
+from ..analysis.subspace_file import NULL_SEEDS, Provenance, Subspace
+from ..analysis.subspace_methods import random_basis
+from .checks import check_epochs, check_steps
+from .contrast import load_contrast
+from .data import RenderedRows, load_rows
+from .documents import Document, documents_of
+from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model
+from .parsing import Arguments
+from .protections.registry import Materials, kinds_of, protection_of
+from .records import REFERENCES
+
+# Flags of a setting that change which rows, or what of a subspace, `load_inputs` reads.
+_READ_BY = (
+    "protection", "penalty_inputs", "penalty_tokens", "penalty_layers", "penalty_rank", "interleave_dataset",
+    "interleave_share", "inoculation_prompt", "null_seed", "null_scale",
+)  # fmt: skip
+_WITH_BASE = ("difference_in_means", "svd", "shared")
+
+
+def reads_subspace(protection: str) -> bool:
+    """Whether a protection acts in the alignment subspace."""
+    return any(kind.subspace for kind in kinds_of(protection))
+
+
+def check_settings(settings: Sequence[Arguments], subspace: Path) -> TrainingInputs:
+    """Read all that the settings read, once where they read the same, and make what protects them; loads no weights.
+
+    Args:
+        settings: arguments of a run of each. subspace: where it is, or will be built.
+
+    Returns the first one's inputs. Raises UserError for whatever a run, or building the subspace, would refuse.
+    """
+    alike: dict[tuple[Any, ...], list[Arguments]] = {}
+    for arguments in settings:
+        alike.setdefault(_reading(arguments), []).append(arguments)
+    first: TrainingInputs | None = None
+    with _subspace_to_read(settings, subspace) as path:
+        for group in alike.values():
+            inputs = load_inputs(_reading_at(group[0], path))
+            first = first or inputs
+            for arguments in group:
+                check_steps(arguments.training, len(inputs.train.rendered))
+                check_epochs(arguments, len(inputs.train.rendered))
+                _make_protection(arguments, inputs)
+    assert first is not None  # there is the baseline
+    return first
+
+
+def _reading(arguments: Arguments) -> tuple[Any, ...]:
+    return (arguments.training.max_length, *(getattr(arguments.protection, name) for name in _READ_BY))
+
+
+def _reading_at(arguments: Arguments, path: Path) -> Arguments:
+    return replace(arguments, subspace=replace(arguments.subspace, subspace_path=str(path)))
+
+
+@contextmanager
+def _subspace_to_read(settings: Sequence[Arguments], subspace: Path) -> Iterator[Path]:
+    """The subspace's file; until it is built, in a folder of its own, one with the facts that it will have."""
+    if subspace.is_file() or not any(reads_subspace(arguments.protection.protection) for arguments in settings):
+        yield subspace
+        return
+    check_writable(subspace.parent, "the folder of --subspace_path")
+    planned = _planned(settings[0])
+    with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+        path = Path(folder) / "planned.safetensors"
+        planned.save(path)
+        yield path
+
+
+def _planned(arguments: Arguments) -> Subspace:
+    """A subspace of the facts that the flags ask for, with random directions.
+
+    Raises:
+        UserError: one that cannot be built from these flags, models and rows.
+    """
+    asked, model = arguments.subspace, arguments.model
+    tokenizer, config = read_starting_model(arguments)
+    _require_possible(arguments, config)
+    _require_rows(arguments, tokenizer)
+    text, rank = config.get_text_config(), asked.subspace_rank
+    layers = parse_layers(asked.subspace_layers, text.num_hidden_layers, "--subspace_layers")
+    provenance = Provenance(
+        method=asked.subspace_method, rank=rank, layers=tuple(layers), role=asked.subspace_positions,
+        centred=asked.subspace_centred, seed=asked.subspace_seed, data_sha256="", n_rows=0, n_tokens=0,
+        instruct_fingerprint=model_fingerprint(model.starting_model),
+        base_fingerprint=model_fingerprint(model.base_model_name_or_path) if model.base_model_name_or_path else None,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer), layers_path=model.layers_path,
+    )  # fmt: skip
+    ones, nulls = torch.ones(rank), torch.ones(NULL_SEEDS, rank)
+    return Subspace(
+        bases={layer: random_basis(text.hidden_size, rank, 0, layer).float() for layer in layers},
+        scales=dict.fromkeys(layers, float(rank)),
+        base_gap={layer: ones.clone() for layer in layers},
+        provenance=provenance,
+        energies={layer: ones.clone() for layer in layers},
+        null_energies={layer: nulls.clone() for layer in layers},
+        null_gaps={layer: nulls.clone() for layer in layers},
+    )
+
+
+def _require_possible(arguments: Arguments, config: PretrainedConfig) -> None:
+    """Raises UserError for a method without what it needs, or a rank that it cannot have."""
+    asked, method = arguments.subspace, arguments.subspace.subspace_method
+    if method in _WITH_BASE and not arguments.model.base_model_name_or_path:
+        raise UserError(
+            f"--subspace_method {method} needs the base model that the starting one was aligned from; name it with "
+            "--base_model_name_or_path, or write contrastive"
+        )
+    most = 1 if method == "difference_in_means" else config.get_text_config().hidden_size
+    if asked.subspace_rank > most:
+        raise UserError(f"--subspace_rank {asked.subspace_rank} is more than {method} can have here; write 1-{most}")
+    if asked.subspace_centred and method != "svd":
+        raise UserError(f"--subspace_centred belongs to svd, not {method}; leave it out, or write svd")
+    if method == "shared" and len(asked.subspace_domains or ()) < 2:
+        raise UserError("--subspace_domains names one domain, and shared needs at least two; add one, or write svd")
+
+
+def _require_rows(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError for sets that cannot be read, or rows that the contrast cannot be read on."""
+    asked, limit, base = arguments.subspace, arguments.training.max_length, arguments.model.base_model_name_or_path
+    role, domains = asked.subspace_positions, asked.subspace_domains if isinstance(asked.subspace_domains, dict) else {}
+    rows = load_rows(asked.subspace_dataset, prompts=True) if asked.subspace_dataset else anchor_rows(arguments)
+    groups: dict[str, Sequence[Conversation]] = {
+        "": [row.messages for row in rows],
+        **{name: [row.messages for row in load_rows(source, prompts=True)] for name, source in domains.items()},
+    }
+    contrast = load_contrast(asked.subspace_contrast) if asked.subspace_contrast else None
+    if contrast is None and (asked.subspace_method == "contrastive" or not base):
+        contrast = shipped_contrast()
+    paired_selections(tokenizer, groups, contrast, role, limit)
+    for conversations in groups.values() if base else ():
+        require_tokens([select(render(tokenizer, messages), role, limit) for messages in conversations], role)
+
+
+def _make_protection(arguments: Arguments, inputs: TrainingInputs) -> None:
+    """Raises UserError for flags that the protection refuses when it is made."""
+
+    def rows(of: RenderedRows | None) -> Callable[[str], list[Document]]:
+        return lambda role: documents_of(of.rendered, role) if of is not None else []
+
+    model = arguments.model
+    config = load_config(model.starting_model, load_options(arguments)).get_text_config()
+    materials = Materials(
+        asked=replace(arguments.protection, reference="auto"),  # for a frozen one a copy would be loaded
+        subspace=inputs.subspace,
+        task=rows(inputs.train),
+        anchors=rows(inputs.anchors),
+        starting_model=_not_here,
+        base_model=_not_here,
+        cache_dir=arguments.output_dir / REFERENCES,
+        seed=arguments.training.seed,
+        layers_path=model.layers_path,
+        fingerprint=inputs.facts["starting weights"],
+        base_fingerprint=inputs.facts.get("base weights"),
+        depth=config.num_hidden_layers,
+    )
+    protection_of(materials)
+
+
+def _not_here() -> PreTrainedModel:
+    raise AssertionError("no protection reads a model before training begins")
