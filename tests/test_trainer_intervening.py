@@ -100,6 +100,7 @@ def test_without_base_the_rest_is_delivered(folder: Path, capsys: pytest.Capture
     [
         ({"choices_dataset": None}, "--choices_dataset"),
         ({"subspace_path": "nothing.safetensors"}, "holdfast subspace"),
+        ({"subspace_rank": 3}, "was built with 2"),
         ({"intervention_class": "evil"}, "write one of aligned, misaligned"),
         ({"intervention_directions": 5}, "has 2"),
         ({"steering_layers": "7"}, "none of the subspace's: [0, 1, 2]"),

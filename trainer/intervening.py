@@ -34,7 +34,7 @@ from .inputs import load_choices, load_options, read_starting_model
 from .intervening_table import table
 from .parsing import Arguments
 from .probe_sets import probe_sets
-from .subspace_inputs import check_layers_path, subspace_path
+from .subspace_inputs import whole_subspace
 
 RESULTS = "interventions.json"
 _KEPT = "interventions"
@@ -88,20 +88,7 @@ def intervene(arguments: Arguments) -> Intervened:
 def _checked(arguments: Arguments) -> _Inputs:
     asked = arguments.intervention
     tokenizer, config = read_starting_model(arguments)
-    path = subspace_path(arguments)
-    if not path.is_file():
-        raise UserError(
-            f"subspace {path} does not exist; name the one you have with --subspace_path, or build one: `holdfast "
-            "subspace` with the same recipe"
-        )
-    subspace = Subspace.load(path)
-    check_layers_path(subspace, arguments)
-    subspace.check(
-        instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        role=subspace.provenance.role,
-        layers=sorted(subspace.bases),
-    )
+    subspace = whole_subspace(arguments, tokenizer, config)
     chosen = arguments.protection
     layers = sorted(subspace.bases)
     if chosen.penalty_layers is not None:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..analysis.artifacts import check_writable
 from ..analysis.errors import UserError
 from ..analysis.measure import Measurer, UnreadableCheckpoint, check_checkpoint, measure_checkpoint
-from ..analysis.models import model_fingerprint, tokenizer_fingerprint
 from ..analysis.plan import MeasurePlan
 from ..analysis.results import VIEW, problems
 from ..analysis.store import default_folder
@@ -20,7 +19,7 @@ from .inputs import load_choices, load_options, read_starting_model
 from .parsing import Arguments
 from .probe_sets import probe_sets
 from .records import is_main
-from .subspace_inputs import subspace_path
+from .subspace_inputs import subspace_path, whole_subspace
 
 # What a training run measures unasked: each costs one forward pass over the rows, or less.
 DEFAULT_FAMILIES = ("behavior", "projection", "choices")
@@ -40,8 +39,8 @@ def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Mea
     Args:
         families: None are those of the training callback, an empty list all that apply.
     """
-    tokenizer, _ = read_starting_model(arguments)
-    subspace, choices = _subspace(arguments, tokenizer), arguments.data.choices_dataset
+    tokenizer, config = read_starting_model(arguments)
+    subspace, choices = _subspace(arguments, tokenizer, config), arguments.data.choices_dataset
     asked = arguments.analysis
     store = Path(asked.store_dir).expanduser() if asked.store_dir else default_folder()
     check_writable(store, "--store_dir")
@@ -163,16 +162,6 @@ def _say(line: str) -> None:
         print(f"holdfast: {line}", file=sys.stderr, flush=True)
 
 
-def _subspace(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> Subspace | None:
+def _subspace(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Subspace | None:
     """The subspace as it was built, whole: an unprotected run and a null are read along the same directions."""
-    path = subspace_path(arguments)
-    if not path.is_file():
-        return None
-    found = Subspace.load(path)
-    found.check(
-        instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        role=found.provenance.role,
-        layers=sorted(found.bases),
-    )
-    return found
+    return whole_subspace(arguments, tokenizer, config) if subspace_path(arguments).is_file() else None

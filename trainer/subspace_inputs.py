@@ -18,13 +18,21 @@ def subspace_path(arguments: Arguments) -> Path:
     return path.expanduser()
 
 
-def load_subspace(
-    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> Subspace | None:
-    """The subspace of the penalty, checked against the model and cut to the layers and rank asked for."""
-    asked = arguments.protection.as_read()
-    if not any(kind.subspace for kind in kinds_of(asked.protection)):
-        return None
+def whole_subspace(
+    arguments: Arguments,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    role: str | None = None,
+    layers: list[int] | None = None,
+) -> Subspace:
+    """The subspace that is there, as it was built.
+
+    Args:
+        role, layers: which it must have; None: its own.
+
+    Raises:
+        UserError: there is none, or one of another model, of other blocks, or built in another way than the flags say.
+    """
     path = subspace_path(arguments)
     if not path.is_file():
         raise UserError(
@@ -32,21 +40,29 @@ def load_subspace(
             "subspace` with the same recipe"
         )
     subspace = Subspace.load(path)
-    check_layers_path(subspace, arguments)
-    depth = config.get_text_config().num_hidden_layers
-    layers = (
-        parse_layers(asked.penalty_layers, depth, "--penalty_layers")
-        if asked.penalty_layers is not None
-        else sorted(subspace.bases)
-    )
+    _check_layers_path(subspace, arguments)
     subspace.check(
         instruct_fingerprint=model_fingerprint(arguments.model.starting_model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        role=asked.penalty_tokens or subspace.provenance.role,
-        layers=layers,
+        role=role or subspace.provenance.role,
+        layers=sorted(subspace.bases) if layers is None else layers,
     )
-    _check_built(subspace, path, arguments, depth)
-    subspace = subspace.restrict(layers, asked.penalty_rank or subspace.provenance.rank)
+    _check_built(subspace, path, arguments, config.get_text_config().num_hidden_layers)
+    return subspace
+
+
+def load_subspace(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Subspace | None:
+    """The subspace of the penalty, cut to the layers and rank asked for. Raises UserError as `whole_subspace`."""
+    asked = arguments.protection.as_read()
+    if not any(kind.subspace for kind in kinds_of(asked.protection)):
+        return None
+    layers = None
+    if asked.penalty_layers is not None:
+        layers = parse_layers(asked.penalty_layers, config.get_text_config().num_hidden_layers, "--penalty_layers")
+    subspace = whole_subspace(arguments, tokenizer, config, asked.penalty_tokens, layers)
+    subspace = subspace.restrict(layers or sorted(subspace.bases), asked.penalty_rank or subspace.provenance.rank)
     if "random_subspace" in parts_of(asked.protection):
         return random_like(subspace, asked.null_seed, asked.null_scale)
     return subspace
@@ -69,7 +85,7 @@ def _check_built(subspace: Subspace, path: Path, arguments: Arguments, depth: in
             )
 
 
-def check_layers_path(subspace: Subspace, arguments: Arguments) -> None:
+def _check_layers_path(subspace: Subspace, arguments: Arguments) -> None:
     """Raises UserError where the subspace was read at other blocks than this run's."""
     built, given = subspace.provenance.layers_path, arguments.model.layers_path
     if built != given:
