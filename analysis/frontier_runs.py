@@ -202,8 +202,13 @@ def _difference(held: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> dic
         return {**missing("no lab and seed in common"), "labs": 0, "p": None, "p_least": None}
     differences = [held[pair] - theirs[pair] for pair in common]
     means = _means(differences, _units(common)[1])
+    measured = over_runs(differences, common, difference=True)
+    interval = measured.get("ci95")
+    if interval and all(0 <= side[pair] <= 1 for side in (held, theirs) for pair in common):
+        # Of few labs that differ widely the interval would reach further than two rates can.
+        measured["ci95"] = [max(interval[0], -1.0), min(interval[1], 1.0)]
     return {
-        **over_runs(differences, common, difference=True),
+        **measured,
         "reference": float(np.mean([held[pair] for pair in common])),
         "rival": float(np.mean([theirs[pair] for pair in common])),
         "labs": len({lab for lab, *_ in common}),

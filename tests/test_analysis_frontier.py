@@ -100,6 +100,7 @@ def test_where_more_task_costs_more_misalignment_the_reading_only_rises(found, t
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(RATES, RATES), min_size=1, max_size=6), RATES)
+@example([(0.0, 0.0), (1e-300, 1.0)], 1.0)
 def test_a_reading_lies_between_the_settings_that_bracket_it_or_says_that_none_do(found, target):
     tasks, bad = zip(*found, strict=True)
     value, clamped = at_equal_task(tasks, bad, target, range(len(found)))
@@ -107,8 +108,9 @@ def test_a_reading_lies_between_the_settings_that_bracket_it_or_says_that_none_d
     bracketing = [pair for pair in steps if min(pair)[0] <= target <= max(pair)[0]]
     assert clamped == (not bracketing)
     if clamped:
-        gap = min(abs(task - target) for task in tasks)
-        assert value == min(rate for task, rate in found if abs(task - target) == gap)
+        # The end itself: to a float, tasks below 1e-16 are all as far from 1.
+        end = max(tasks) if target > max(tasks) else min(tasks)
+        assert value == min(rate for task, rate in found if task == end)
     else:
         assert any(min(one[1], other[1]) - 1e-12 <= value <= max(one[1], other[1]) + 1e-12 for one, other in bracketing)
 
@@ -294,7 +296,18 @@ def test_an_interval_of_differences_may_pass_zero_where_all_of_them_are_on_one_s
     runs = [run("ours", 1.0, lab, misaligned=0.5 + gap) for lab, gap in zip("ab", gaps, strict=True)]
     runs += [run("kl", 1.0, lab, misaligned=0.5) for lab in "ab"]
     (row,) = paired(runs, ("ours", "strength=1.0"), [("kl", "strength=1.0")])
-    assert row["ci95"] == pytest.approx(student(gaps)) and row["ci95"][0] < 0 < row["ci95"][1]
+    # The rates' own values are no matter to the interval, but where they are rates it ends at 1.
+    assert row["ci95"] == pytest.approx(np.clip(student(gaps), -1, 1)) and row["ci95"][0] < 0 < row["ci95"][1]
+
+
+def test_an_interval_of_differences_of_rates_ends_where_they_must():
+    rates = [0.583, 0.03, 0.02, 0.045, 0.025, 0.05]
+    runs = [run("ours", 1.0, lab, misaligned=0.0, drift=0.0) for lab in "abcdef"]
+    runs += [run("kl", 1.0, lab, misaligned=rate, drift=3 * rate) for lab, rate in zip("abcdef", rates, strict=True)]
+    (row,) = paired(runs, ("ours", "strength=1.0"), [("kl", "strength=1.0")])
+    assert row["ci95"][0] == -1 and row["value"] == pytest.approx(-np.mean(rates))
+    (drift,) = paired(runs, ("ours", "strength=1.0"), [("kl", "strength=1.0")], "drift")
+    assert drift["ci95"][0] < -3 * 1  # no rate: as wide as six labs make it
 
 
 def test_one_pair_has_a_difference_but_neither_interval_nor_p():
@@ -317,7 +330,9 @@ def test_a_rival_is_read_at_the_task_of_the_reference_run_of_its_own_lab_and_see
     kl, prompt, steering = paired_at_equal_task(runs, ("subspace", "strength=2.0"), ["kl", "prompt", "steering"])
     # At 0.90 half-way between 0.6 and 0.2; at 0.80 exactly 0.2.
     assert kl["rival"] == pytest.approx((0.4 + 0.2) / 2) and kl["value"] == pytest.approx(0.02 - 0.3)
-    assert kl["ci95"] == pytest.approx(student([-0.38, -0.18])) and kl["clamped"] == 0 and kl["p"] == 0.5
+    assert (
+        kl["ci95"] == pytest.approx(np.clip(student([-0.38, -0.18]), -1, 1)) and kl["clamped"] == 0 and kl["p"] == 0.5
+    )
     assert prompt["clamped"] == 2 and prompt["rival"] == pytest.approx(0.3)
     assert prompt["ci95"] is None and prompt["reason"] == "all 2 seeds are equal"
     assert (steering["value"], steering["clamped"], steering["p_holm"]) == (None, 0, None)
