@@ -45,22 +45,16 @@ def build_subspace(request: SubspaceRequest) -> Subspace:
         UserError: an impossible request (unknown method or role, no base where one is needed, rank or layer out of
             range, base and instruct of different shape or vocabulary, no rows, pairs that do not align).
     """
-    _check_request(request)
-    config = load_config(request.instruct_path, request.load)
-    if request.base_path is not None:
-        check_compatible(load_config(request.base_path, request.load), config)
-    layers = parse_layers(request.layers, config.get_text_config().num_hidden_layers, "--subspace_layers")
-    if not 1 <= request.rank <= config.get_text_config().hidden_size:
-        raise UserError(
-            f"rank {request.rank} is impossible: write 1-{config.get_text_config().hidden_size} (the width)"
-        )
-    contrast = request.contrast
-    if contrast is None and (request.method == "contrastive" or request.base_path is None):
-        contrast = shipped_contrast()
+    layers, contrast = check_request(request)
     return _assemble(request, layers, contrast, measure_moments(request, layers, contrast))
 
 
-def _check_request(request: SubspaceRequest) -> None:
+def check_request(request: SubspaceRequest) -> tuple[list[int], Sequence[dict[str, Any]] | None]:
+    """The layers and the contrast that a request asks for. Loads no weights.
+
+    Raises:
+        UserError: what `build_subspace` refuses before it reads activations.
+    """
     if request.method not in METHODS:
         raise UserError(f"subspace method {request.method!r} is unknown: write one of {', '.join(METHODS)}")
     if request.role not in ROLES:
@@ -71,11 +65,22 @@ def _check_request(request: SubspaceRequest) -> None:
         raise UserError(f"difference_in_means has rank 1, not {request.rank}: write rank 1, or use method svd")
     if request.centred and request.method != "svd":
         raise UserError(f"centred belongs to method svd, not {request.method}: leave it out, or use method svd")
+    if request.method == "shared" and len(request.domains) < 2:
+        raise UserError(f"shared: {len(request.domains)} domain given; pass rows of at least two, or use method svd")
     if request.contrast is not None and not request.contrast:
         raise UserError("the contrast is empty: pass at least one pair of system prompts or completions")
     needs_rows = request.base_path is not None or not is_completions(request.contrast)
     if needs_rows and not request.rows and not any(request.domains.values()):
         raise UserError("there are no probe rows: pass conversations to measure the contrast on")
+    config = load_config(request.instruct_path, request.load)
+    if request.base_path is not None:
+        check_compatible(load_config(request.base_path, request.load), config)
+    text = config.get_text_config()
+    layers = parse_layers(request.layers, text.num_hidden_layers, "--subspace_layers")
+    if not 1 <= request.rank <= text.hidden_size:
+        raise UserError(f"rank {request.rank} is impossible: write 1-{text.hidden_size} (the width)")
+    shipped = request.contrast is None and (request.method == "contrastive" or request.base_path is None)
+    return layers, shipped_contrast() if shipped else request.contrast
 
 
 def _assemble(

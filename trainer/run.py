@@ -145,10 +145,18 @@ def subspace(arguments: Arguments) -> Path:
     if path.exists():
         raise UserError(f"--subspace_path {path} exists already; remove it or choose another")
     read_starting_model(arguments)
+    built = build_subspace(subspace_request(arguments))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    built.save(path)
+    return path
+
+
+def subspace_request(arguments: Arguments) -> SubspaceRequest:
+    """What the flags ask to be built, its rows read. Raises UserError for sets that cannot be read."""
     asked = arguments.subspace
     rows = load_rows(asked.subspace_dataset, prompts=True) if asked.subspace_dataset else anchor_rows(arguments)
     domains = asked.subspace_domains if isinstance(asked.subspace_domains, dict) else {}
-    request = SubspaceRequest(
+    return SubspaceRequest(
         instruct_path=arguments.model.starting_model,
         base_path=arguments.model.base_model_name_or_path,
         rows=[row.messages for row in rows],
@@ -166,10 +174,6 @@ def subspace(arguments: Arguments) -> Path:
         max_length=arguments.training.max_length,
         load=load_options(arguments),
     )
-    built = build_subspace(request)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    built.save(path)
-    return path
 
 
 def lora_config(model: ModelArguments) -> LoraConfig | None:

@@ -8,32 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.activations import select
 from ..analysis.artifacts import check_writable
-from ..analysis.errors import UserError
-from ..analysis.layers import parse_layers
 from ..analysis.models import load_config, model_fingerprint, tokenizer_fingerprint
-from ..analysis.probes import Conversation, render
-from ..analysis.subspace_contrast import paired_selections, require_tokens, shipped_contrast
+from ..analysis.probes import render
+from ..analysis.subspace import SubspaceRequest, check_request
+from ..analysis.subspace_contrast import paired_selections, require_tokens
 from ..analysis.subspace_file import NULL_SEEDS, Provenance, Subspace
 from ..analysis.subspace_methods import random_basis
 from .checks import check_epochs, check_steps
-from .contrast import load_contrast
-from .data import RenderedRows, load_rows
+from .data import RenderedRows
 from .documents import Document, documents_of
-from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model
+from .inputs import TrainingInputs, load_inputs, load_options, read_starting_model
 from .parsing import Arguments
 from .protections.registry import Materials, kinds_of, protection_of
 from .records import REFERENCES
+from .run import subspace_request
 
 # Flags of a setting that change which rows, or what of a subspace, `load_inputs` reads.
 _READ_BY = (
     "protection", "penalty_inputs", "penalty_tokens", "penalty_layers", "penalty_rank", "interleave_dataset",
     "interleave_share", "inoculation_prompt", "null_seed", "null_scale",
 )  # fmt: skip
-_WITH_BASE = ("difference_in_means", "svd", "shared")
 
 
 def reads_subspace(protection: str) -> bool:
@@ -95,10 +93,10 @@ def _planned(arguments: Arguments) -> Subspace:
     """
     asked, model = arguments.subspace, arguments.model
     tokenizer, config = read_starting_model(arguments)
-    _require_possible(arguments, config)
-    _require_rows(arguments, tokenizer)
+    request = subspace_request(arguments)
+    layers, contrast = check_request(request)
+    _require_rows(request, tokenizer, contrast)
     text, rank = config.get_text_config(), asked.subspace_rank
-    layers = parse_layers(asked.subspace_layers, text.num_hidden_layers, "--subspace_layers")
     provenance = Provenance(
         method=asked.subspace_method, rank=rank, layers=tuple(layers), role=asked.subspace_positions,
         centred=asked.subspace_centred, seed=asked.subspace_seed, data_sha256="", n_rows=0, n_tokens=0,
@@ -118,38 +116,15 @@ def _planned(arguments: Arguments) -> Subspace:
     )
 
 
-def _require_possible(arguments: Arguments, config: PretrainedConfig) -> None:
-    """Raises UserError for a method without what it needs, or a rank that it cannot have."""
-    asked, method = arguments.subspace, arguments.subspace.subspace_method
-    if method in _WITH_BASE and not arguments.model.base_model_name_or_path:
-        raise UserError(
-            f"--subspace_method {method} needs the base model that the starting one was aligned from; name it with "
-            "--base_model_name_or_path, or write contrastive"
-        )
-    most = 1 if method == "difference_in_means" else config.get_text_config().hidden_size
-    if asked.subspace_rank > most:
-        raise UserError(f"--subspace_rank {asked.subspace_rank} is more than {method} can have here; write 1-{most}")
-    if asked.subspace_centred and method != "svd":
-        raise UserError(f"--subspace_centred belongs to svd, not {method}; leave it out, or write svd")
-    if method == "shared" and len(asked.subspace_domains or ()) < 2:
-        raise UserError("--subspace_domains names one domain, and shared needs at least two; add one, or write svd")
-
-
-def _require_rows(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError for sets that cannot be read, or rows that the contrast cannot be read on."""
-    asked, limit, base = arguments.subspace, arguments.training.max_length, arguments.model.base_model_name_or_path
-    role, domains = asked.subspace_positions, asked.subspace_domains if isinstance(asked.subspace_domains, dict) else {}
-    rows = load_rows(asked.subspace_dataset, prompts=True) if asked.subspace_dataset else anchor_rows(arguments)
-    groups: dict[str, Sequence[Conversation]] = {
-        "": [row.messages for row in rows],
-        **{name: [row.messages for row in load_rows(source, prompts=True)] for name, source in domains.items()},
-    }
-    contrast = load_contrast(asked.subspace_contrast) if asked.subspace_contrast else None
-    if contrast is None and (asked.subspace_method == "contrastive" or not base):
-        contrast = shipped_contrast()
-    paired_selections(tokenizer, groups, contrast, role, limit)
-    for conversations in groups.values() if base else ():
-        require_tokens([select(render(tokenizer, messages), role, limit) for messages in conversations], role)
+def _require_rows(
+    request: SubspaceRequest, tokenizer: PreTrainedTokenizerBase, contrast: Sequence[dict[str, Any]] | None
+) -> None:
+    """Raises UserError for rows that the contrast, or the base model beside it, cannot be read on."""
+    groups = {"": request.rows, **request.domains}
+    paired_selections(tokenizer, groups, contrast, request.role, request.max_length)
+    for conversations in groups.values() if request.base_path else ():
+        rendered = [render(tokenizer, messages) for messages in conversations]
+        require_tokens([select(row, request.role, request.max_length) for row in rendered], request.role)
 
 
 def _make_protection(arguments: Arguments, inputs: TrainingInputs) -> None:
