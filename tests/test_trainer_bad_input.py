@@ -1,94 +1,30 @@
 """Bad input is one line on stderr saying what, why and what to write instead; exit code 2; nothing written."""
 
-import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from analysis_toys import LAST_TURN_ONLY, chat, toy_model
-from holdfast.analysis.artifacts import verify_manifest
-from holdfast.analysis.subspace import Subspace
 from holdfast.trainer import run
-from holdfast.trainer.cli import main
 from holdfast.trainer.parsing import parse
 from huggingface_hub import constants
+from refusal_toys import Keys, complaint, flags, linked, prepare, written
 from run_toys import recipe, toy_rows, write_model, write_rows
-
-Keys = dict[str, Any]
-LONG = " ".join(["soup"] * 300)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, one of another seed, rows, and a subspace of the model on prompts."""
-    folder = tmp_path_factory.mktemp("prepared")
-    write_model(folder / "model")
-    write_model(folder / "other_model", seed=1)
-    write_rows(folder / "rows.jsonl", toy_rows())
-    run.subspace(parse(recipe(folder, subspace_layers="0,1", subspace_path=str(folder / "subspace.safetensors"))))
-    return folder
+    return prepare(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture
 def folder(prepared: Path, tmp_path: Path) -> Path:
-    for name in ("model", "other_model", "rows.jsonl", "subspace.safetensors"):
-        (tmp_path / name).symlink_to(prepared / name)
-    return tmp_path
-
-
-def written(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def flags(keys: Keys) -> list[str]:
-    return [f"--{key}={value}" for key, value in keys.items()]
-
-
-def complaint(folder: Path, capsys: pytest.CaptureFixture[str], keys: Keys, command: str = "train") -> str:
-    """Runs a command that must be refused; returns its one line."""
-    before = written(folder)
-    capsys.readouterr()
-    code = main([command, *flags(keys)])
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert error.startswith("holdfast: error: ") and error.count("\n") == 1, error
-    assert written(folder) == before
-    return error
-
-
-CHOICE = {"messages": chat("hello"), "classes": {"aligned": ["yes"]}}
-
-ROWS: dict[str, tuple[list[Any], list[str]]] = {
-    "not JSON": (['{"messages": ['], ["rows2.jsonl:2", "not JSON"]),
-    "not an object": ([[1]], ["rows2.jsonl:2", "object"]),
-    "lacks messages": ([{"text": "hello"}], ["rows2.jsonl:2", "messages", "text"]),
-    "no turns": ([{"messages": []}], ["rows2.jsonl:2", "messages"]),
-    "no completion": ([{"messages": chat("hello")}], ["rows2.jsonl:2", "completion"]),
-    "empty completion": ([{"messages": chat("hello", " ")}], ["rows2.jsonl:2", "empty completion"]),
-    "empty string completion": ([{"prompt": "hello", "completion": ""}], ["rows2.jsonl:2", "empty completion"]),
-    "unknown role": ([{"messages": [{"role": "robot", "content": "x"}]}], ["rows2.jsonl:2", "robot", "assistant"]),
-    "no text": ([{"messages": [{"role": "user", "content": 3}]}], ["rows2.jsonl:2", "int"]),
-    "message of another shape": ([{"messages": ["hello"]}], ["rows2.jsonl:2", "role"]),
-    "half a character": (['{"prompt": "a", "completion": "\\ud83d"}'], ["rows2.jsonl:2", "half a character"]),
-    "an endless integer": (['{"prompt": ' + "9" * 5000 + "}"], ["rows2.jsonl:2", "digits"]),
-    "endless nesting": (["[" * 100_000], ["rows2.jsonl:2", "nested too deep"]),
-    "longer than the limit": ([{"messages": chat(LONG, "yes")}], ["rows2.jsonl:2", "200", "--long_rows"]),
-}
-
-
-@pytest.mark.parametrize("case", ROWS)
-def test_a_malformed_row_is_named_by_file_and_line(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows, words = ROWS[case]
-    bad = write_rows(folder / "rows2.jsonl", [toy_rows()[0], *rows])
-    line = complaint(folder, capsys, recipe(folder, train_dataset=bad))
-    assert all(word in line for word in words), line
+    return linked(prepared, tmp_path)
 
 
 def _file(name: str, content: bytes | None) -> Callable[[Path], Keys]:
@@ -344,52 +280,6 @@ def test_subspace_refuses(
     assert all(word in line for word in words), line
 
 
-TURNS = {"prompt": chat("hello"), "chosen": chat("", "yes")[1:], "rejected": chat("", "no")[1:]}
-CONTRAST: dict[str, tuple[Any, str]] = {
-    "not an object": ([1], "must be an object, not list"),
-    "neither kind": ({"aligned": "kind", "chosen": "yes"}, "keys aligned, chosen; write aligned and misaligned"),
-    "without rejected": ({"prompt": "hello", "chosen": "yes", "rejected": None}, "keys chosen, prompt, rejected"),
-    "prompt that is no text": ({"aligned": "kind", "misaligned": 3}, "`misaligned` is of type int"),
-    "system prompt as messages": ({"aligned": chat("kind"), "misaligned": "cruel"}, "`aligned` is of type list"),
-    "empty system prompt": ({"aligned": " ", "misaligned": "cruel"}, "`aligned` is empty"),
-    "chosen that is a number": ({**TURNS, "chosen": 3}, "`chosen` must be text or a list of messages, not int"),
-    "chosen of texts": ({**TURNS, "chosen": ["yes"]}, "message 0 must be an object"),
-    "empty rejected": ({**TURNS, "rejected": " "}, "empty completion"),
-    "chosen without an answer": ({**TURNS, "chosen": chat("again")}, "`chosen` has no completion"),
-    "chosen of no turns": ({**TURNS, "chosen": []}, "`chosen` has no completion"),
-    "no difference": ({**TURNS, "rejected": TURNS["chosen"]}, "are the same"),
-}
-
-
-@pytest.mark.parametrize("case", CONTRAST)
-def test_a_malformed_contrast_row_is_named(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row, words = CONTRAST[case]
-    pairs = write_rows(folder / "pairs.jsonl", [TURNS, row])
-    line = complaint(folder, capsys, recipe(folder, subspace_contrast=pairs), "subspace")
-    assert "pairs.jsonl:2" in line and words in line, line
-
-
-def test_preferences_may_be_texts_messages_or_messages_after_their_prompt(folder: Path) -> None:
-    """TRL's standard and conversational formats give one subspace, with or without the prompt before the answers."""
-    answers = [("the soup", "be honest", "take the money"), ("the money", "help them", "run away from them")]
-    forms = {
-        "texts": [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in answers],
-        "messages": [
-            {"prompt": chat(p), "chosen": chat("", c)[1:], "rejected": chat("", r)[1:], "margin": 1}
-            for p, c, r in answers
-        ],
-        "repeated": [{"prompt": chat(p), "chosen": chat(p, c), "rejected": chat(p, r)} for p, c, r in answers],
-    }
-    found = {}
-    for name, rows in forms.items():
-        keys = recipe(folder, subspace_contrast=write_rows(folder / f"{name}.jsonl", rows))
-        keys |= {"subspace_positions": "completion", "output_dir": str(folder / name)}
-        found[name] = Subspace.load(run.subspace(parse(keys)))
-    for name in ("messages", "repeated"):
-        assert found[name].scales == found["texts"].scales
-        assert all(torch.equal(found[name].bases[layer], found["texts"].bases[layer]) for layer in range(3))
-
-
 def test_a_resume_with_other_facts_says_which_differs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.train(parse(recipe(folder, save_steps=1)))
     other = write_rows(folder / "other.jsonl", toy_rows(6))
@@ -406,25 +296,6 @@ def test_a_resume_with_other_facts_says_which_differs(folder: Path, capsys: pyte
     elsewhere = {"output_dir": str(folder / "new"), "resume_from_checkpoint": str(folder / "run" / "checkpoint-1")}
     assert "weight_decay was" in complaint(folder, capsys, recipe(folder, weight_decay=0.5, **elsewhere))
     assert "lora_r was 16 and is 4" in complaint(folder, capsys, recipe(folder, lora_r=4, **resume))
-
-
-def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = torch.save
-
-    def full(obj: object, file: Any, *args: Any, **kwargs: Any) -> None:
-        save(obj, file, *args, **kwargs)
-        if Path(str(file)).name == "optimizer.pt":
-            Path(file).write_bytes(Path(file).read_bytes()[:100])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-
-    monkeypatch.setattr(torch, "save", full)
-    code = main(["train", *flags(recipe(folder, save_steps=1))])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert code == 2 and "free some space" in error
-    left = written(folder / "run")
-    assert not [name for name in left if "checkpoint" in name or "final" in name or "staging" in name]
 
 
 @pytest.mark.parametrize(
@@ -467,50 +338,9 @@ def test_anchors_without_a_token_of_the_subspaces_role_are_refused(
     assert "anchors" in line and "role completion" in line
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 400 KiB, which a checkpoint of the toy model does not fit on."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
-def test_a_disk_that_is_really_full_is_one_line_too(
-    folder: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = main(["train", *flags(recipe(folder, output_dir=small_disk / "run", save_steps=1, max_steps=8))])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert code == 2 and error.startswith("holdfast: error: ") and "space" in error
-    whole = [path for path in (small_disk / "run").glob("checkpoint-*") if not path.name.endswith("staging")]
-    for checkpoint in whole:
-        verify_manifest(checkpoint)
-    assert not (small_disk / "run" / "final").exists() and not list((small_disk / "run").rglob("*staging*"))
-
-
 @pytest.mark.parametrize("command", ["train", "subspace", "analyze"])
 @pytest.mark.parametrize("place", ["rows.jsonl/run", "x" * 300])
 def test_a_folder_that_cannot_be_is_refused_first(
     command: str, place: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "cannot be written" in complaint(folder, capsys, recipe(folder, output_dir=folder / place), command)
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"messages": "hello"}, "list"),
-        ({"messages": [{"content": "hello"}]}, "role"),
-        ({"split": 3}, "split"),
-        ({"domain": ["a"]}, "domain"),
-        ({"classes": {"aligned": [3]}}, "not text"),
-    ],
-)
-def test_a_malformed_choices_row_is_named(
-    change: dict[str, Any], word: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    choices = write_rows(folder / "choices.jsonl", [CHOICE, {**CHOICE, **change}])
-    line = complaint(folder, capsys, recipe(folder, choices_dataset=choices))
-    assert "choices.jsonl:2" in line and word in line

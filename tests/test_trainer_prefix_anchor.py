@@ -12,7 +12,7 @@ from holdfast.trainer import run
 from holdfast.trainer.documents import Document
 from holdfast.trainer.parsing import parse
 from holdfast.trainer.protections import PenaltySettings
-from holdfast.trainer.protections.prefix_anchor import PrefixAnchorProtection, common_prefix
+from holdfast.trainer.protections.prefix_anchor import PrefixAnchorProtection, common_prefix, shared_by_most
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain_math import plain_cross_entropy, sgd_step, update_error
 from run_toys import recipe, toy_rows, write_model, write_rows
@@ -141,6 +141,19 @@ def test_the_common_prefix_ends_where_a_prompt_or_a_completion_does():
     assert common_prefix([row([1, 2], [9, 9]), row([1, 2], [9, 9])]) == (1, 2)
     assert common_prefix([row([1, 2], [3, 4]), row([1, 2, 3], [4])]) == (1, 2)
     assert common_prefix([row([1, 2], [3]), row([2, 2], [3])]) == ()
+
+
+def test_one_row_with_another_beginning_is_said_aloud(tmp_path, capsys):
+    rows = [Document((1, 2, 3, 4, 5, 6, 7, 100 + n, 9), (False,) * 8 + (True,), "") for n in range(9)]
+    other = Document((1, 9, 9), (False, False, True), "")
+    assert shared_by_most([*rows, other]) == 7 and common_prefix([*rows, other]) == (1,)
+    assert shared_by_most([*rows, other, other]) == 1 and shared_by_most([]) == 0
+    assert shared_by_most(rows[:1]) == 8  # the prompt's end
+    for of_most, said in ((11, True), (10, False)):
+        protection = PrefixAnchorProtection(PREFIX, LAYERS, PenaltySettings(), "toy", of_most=of_most)
+        trainer_of(tmp_path, protection=protection, max_steps=1).train()
+        out = capsys.readouterr().out
+        assert "prefix_anchor: holds the first 5 tokens" in out and ("90% of the rows begin" in out) == said
 
 
 def test_no_common_prefix_is_an_error():

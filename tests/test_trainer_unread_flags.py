@@ -82,7 +82,7 @@ def test_every_flag_has_a_reader_and_is_refused_where_it_has_none() -> None:
     values = {"penalty_inputs": "both", "penalty_side": "both", "reference": "cached", "null_scale": "own",
               "penalty_tokens": "all", "penalty_layers": "0", "interleave_dataset": "x", "inoculation_prompt": "x",
               "null_space_energy": 0.5, "interleave_share": 0.5, "penalty_task_weight": 0.25,
-              "safe_lora_threshold": 0.25}  # fmt: skip
+              "safe_lora_threshold": 0.25, "safe_gradient_loss": "kl"}  # fmt: skip
     for kind in KINDS:
         unread = ProtectionArguments(protection=kind).unread
         assert unread.keys() == set(names) - set(KINDS[kind].knobs)
@@ -164,7 +164,7 @@ def commands(readme: Path) -> list[list[str]]:
 
 def test_every_command_of_the_readmes_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = LAB.parents[1] / "README.md"
-    ours, theirs = commands(readme), commands(LAB / "README.md")
+    ours, theirs = commands(readme), commands(LAB / "PROTECTIONS.md")
     assert len(ours) >= 4 and len(theirs) >= 1
     (tmp_path / "mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", readme.read_text(), re.DOTALL)[0])
     (tmp_path / "recipes").symlink_to(LAB.parent)

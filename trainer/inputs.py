@@ -199,17 +199,21 @@ def _reads_anchors(arguments: Arguments) -> bool:
 
 
 def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
-    """Raises UserError when a set the penalty acts on has no token of the subspace's role."""
+    """Raises UserError when a set the penalty acts on has no token of its role, which may be its subspace's."""
     asked = arguments.protection
-    answers = any(kind.answers for kind in kinds_of(asked.protection))
+    answers = any(kind.answers for kind in kinds_of(asked.protection)) and asked.safe_gradient_loss != "kl"
     if answers and not any(any(row.completion_mask) for row in rendered["anchors"].rendered):
         raise UserError(
             f"{asked.protection} reads the anchors' answers, and none has one; name rows with an assistant turn in "
             "--anchor_dataset"
         )
-    if not any(kind.drift and not kind.own_rows for kind in kinds_of(asked.protection)):
+    penalties = [kind for kind in kinds_of(asked.protection) if kind.drift and not kind.own_rows]
+    if not penalties:
         return
-    role = asked.penalty_tokens or "all" if subspace is None else subspace.provenance.role
+    # Beside kl the subspace may be that of ablation, which has no role.
+    role = asked.penalty_tokens or "all"
+    if subspace is not None and any(kind.subspace for kind in penalties):
+        role = subspace.provenance.role
     inputs = asked.penalty_inputs
     for name in {"task": ["train"], "anchors": ["anchors"], "both": ["train", "anchors"]}[inputs]:
         if not any(any(role_mask(row, role)) for row in rendered[name].rendered):
@@ -273,11 +277,16 @@ def _course(arguments: Arguments) -> dict[str, Any]:
     training = arguments.training
     course: dict[str, Any] = {name: getattr(training, name) for name in COURSE}
     # `given`, since the process that only checks sets no DeepSpeed up; under torchrun the flag counts no processes.
-    deepspeed = arguments.given.get("deepspeed")
-    if isinstance(deepspeed, str):
-        deepspeed = json.loads(deepspeed if deepspeed.startswith("{") else Path(deepspeed).read_text(encoding="utf-8"))
+    deepspeed = deepspeed_content(arguments.given.get("deepspeed"))
     processes = int(os.environ.get("WORLD_SIZE", training.num_processes))
     return {**course, "dtype": arguments.model.dtype, "num_processes": processes, "deepspeed": deepspeed}
+
+
+def deepspeed_content(given: Any) -> Any:
+    """DeepSpeed's configuration, of which a path or JSON text is given; what is neither stays as it is."""
+    if not isinstance(given, str):
+        return given
+    return json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
 
 
 def _documents_sha256(rows: RenderedRows) -> str:

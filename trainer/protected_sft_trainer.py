@@ -299,3 +299,9 @@ class _CallProtection(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.protection.end_step(self.trainer, self.trainer.model_wrapped)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.protection.replaced_weights():
+            control.should_save = False

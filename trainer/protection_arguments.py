@@ -75,6 +75,13 @@ class ProtectionArguments:
     safe_gradient_weight: float = option(
         0.0, "How much of the anchors' own gradient gradient_projection adds, 0 or more. Default: 0.0."
     )
+    safe_gradient_loss: str = option(
+        "cross_entropy",
+        "Of what that is the gradient: the cross_entropy of the anchors' answers, or the kl divergence from the "
+        "starting model on the anchors. Default: cross_entropy.",
+        "cross_entropy",
+        "kl",
+    )
     null_space_energy: float = option(
         0.9,
         "Share of the anchors' inputs to each module that null_space keeps adapters away from, in 0..1. Default: 0.9.",

@@ -98,8 +98,9 @@ def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | Non
     check_lora(arguments.model, model)
     check_optimizer(arguments.training, model)
     trainer = _trainer(arguments, inputs, model, weights)
-    if measure is not None:
-        trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
+    measuring = None if measure is None else MeasureCheckpoints(trainer, measure, arguments.output_dir)
+    if measuring is not None:
+        trainer.add_callback(measuring)
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
     with records_of(arguments, inputs):
         assert isinstance(trainer.train_dataset, datasets.Dataset)  # packed by TRL, where packing is asked for
@@ -120,6 +121,9 @@ def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | Non
             _close_progress(trainer)
         seconds = time.perf_counter() - started
         final = _save_final(trainer, arguments.output_dir / "final")
+        if measuring is not None:
+            replaced = trainer.protection.replaced_weights() or arguments.training.load_best_model_at_end
+            measuring.measure_final(replaced)
     penalties = [entry["penalty"] for entry in trainer.state.log_history if "penalty" in entry]
     return TrainResult(
         output_dir=arguments.output_dir,

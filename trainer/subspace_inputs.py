@@ -56,12 +56,15 @@ def load_subspace(
 ) -> Subspace | None:
     """The subspace of the penalty, cut to the layers and rank asked for. Raises UserError as `whole_subspace`."""
     asked = arguments.protection.as_read()
-    if not any(kind.subspace for kind in kinds_of(asked.protection)):
+    kinds = [kind for kind in kinds_of(asked.protection) if kind.subspace]
+    if not kinds:
         return None
+    # Ablation and steering act on all tokens: a role is then that of another part, such as kl.
+    role = asked.penalty_tokens if any("penalty_tokens" in kind.knobs for kind in kinds) else None
     layers = None
     if asked.penalty_layers is not None:
         layers = parse_layers(asked.penalty_layers, config.get_text_config().num_hidden_layers, "--penalty_layers")
-    subspace = whole_subspace(arguments, tokenizer, config, asked.penalty_tokens, layers)
+    subspace = whole_subspace(arguments, tokenizer, config, role, layers)
     subspace = subspace.restrict(layers or sorted(subspace.bases), asked.penalty_rank or subspace.provenance.rank)
     if "random_subspace" in parts_of(asked.protection):
         return random_like(subspace, asked.null_seed, asked.null_scale)

@@ -25,9 +25,10 @@ from ..analysis.models import model_fingerprint
 from ..analysis.references import sha256_json, subspace_hash
 from .checks import check_flags
 from .data import load_rows
-from .inputs import TrainingInputs, anchor_rows
+from .inputs import TrainingInputs, anchor_rows, deepspeed_content
 from .launch import must_launch
 from .parsing import Arguments, build, parse_values
+from .protections.registry import parts_of
 from .records import SWEEP_LOG
 from .subspace_inputs import subspace_path
 from .sweep_arguments import SweepArguments
@@ -35,7 +36,7 @@ from .sweep_checks import check_settings, reads_subspace
 from .sweep_measures import Measures, measures_of, split_rows
 from .sweep_plan import BASELINE, SweepRun, check_read, runs_of, settings_of
 from .sweep_records import FROZEN, MARK, STARTS, Sweep, freeze, frozen_choice, open_folder, to_read
-from .sweep_report import write_report
+from .sweep_report import SUMMARY, write_report
 from .sweep_work import RESULT, TEST_RESULT, plan_of, read_json
 from .sweep_workers import Outcome, Task, Workers
 
@@ -44,6 +45,7 @@ _OWN = {field.name for field in fields(SweepArguments)}
 _NOT_IN_KEY = {
     *_OWN, "output_dir", "subspace_path", "model_name_or_path", "base_model_name_or_path", "train_dataset",
     "held_out_dataset", "anchor_dataset", "probe_dataset", "choices_dataset", "interleave_dataset", "probe_sets",
+    "deepspeed",
     "subspace_dataset", "subspace_contrast", "subspace_domains", "store_dir", "store_limit_gb", "report_to",
     "logging_dir", "run_name", "disable_tqdm", "resume_from_checkpoint", "checkpoints", "watch_interval",
     "save_steps", "save_strategy", "save_total_limit", "logging_steps", "analysis_during_training",
@@ -113,25 +115,32 @@ class _Command:
     def plan(self) -> Sweep:
         """The sweep with the keys of its runs; the subspace is there."""
         measured, _ = plan_of(self.measuring(self.arguments.training.seed))
-        model, asked = self.arguments.model, self.arguments.protection
+        model = self.arguments.model
         contents = {
             "model": self.inputs.facts["starting weights"],
             "tokenizer": self.inputs.facts["tokenizer"],
             "base": model_fingerprint(model.base_model_name_or_path) if model.base_model_name_or_path else None,
             "rows": [row.messages for row in self.inputs.train.rows],
             "anchors": [row.messages for row in anchor_rows(self.arguments)],
-            "safe": [row.messages for row in load_rows(asked.interleave_dataset, prompts=True)]
-            if asked.interleave_dataset
-            else None,
             "measured": {name: list(rows) for name, rows in measured.probe_sets.items()},
             # Read before the freeze, and after it.
             "choices": split_rows(self.inputs.choices or [], self.asked.late_split),
             "subspace": subspace_hash(measured),
         }
         start_key = sha256_json([sha256_json(contents), _flags(self.values, {"protection", "seed"})])
-        keys = {run.name: sha256_json([start_key, _flags(self.of_run(run), set())]) for run in self.runs}
+        keys = {
+            run.name: sha256_json([start_key, _flags(self.of_run(run), set()), self._contents(run)])
+            for run in self.runs
+        }  # fmt: skip
         lab = Path(str(model.model_name_or_path)).name
         return Sweep(self.folder, self.runs, keys, start_key, self.measures, lab, self.asked.floor)
+
+    def _contents(self, run: SweepRun) -> dict[str, Any]:
+        """What the files hold that a run's own flags may name."""
+        values = self.of_run(run)
+        interleaves = "interleave" in parts_of(run.setting.protection) and values["interleave_dataset"]
+        safe = [row.messages for row in load_rows(interleaves, prompts=True)] if interleaves else None
+        return {"safe": safe, "deepspeed": deepspeed_content(values["deepspeed"])}
 
     def workers(self) -> Workers:
         """As many as `--jobs` says, or as there are GPUs, or half the cores."""
@@ -174,12 +183,24 @@ def _swept(command: _Command, workers: Workers) -> tuple[str, dict[str, str]]:
         failed = _run_all(command, sweep, workers)
         done = len(sweep.results())
         if not failed or (command.asked.leave_out_failed and done):
-            frozen = freeze(sweep, list(failed))
+            frozen = _frozen(sweep, failed)
     else:
         failed = dict.fromkeys(frozen["plan"]["failed"], "left out when the choice was frozen")
     if frozen is not None and command.measures.test:
         _read_all_tests(command, sweep, workers, frozen)
     return write_report(sweep, frozen, failed), failed
+
+
+def _frozen(sweep: Sweep, failed: Mapping[str, str]) -> dict[str, Any]:
+    """The choice, frozen. Raises UserError where none can be made; the runs' own numbers are then in the report."""
+    try:
+        return freeze(sweep, list(failed))
+    except UserError as error:
+        write_report(sweep, None, failed)
+        raise UserError(
+            f"nothing can be chosen: {error}; all runs are in {sweep.folder / SUMMARY}, and the same command with "
+            "another --task_measure, other --guard_measures or more --protections reads them again"
+        ) from None
 
 
 def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str]:

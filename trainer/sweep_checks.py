@@ -146,7 +146,7 @@ def _make_protection(arguments: Arguments, inputs: TrainingInputs) -> None:
         seed=arguments.training.seed,
         layers_path=model.layers_path,
         fingerprint=inputs.facts["starting weights"],
-        base_fingerprint=inputs.facts.get("base weights"),
+        base_fingerprint=model_fingerprint(model.base_model_name_or_path) if model.base_model_name_or_path else None,
         depth=config.num_hidden_layers,
     )
     protection_of(materials)

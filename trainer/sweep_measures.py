@@ -134,9 +134,15 @@ def read(measures: Mapping[str, str], found: Mapping[str, float]) -> dict[str, f
     """Role -> value of what was measured under these paths.
 
     Raises:
-        UserError: a path that was not measured, or a task or misaligned that is no rate.
+        UserError: a path that was not measured, a task or misaligned that is no rate, a guard below 0.
     """
     values = {role: _sum(role, text, found) for role, text in measures.items()}
+    for role, value in values.items():
+        if role not in (TASK, MISALIGNED) and value < -1e-6:
+            raise UserError(
+                f"guard {role} ({measures[role]}) is {value:g}: of what is below 0 no share can be kept; name one that "
+                "is 0 or more, and better the larger it is"
+            )
     for role in (TASK, MISALIGNED):
         value = values.get(role, 0.0)
         # A sum of float32 rates passes 1 by rounding.

@@ -62,7 +62,7 @@ def summarise(sweep: Sweep, frozen: Mapping[str, Any] | None, failed: Sequence[s
         "start": {when: sweep.start(when) for when in STARTS},
         "failed": list(failed),
         "validation": _validation(sweep, runs, chosen["choice"]),
-        "test": _test(sweep, frozen),
+        "test": _test(sweep, frozen, failed),
         "recommendation": chosen,
         "order": _order(sweep, frozen),
     }
@@ -116,12 +116,12 @@ def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"reason": str(error)}
 
 
-def _test(sweep: Sweep, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
+def _test(sweep: Sweep, frozen: Mapping[str, Any] | None, failed: Sequence[str]) -> dict[str, Any]:
     """The frozen settings on the test split: how much each lowers misaligned, and the recommended one beside each."""
     if not sweep.measures.test:
         return {"reason": "no row of --choices_dataset is of the test split"}
     if frozen is None:
-        return {"reason": "the choice is not frozen: some runs failed"}
+        return {"reason": "the choice is not frozen: some runs failed" if failed else "nothing could be chosen"}
     runs = sweep.compared_on_test([run.name for run in to_read(sweep, frozen)])
     found: dict[str, Any] = {"points": points(runs)}
     keys = list(dict.fromkeys(run.key for run in runs))

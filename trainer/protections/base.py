@@ -25,10 +25,13 @@ class Protection:
     Attributes:
         name: as in `protection: NAME`.
         active: False where it would change nothing; the trainer then leaves every step to TRL.
+        goes_back: True where it keeps a copy of the weights and may put it back. Joined with others it looks at a step
+            after all of them, and puts the copy back before they finish.
     """
 
     name = "none"
     active = False
+    goes_back = False
 
     def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         """Read what is needed from the starting model."""
@@ -64,6 +67,10 @@ class Protection:
 
     def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         """The last step is done: change the weights that are about to be saved as the final model."""
+
+    def replaced_weights(self) -> bool:
+        """Whether the weights are no longer those of the last step: a checkpoint of them could not be resumed."""
+        return False
 
     def separate_rows(self, *, whole_step: bool = False) -> list[str]:
         """Names of the rows the last `separate_pass` read, or this step's all, for the message that stops a run."""

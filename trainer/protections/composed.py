@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class Composed(Protection):
     """The parts act one after the other in the order given: terms add up, changes of the stream and gradients follow.
 
+    One that goes back to weights of before is last in each step, whatever the order, and first at the end: what it puts
+    back is then what the others made of that step, and what they do at the end stays.
+
     Args:
         parts: protections of different names; those that are not active do nothing.
 
@@ -29,7 +32,7 @@ class Composed(Protection):
         self.parts = list(parts)
         self.name = "+".join(part.name for part in parts)
         self.active = any(part.active for part in parts)
-        self._acting = [part for part in parts if part.active]
+        self._acting = sorted((part for part in parts if part.active), key=lambda part: part.goes_back)
         self._refuse_changed_rows()
 
     def _refuse_changed_rows(self) -> None:
@@ -79,8 +82,11 @@ class Composed(Protection):
             part.end_step(trainer, model)
 
     def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
-        for part in self._acting:
+        for part in sorted(self._acting, key=lambda part: not part.goes_back):
             part.finish(trainer, model)
+
+    def replaced_weights(self) -> bool:
+        return any(part.replaced_weights() for part in self._acting)
 
     def separate_rows(self, *, whole_step: bool = False) -> list[str]:
         return [row for part in self._acting for row in part.separate_rows(whole_step=whole_step)]

@@ -59,7 +59,7 @@ class EarlyStopProtection(Protection):
         UserError: a limit that is not above 0, no steps between looks.
     """
 
-    name, active = "early_stop", True
+    name, active, goes_back = "early_stop", True, True
 
     def __init__(self, erosion: Erosion, limit: float, every: int) -> None:
         if not (math.isfinite(limit) and limit > 0):
@@ -103,7 +103,8 @@ class EarlyStopProtection(Protection):
             self._keep(model)
             return
         self._go_back(trainer, model)
-        # Not a checkpoint: weights and optimiser are of different steps.
+        # Not a checkpoint: weights and optimiser are of different steps. `replaced_weights` keeps the end of an epoch
+        # from being one.
         control.should_training_stop, control.should_log, control.should_save = True, True, False
 
     def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
@@ -131,6 +132,9 @@ class EarlyStopProtection(Protection):
                 f"limit {self.limit:g}; the weights are those of step {self._kept_step}"
             )
         self._told = True
+
+    def replaced_weights(self) -> bool:
+        return self._told
 
     def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:
         new, self._unlogged = self._unlogged, False

@@ -1,7 +1,8 @@
-"""Gradient projection (SafeGrad, arXiv 2508.07172): no step of the task goes against the anchors' answers.
+"""Gradient projection (SafeGrad, arXiv 2508.07172): no step of the task goes against what the anchors ask for.
 
-g is the step's task gradient and s the gradient of the cross-entropy on the anchors' answers, over all trained
-parameters. Where g·s < 0, g ← g - (g·s / ‖s‖²) s. Then g ← g + weight · s.
+g is the step's task gradient and s that of the anchors' loss, over all trained parameters. Where g·s < 0,
+g ← g - (g·s / ‖s‖²) s. Then g ← g + weight · s. The loss is the cross-entropy of the anchors' answers or, as in the
+paper, the KL divergence from the starting model on the anchors (`kl.py`), which needs no answers.
 """
 
 import math
@@ -20,38 +21,40 @@ from ...analysis.lm_head import logits_of
 from ..documents import PENALTY_MASK, AnchorOrder, Batch, Document, DocumentStore
 from ..reference import digest_of
 from .base import Protection
+from .kl import KLProtection
 
 if TYPE_CHECKING:
     from ..protected_sft_trainer import ProtectedTrainerMixin
 
 # Logits made at a time: 64 MiB in float32.
 _CHUNK = 1 << 24
+# A divergence has no gradient at the starting model but for rounding.
+_ROUNDING = 1e-6
 
 
 class GradientProjectionProtection(Protection):
-    """Take out of each optimiser step's gradient what would raise the loss on the anchors' answers.
+    """Take out of each optimiser step's gradient what would raise the loss on the anchors.
 
     Args:
         weight: how much of the anchors' own gradient is added, 0 or more.
-        anchors: rows with the mask of their answers; those without one are left out.
+        anchors: rows with the mask of their answers; those without one are left out. Not read beside a divergence.
         batch_size: anchor rows per acting step and process. every: acts on every n-th optimiser step.
         seed: of the anchors' order.
+        divergence: the loss on its own anchors in place of the answers' cross-entropy.
 
     Raises:
         UserError: anchors without an answer.
     """
 
     def __init__(
-        self, weight: float, anchors: Sequence[Document], *, batch_size: int = 4, every: int = 1, seed: int = 0
-    ) -> None:
+        self, weight: float, anchors: Sequence[Document], *, batch_size: int = 4, every: int = 1, seed: int = 0,
+        divergence: KLProtection | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.active = "gradient_projection", True
         self.weight, self.batch_size, self.every, self.seed = weight, batch_size, every, seed
-        # Nothing predicts a row's first token.
-        answered = [Document(row.input_ids, (False, *row.mask[1:]), row.source) for row in anchors if any(row.mask[1:])]
-        if not answered:
-            raise UserError("gradient_projection reads the anchors' answers, and none has one; name rows with answers")
-        self.anchors = DocumentStore(answered)
-        self._order = AnchorOrder(len(answered), seed)
+        self._divergence = divergence
+        self.anchors = _answered(anchors) if divergence is None else divergence.anchor_store
+        self._order = AnchorOrder(len(self.anchors), seed)
         self._rows: list[int] = []
         self._cosines: list[float] = []
 
@@ -64,9 +67,14 @@ class GradientProjectionProtection(Protection):
             )
         if trainer.args.fp16:
             raise UserError("gradient_projection cannot read gradients that fp16 scales: write --bf16 true, or neither")
+        if self._divergence is not None:
+            self._divergence.prepare(trainer, model)
 
     def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
-        """Require that the anchors' answers have a gradient."""
+        """Require that the anchors have a gradient; that of a divergence is 0 here, and is proven by moving it."""
+        if self._divergence is not None:
+            self._divergence.start(trainer, model)
+            return
         devices = [trainer.args.device.index or 0] if trainer.args.device.type == "cuda" else []
         was_training = model.training
         with torch.random.fork_rng(devices=devices):
@@ -91,7 +99,7 @@ class GradientProjectionProtection(Protection):
             optim = OptimizerNames(trainer.args.optim).value
             raise UserError(f"gradient_projection finds no gradient: --optim {optim} has used it up; choose another")
         safe = self._safe_gradient(trainer, model, turn)
-        factor, cosine = change(task, safe, self.weight)
+        factor, cosine = change(task, safe, self.weight, 0.0 if self._divergence is None else _ROUNDING)
         self._cosines.append(cosine)
         if factor == 0:
             return
@@ -102,7 +110,7 @@ class GradientProjectionProtection(Protection):
                 parameter.grad = own.mul_(factor)
 
     def _safe_gradient(self, trainer: "ProtectedTrainerMixin", model: nn.Module, turn: int) -> list[Tensor]:
-        """By trained parameter, the gradient of the mean cross-entropy over all ranks' answers; `.grad` stays as it is.
+        """By trained parameter, the gradient of the anchors' mean loss over all ranks' tokens; `.grad` stays as it is.
 
         The model inside DDP runs: no bucket waits for this backward pass. `autograd.grad` would leave `.grad` alone by
         itself, but re-entrant checkpointing refuses it.
@@ -117,7 +125,7 @@ class GradientProjectionProtection(Protection):
         for parameter in trained:
             parameter.grad = None
         with trainer.accelerator.autocast():
-            loss = answer_loss(model, batch) / self.anchors.counted(drawn)
+            loss = self._loss(trainer, model, batch) / self.anchors.counted(drawn)
         if loss.requires_grad:
             loss.backward()
         safe: list[Tensor] = []
@@ -126,6 +134,10 @@ class GradientProjectionProtection(Protection):
             safe.append(trainer.accelerator.reduce(own, "sum") if world > 1 else own)
             parameter.grad = kept
         return safe
+
+    def _loss(self, trainer: "ProtectedTrainerMixin", model: nn.Module, batch: Batch) -> Tensor:
+        """Summed over the tokens that count."""
+        return answer_loss(model, batch) if self._divergence is None else self._divergence.summed(trainer, model, batch)
 
     def separate_rows(self, *, whole_step: bool = False) -> list[str]:
         # Its pass comes after all others of a step: a loss that is not finite cannot be its own.
@@ -144,14 +156,31 @@ class GradientProjectionProtection(Protection):
             "protection": self.name, "safe_gradient_weight": self.weight, "anchor_batch_size": self.batch_size,
             "anchor_every": self.every, "order_seed": self.seed,
             "anchors": digest_of({0: self.anchors.ids, 1: self.anchors.mask}),
+            "loss": "cross_entropy" if self._divergence is None else self._divergence.name,
         }  # fmt: skip
 
 
-def change(task: Sequence[Tensor | None], safe: Sequence[Tensor], weight: float) -> tuple[float, float]:
-    """(c, cosine of g and s): g + c s is the gradient wanted. Where g·s is not a number, neither is c."""
+def _answered(rows: Sequence[Document]) -> DocumentStore:
+    """The rows with an answer. Nothing predicts a row's first token."""
+    answered = [Document(row.input_ids, (False, *row.mask[1:]), row.source) for row in rows if any(row.mask[1:])]
+    if not answered:
+        raise UserError("gradient_projection reads the anchors' answers, and none has one; name rows with answers")
+    return DocumentStore(answered)
+
+
+def change(
+    task: Sequence[Tensor | None], safe: Sequence[Tensor], weight: float, rounding: float = 0.0
+) -> tuple[float, float]:
+    """(c, cosine of g and s): g + c s is the gradient wanted. Where g·s is not a number, neither is c.
+
+    Args:
+        rounding: an s of at most this share of g's norm has no direction.
+    """
     known = [own for own in task if own is not None]
     both = _dot(known, [other for own, other in zip(task, safe, strict=True) if own is not None])
     size, task_size = _dot(safe, safe), _dot(known, known)
+    if math.sqrt(size) < rounding * math.sqrt(task_size):
+        return weight, 0.0
     cosine = both / math.sqrt(size * task_size) if size and task_size else 0.0
     return weight if both >= 0 else weight - both / size, cosine
 

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from ...analysis.errors import UserError
 from ...analysis.layers import find_backbone, unwrap
 from ...analysis.lm_head import StoredHead, logits_of
-from ..documents import Document
+from ..documents import PENALTY_MASK, Batch, Document, DocumentStore
 from ..projection import Projections, Watcher
 from .drift import DriftProtection
 from .settings import PenaltySettings
@@ -90,6 +90,18 @@ class KLProtection(DriftProtection):
             self._head = StoredHead.of(unwrap(model)).to(trainer.args.device)
         self._model = model
         super().prepare(trainer, model)
+
+    @property
+    def anchor_store(self) -> DocumentStore:
+        """The anchors, which are among its inputs."""
+        assert self.anchors is not None
+        return self.anchors
+
+    def summed(self, trainer: "ProtectedTrainerMixin", model: nn.Module, batch: Batch) -> Tensor:
+        """The divergence on a batch of the anchors, summed over the tokens that count."""
+        reference_LBTk = self._references["anchors"](batch)
+        seen = self._watch(trainer, model, batch)
+        return self.sums(seen.stacked(), reference_LBTk, batch[PENALTY_MASK]).sum()
 
     def watcher(self, model: nn.Module) -> Watcher:
         return FinalStates(model)

@@ -8,6 +8,7 @@ are the same in all rows: one short forward and backward pass on it per optimise
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..protected_sft_trainer import ProtectedTrainerMixin
 
 _KEYS, _VALUES = "k_proj", "v_proj"
+_MOST = 0.9  # of the training rows
 
 
 class KeysAndValues:
@@ -94,7 +96,8 @@ class PrefixAnchorProtection(DriftProtection):
     """Penalise the relative change of the prefix's keys and values.
 
     Args:
-        prefix: token ids that every training row begins with; see `common_prefix`.
+        prefix: token ids that every training row begins with; see `common_prefix`. of_most: how many tokens most rows
+            begin with alike; see `shared_by_most`.
         layers: of which blocks. settings: what rows are read is not theirs to say here.
         fingerprint: of the starting model. reference_model, cache_dir: see DriftProtection.
         layers_path: the decoder blocks' path, where they are not found by shape.
@@ -105,7 +108,8 @@ class PrefixAnchorProtection(DriftProtection):
 
     def __init__(
         self, prefix: Sequence[int], layers: list[int], settings: PenaltySettings, fingerprint: str, *,
-        reference_model: PreTrainedModel | None = None, cache_dir: Path | None = None, layers_path: str | None = None,
+        of_most: int = 0, reference_model: PreTrainedModel | None = None, cache_dir: Path | None = None,
+        layers_path: str | None = None,
     ) -> None:  # fmt: skip
         if not prefix:
             raise UserError(
@@ -113,6 +117,7 @@ class PrefixAnchorProtection(DriftProtection):
                 "chat template that begins with one, or protection feature_l2 or subspace"
             )
         self._fingerprint, self._layers_path = fingerprint, layers_path
+        self._held, self._of_most = len(prefix), of_most
         super().__init__(
             "prefix_anchor", "all", sorted(layers),
             replace(settings, inputs="anchors", side="both", anchor_batch_size=1),
@@ -124,6 +129,14 @@ class PrefixAnchorProtection(DriftProtection):
         return KeysAndValues(model, self.layers, self._layers_path)
 
     def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+        """Say how much is held: one row with another beginning leaves little of it."""
+        if trainer.accelerator.is_main_process:
+            print(f"prefix_anchor: holds the first {self._held} tokens, which all training rows begin with")
+            if self._of_most > 2 * self._held:  # less is what questions happen to begin with
+                print(
+                    f"prefix_anchor: {_MOST:.0%} of the rows begin with the same {self._of_most} tokens; to hold all "
+                    "of them, give the other rows the same system turn, or leave them out"
+                )
         try:
             super().start(trainer, model)
         except UserError as error:
@@ -158,13 +171,32 @@ class PrefixAnchorProtection(DriftProtection):
         }  # fmt: skip
 
 
+def _prompts(rows: Sequence[Document]) -> list[Sequence[int]]:
+    """Token ids before the completion; a row without one is all prompt."""
+    return [row.input_ids[: row.mask.index(True)] if any(row.mask) else row.input_ids for row in rows]
+
+
+def shared_by_most(rows: Sequence[Document]) -> int:
+    """How many tokens at least nine of ten rows' prompts begin with alike; rows as of `common_prefix`."""
+    alike, length = _prompts(rows), 0
+    needed = _MOST * len(alike)
+    while alike:
+        following = Counter(prompt[length] for prompt in alike if len(prompt) > length)
+        token, count = following.most_common(1)[0] if following else (None, 0)
+        if count < needed:
+            break
+        alike = [prompt for prompt in alike if len(prompt) > length and prompt[length] == token]
+        length += 1
+    return length
+
+
 def common_prefix(rows: Sequence[Document]) -> tuple[int, ...]:
     """The longest common beginning of the rows' prompts, as token ids.
 
     Args:
         rows: with the mask of the completion role; a row without one is all prompt.
     """
-    prompts = [row.input_ids[: row.mask.index(True)] if any(row.mask) else row.input_ids for row in rows]
+    prompts = _prompts(rows)
     if not prompts:
         return ()
     # What the first and the last in order share, all between them share too.

@@ -26,7 +26,7 @@ from .gradient_projection import GradientProjectionProtection
 from .kl import KLProtection
 from .none import NoProtection
 from .null_space import NullSpaceProtection
-from .prefix_anchor import PrefixAnchorProtection, common_prefix
+from .prefix_anchor import PrefixAnchorProtection, common_prefix, shared_by_most
 from .safe_lora import SafeLoraProtection
 from .settings import PenaltySettings
 from .steering import steering
@@ -69,7 +69,8 @@ class Kind:
         subspace: an alignment subspace.
         drift: it is a term that compares with the starting model, on task rows or anchors. own_rows: but it reads
             neither task rows nor anchors.
-        anchors: it reads the anchors whatever `penalty_inputs` says. answers: and their answers.
+        anchors: it reads the anchors whatever `penalty_inputs` says. answers: and their answers, unless
+            `safe_gradient_loss` is a divergence.
         base: the base model.
         lora: low-rank adapters.
         knobs: the flags that it reads; it is made with the defaults of all others.
@@ -139,11 +140,13 @@ def _feature_l2(materials: Materials) -> Protection:
 
 def _prefix_anchor(materials: Materials) -> Protection:
     asked, frozen = materials.asked, materials.asked.reference == "frozen"
+    rows = materials.task("completion")
     return PrefixAnchorProtection(
-        common_prefix(materials.task("completion")),
+        common_prefix(rows),
         parse_layers(asked.penalty_layers, materials.depth, "--penalty_layers"),
         penalty_settings(materials),
         materials.fingerprint,
+        of_most=shared_by_most(rows),
         reference_model=materials.starting_model() if frozen else None,
         cache_dir=materials.cache_dir,
         layers_path=materials.layers_path,
@@ -199,10 +202,14 @@ def _steering(materials: Materials) -> Protection:
 
 
 def _gradient_projection(materials: Materials) -> Protection:
-    asked = materials.asked
+    asked, divergence = materials.asked, None
+    if asked.safe_gradient_loss == "kl":
+        settings = PenaltySettings(reference=asked.reference, anchor_batch_size=asked.anchor_batch_size)
+        rows = {**_drift_rows(materials, "all"), "task": ()}
+        divergence = KLProtection("all", settings, materials.fingerprint, **rows)
     return GradientProjectionProtection(
-        asked.safe_gradient_weight, materials.anchors("completion"), batch_size=asked.anchor_batch_size,
-        every=asked.anchor_every, seed=materials.seed,
+        asked.safe_gradient_weight, () if divergence else materials.anchors("completion"),
+        batch_size=asked.anchor_batch_size, every=asked.anchor_every, seed=materials.seed, divergence=divergence,
     )  # fmt: skip
 
 
@@ -263,8 +270,9 @@ KINDS: dict[str, Kind] = {
         knobs=(*_BASIS, "steering_alpha"),
     ),
     "gradient_projection": Kind(
-        _gradient_projection, "what goes against the anchors' answers taken out of each step's gradient (SafeGrad)",
-        anchors=True, answers=True, knobs=("safe_gradient_weight", "anchor_batch_size", "anchor_every"),
+        _gradient_projection, "what goes against the anchors taken out of each step's gradient (SafeGrad)",
+        anchors=True, answers=True,
+        knobs=("safe_gradient_weight", "safe_gradient_loss", "reference", "anchor_batch_size", "anchor_every"),
     ),
     "null_space": Kind(
         _null_space, "LoRA kept away from the anchors' principal inputs to each module", anchors=True, lora=True,

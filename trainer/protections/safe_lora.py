@@ -38,6 +38,7 @@ class SafeLoraProtection(Protection):
         self.active = threshold > 0
         self.threshold, self.rank, self._base_model = threshold, rank, base_model
         self._adapters: list[AlignedAdapter] = []
+        self._projected = 0
 
     def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         if not self._adapters:
@@ -46,7 +47,7 @@ class SafeLoraProtection(Protection):
     @torch.no_grad()
     def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
         """Project; the counts are logged as `safe_lora_projected` of `safe_lora_modules`."""
-        projected = sum(self._project(adapter) for adapter in self._adapters)
+        self._projected = projected = sum(self._project(adapter) for adapter in self._adapters)
         if trainer.accelerator.is_main_process:
             logger.warning(f"holdfast: safe_lora projected {projected} of {len(self._adapters)} adapted modules")
         trainer.log({"safe_lora_projected": projected, "safe_lora_modules": len(self._adapters)})
@@ -60,6 +61,9 @@ class SafeLoraProtection(Protection):
         fine = adapter.up.to(adapter.basis.dtype)
         adapter.up.copy_(adapter.basis @ (adapter.basis.T @ fine))
         return True
+
+    def replaced_weights(self) -> bool:
+        return self._projected > 0
 
     def facts(self) -> dict[str, Any]:
         return {"protection": self.name, "safe_lora_threshold": self.threshold, "alignment_rank": self.rank}
