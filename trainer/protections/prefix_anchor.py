@@ -171,9 +171,9 @@ class PrefixAnchorProtection(DriftProtection):
         }  # fmt: skip
 
 
-def _prompts(rows: Sequence[Document]) -> list[Sequence[int]]:
+def _prompts(rows: Sequence[Document]) -> list[tuple[int, ...]]:
     """Token ids before the completion; a row without one is all prompt."""
-    return [row.input_ids[: row.mask.index(True)] if any(row.mask) else row.input_ids for row in rows]
+    return [tuple(row.input_ids[: row.mask.index(True)] if any(row.mask) else row.input_ids) for row in rows]
 
 
 def shared_by_most(rows: Sequence[Document]) -> int:
