@@ -45,6 +45,9 @@ def test_each_value_is_the_mean_and_the_worst_run_relative_to_the_same_lab():
         "rate": "0.008", "labs": "6", "misaligned": "0.010 (0.060)", "task": "1.000 (1.000)",
         "coherent": "0.983 (0.900)", "neutral skill": "1.000 (1.000)", "all bounds hold in": "5 of 6",
     }  # fmt: skip
+    assert in_short(runs(misaligned_test=0.06, coherent_test=0.72), FROZEN, "best", ", elsewhere") == [
+        line + ", elsewhere" if line.startswith("#") else line for line in short
+    ]
     assert shown["none"]["rate"] == "" and shown["none"]["misaligned"] == "0.500 (0.500)"
 
 

@@ -286,3 +286,25 @@ def test_of_recommended_methods_as_good_by_validation_the_more_coherent_is_shown
     made["methods"]["kl"]["validation"]["coherent"] = {"value": 0.98}
     text = results_table(strong(), made)
     assert f"*{best}* - rival" in text and text.count("- rival, paired") == 1
+
+
+def test_labs_that_were_read_last_stand_in_short_on_their_own():
+    best = [
+        {**one, "job": {**one["job"], "method": "subspace+gradient_projection, fastest"}}
+        for one in strong()
+        if one["job"]["method"] == "hold, tight"
+    ]
+    places = [(0, 20), (0, 21), (0, 22), (0, 23), (8, 0), (9, 0)]  # for labs 0-5
+    last = [
+        {**one, "job": {**one["job"], "world": world, "lab_seed": seed}}
+        for one in [*strong(), *best]
+        for world, seed in [places[one["job"]["lab_seed"]]]
+    ]
+    few = [one for one in last if one["job"]["world"] == 0]
+    heading = f"### {HEADINGS['strong']}, labs that were read last"
+    for read, shown in ((last, True), (few, False)):
+        text = results_table([*strong(), *best, *read], frozen())
+        short = text.split("## In short")[1].split("## What was chosen")[0]
+        held = lines(short, "hold, tight")
+        assert (heading in short) == shown and len(held) == 1 + shown
+        assert all(number(cells[2]) == pytest.approx(HELD_BAD.mean(), abs=6e-4) for cells in held)

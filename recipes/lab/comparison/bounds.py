@@ -43,10 +43,13 @@ def promises(results: Sequence[Result], method: str) -> list[str]:
     return [*head, *lines] if lines else []
 
 
-def in_short(results: Sequence[Result], frozen: Mapping[str, Any], reference: str) -> list[str]:
+def in_short(results: Sequence[Result], frozen: Mapping[str, Any], reference: str, where: str = "") -> list[str]:
     """One table an organism: mean (worst run) of every method on the labs, and draws of them, that a reference ran on.
 
     Methods that share fewer than six labs with the reference are left out; nothing where it was run on fewer itself.
+
+    Args:
+        where: which labs these are, for the headings.
     """
     lines: list[str] = []
     for organism in SHORT:
@@ -54,7 +57,7 @@ def in_short(results: Sequence[Result], frozen: Mapping[str, Any], reference: st
         rows = [row for name in dict.fromkeys(run.protection for run in runs) if (row := _row(runs, name, organism))]
         if rows:
             longer = _beside(organism_runs(results, "long"), reference) if organism == "strong" else []
-            lines += ["", f"### {HEADINGS[organism]}", "", *_table(rows, frozen, longer)]
+            lines += ["", f"### {HEADINGS[organism]}{where}", "", *_table(rows, frozen, longer)]
     return lines
 
 

@@ -65,8 +65,9 @@ than others shows how many, and one on fewer than {FEWEST_LABS} is left out."""
 
 def results_table(results: Sequence[Result], frozen: Frozen) -> str:
     """RESULTS.md, whole. Pairs stand once for an organism, where its labs are together."""
-    tiny = [one for one in results if one["job"]["lab_size"] == TINY and not was_read_last(one)]
-    short = in_short(tiny, frozen, OWN[0])
+    tiny = [one for one in results if one["job"]["lab_size"] == TINY]
+    short = in_short([one for one in tiny if not was_read_last(one)], frozen, OWN[0])
+    short += in_short([one for one in tiny if was_read_last(one)], frozen, OWN[0], ", labs that were read last")
     lines = [HEAD, *([IN_SHORT, *short, ""] if short else [])]
     lines += ["## What was chosen, on validation domains", "", *_choices(frozen)]
     compared: set[tuple[str, str]] = set()
