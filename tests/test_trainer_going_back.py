@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from holdfast.analysis.comparison import read_line
+from holdfast.analysis.errors import UserError
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
 from holdfast.trainer.parsing import parse
@@ -17,6 +18,7 @@ from test_trainer_null_space import protect as null_space
 from test_trainer_weight_protections import adapted, lora_model, numpy_projectors, safe
 from torch import nn
 from trainer_toys import trainer_of
+from transformers.trainer_utils import SaveStrategy
 
 # The erosion of these adapters is 0.15 at the first look, 0.23 at the second: back to the weights of step 2.
 LIMIT, RATE = 0.19, 0.05
@@ -70,6 +72,14 @@ def test_the_end_of_an_epoch_is_no_checkpoint_of_weights_that_were_put_back(tmp_
     assert ended == 4 and saved == [1, 2, 3]
 
 
+def test_a_best_checkpoint_of_weights_that_were_put_back_is_refused(tmp_path):
+    trainer = trainer_of(tmp_path, protection=made(LIMIT))
+    trainer.args.save_strategy = SaveStrategy.BEST
+    with pytest.raises(UserError, match="--save_strategy best"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("final")
@@ -107,6 +117,9 @@ def test_the_final_model_is_measured_where_no_checkpoint_holds_it(folder: Path, 
 def test_a_final_model_that_the_last_checkpoint_holds_is_not_measured_twice(folder: Path, tmp_path: Path):
     run.train(parse(recipe(folder, output_dir=str(tmp_path), save_steps=1, held_out_rows=4,
                            analysis_during_training=True)))  # fmt: skip
+    assert lines(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    run.train(parse(recipe(folder, output_dir=str(tmp_path), save_steps=1, held_out_rows=4,
+                           analysis_during_training=True, resume_from_checkpoint="true")))  # fmt: skip
     assert lines(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
 

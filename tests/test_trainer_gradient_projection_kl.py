@@ -99,6 +99,18 @@ def test_training_is_plain_math(tmp_path, lora: bool, weight: float, changes: di
     assert update_error(alone.model, want, model_of(lora)) > 1e-3
 
 
+def test_in_half_precision_the_divergence_itself_is_computed_in_whole_precision(tmp_path, monkeypatch):
+    """Near the starting model two logits in bfloat16 differ by rounding more than by drift."""
+    seen: list[bool] = []
+    sums = KLProtection.sums
+    monkeypatch.setattr(
+        KLProtection, "sums", lambda *args: (seen.append(torch.is_autocast_enabled("cpu")), sums(*args))[1]
+    )
+    trainer = trainer_of(tmp_path, protection=protect(1.0), max_steps=2, bf16=True, per_device_train_batch_size=8)
+    trainer.train()
+    assert len(seen) >= 3 and not any(seen)  # the proof and every step
+
+
 def test_a_gradient_of_rounding_has_no_direction():
     task, safe = [torch.tensor([1.0, 2.0])], [torch.tensor([-1e-9, 0.0])]
     assert change(task, safe, 0.5, 1e-6) == (0.5, 0.0)

@@ -51,6 +51,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, lora):
     assert len(first) == 7 and first == second
 
 
+def test_from_its_last_checkpoint_a_run_trains_no_step_more(tmp_path):
+    """Killed between its last checkpoint and its final model, in the middle of an epoch."""
+    whole = make(tmp_path)
+    whole.train()
+    assert (tmp_path / "checkpoint-7").is_dir()
+    again = make(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 7
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
 def test_only_a_runs_own_checkpoints_are_counted_and_removed(tmp_path):
     """A user's copies (checkpoint-best, checkpoint-3-mine) stay, and can be resumed from."""
     make(tmp_path / "run", max_steps=3).train()

@@ -1,15 +1,15 @@
 """A sweep knows its runs by what files hold, and keeps what was run where nothing can be chosen."""
 
+import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from analysis_toys import chat
 from holdfast.analysis.errors import UserError
 from holdfast.trainer import sweep as sweep_module
-from holdfast.trainer.sweep_measures import read
+from holdfast.trainer.sweep_measures import read, require_guards
 from run_toys import recipe, toy_rows, write_model, write_rows
 from sweep_toys import LAB_ROWS
 
@@ -65,23 +65,46 @@ def test_sides_of_which_one_reads_base_compare_in_any_order(inputs: Path, tmp_pa
         command(inputs, tmp_path / "sweep", "--protections", "subspace", f"--grid={grid}")
 
 
-def test_a_guard_below_zero_is_refused_with_the_starting_models_measures() -> None:
+def test_a_guard_of_which_nothing_can_be_kept_is_refused_with_the_starting_models_measures() -> None:
     measures = {"task": "a", "misaligned": "b", "fluency": "log_prob"}
-    with pytest.raises(UserError, match=r"guard fluency \(log_prob\) is -2\.5: of what is below 0 no share"):
-        read(measures, {"a": 0.5, "b": 0.5, "log_prob": -2.5})
-    assert read(measures, {"a": 0.5, "b": 0.5, "log_prob": 0.0})["fluency"] == 0.0
+    for value in (-2.5, 0.0):
+        with pytest.raises(UserError, match=rf"guard fluency \(log_prob\) is {value:g} for the starting model"):
+            require_guards(measures, {"a": 0.0, "b": 0.5, "log_prob": value})
+    require_guards(measures, {"a": 0.0, "b": 0.0, "log_prob": 0.1})
+    # A run may lose it altogether: it then keeps too little of it.
+    assert read(measures, {"a": 0.5, "b": 0.5, "log_prob": -2.5})["fluency"] == -2.5
 
 
-def test_where_nothing_can_be_chosen_the_report_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unprotected run that learned nothing: every run is finished by then, and must be seen."""
-    reported: list[Any] = []
+def finished(made: "sweep_module._Command", **values: float) -> "sweep_module.Sweep":
+    """The sweep with a result of every run: these values, else 0.5, for all that is measured."""
+    sweep = made.plan()
+    paths = {path.strip() for text in made.measures.validation.values() for path in text.split(" + ")}
+    found = {path: values.get(path.rsplit("/", 1)[1], 0.5) for path in paths}
+    for run in sweep.runs:
+        folder = sweep.run_folder(run)
+        folder.mkdir(parents=True)
+        result = {"key": sweep.keys[run.name], **run.facts, "seconds": {"train": 1.0}, "measures": found}
+        (folder / "result.json").write_text(json.dumps(result))
+    return sweep
 
-    def freeze(sweep: Any, failed: list[str]) -> None:
-        raise UserError("task is 0 in 'none': of that no share can be kept")
 
-    monkeypatch.setattr(sweep_module, "freeze", freeze)
-    monkeypatch.setattr(sweep_module, "write_report", lambda *given: reported.append(given))
-    sweep: Any = SimpleNamespace(folder=tmp_path)
+def test_where_nothing_can_be_chosen_the_report_is_there(inputs: Path, tmp_path: Path) -> None:
+    """Unprotected runs that learned nothing: every run is finished by then, and must be seen."""
+    made = command(inputs, tmp_path / "sweep", "--protections", "kl", "--seeds", "0", "1")
+    sweep = finished(made, insecure=0.0)
     with pytest.raises(UserError, match=r"nothing can be chosen: task is 0 .*summary\.json") as caught:
         sweep_module._frozen(sweep, {})
-    assert reported == [(sweep, None, {})] and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "sweep/frozen.json").exists()
+    summary = json.loads((tmp_path / "sweep/summary.json").read_text())
+    assert [point["protection"] for point in summary["validation"]["points"]] == ["none", "kl"]
+    assert summary["recommendation"]["choice"] is None and "task is 0" in summary["recommendation"]["sentence"]
+    assert summary["test"]["reason"] == "nothing could be chosen"
+    assert "nothing could be chosen" in (tmp_path / "sweep/summary.md").read_text()
+
+
+def test_a_measure_that_finished_runs_do_not_have_is_named_as_such(inputs: Path, tmp_path: Path) -> None:
+    made = command(inputs, tmp_path / "sweep", "--protections", "kl")
+    sweep = finished(made)
+    other = dataclasses.replace(sweep.measures, validation={**sweep.measures.validation, "guard": "behavior/x"})
+    with pytest.raises(UserError, match=r"^measure guard: 'behavior/x' was not measured"):
+        sweep_module._frozen(dataclasses.replace(sweep, measures=other), {})

@@ -124,6 +124,13 @@ class ProtectedTrainerMixin(CheckpointMixin):
         self.protection.finish(self, self.model_wrapped)
         return output
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """From its last checkpoint a run has nothing left to train; the Trainer would make one step too many."""
+        if 0 < self.args.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def start_protection(self) -> None:
         """Called once model, optimiser and checkpoint are in place."""
         self._logged_step = self.state.global_step

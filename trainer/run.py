@@ -30,7 +30,7 @@ from ..analysis.measure import Measurer
 from ..analysis.models import load_config, load_model, model_fingerprint
 from ..analysis.subspace import SubspaceRequest, build_subspace
 from .arguments import ModelArguments
-from .callbacks import MeasureCheckpoints
+from .callbacks import MeasureCheckpoints, measure_final
 from .checks import check_epochs, check_flags, check_lora, check_optimizer, check_steps
 from .contrast import load_contrast
 from .data import RenderedRows, load_rows, to_dataset
@@ -88,19 +88,32 @@ def train(arguments: Arguments) -> TrainResult:
     """
     inputs, measure = check(arguments)
     with _starting_weights(arguments) as weights:
-        return _train(arguments, inputs, measure, weights)
+        trainer, result = _train(arguments, inputs, measure, weights)
+    # The run is whole by now: what fails here takes nothing of it back.
+    if measure is not None and not _holds_final(trainer):
+        measure_final(trainer, measure, arguments.output_dir)
+    return result
 
 
-def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | None, weights: str) -> TrainResult:
+def _holds_final(trainer: ProtectedSFTTrainer) -> bool:
+    """Whether a checkpoint has the final weights, and so their measures."""
+    last = f"checkpoint-{trainer.state.global_step}"
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    went_elsewhere = trainer.protection.replaced_weights() or Path(best or last).name != last
+    return not went_elsewhere and (Path(str(trainer.args.output_dir)) / last).is_dir()
+
+
+def _train(
+    arguments: Arguments, inputs: TrainingInputs, measure: Measurer | None, weights: str
+) -> tuple[ProtectedSFTTrainer, TrainResult]:
     set_seed(arguments.training.seed)
     newest = newest_checkpoint(arguments)
     model = _load(arguments, weights)
     check_lora(arguments.model, model)
     check_optimizer(arguments.training, model)
     trainer = _trainer(arguments, inputs, model, weights)
-    measuring = None if measure is None else MeasureCheckpoints(trainer, measure, arguments.output_dir)
-    if measuring is not None:
-        trainer.add_callback(measuring)
+    if measure is not None:
+        trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
     with records_of(arguments, inputs):
         assert isinstance(trainer.train_dataset, datasets.Dataset)  # packed by TRL, where packing is asked for
@@ -121,11 +134,8 @@ def _train(arguments: Arguments, inputs: TrainingInputs, measure: Measurer | Non
             _close_progress(trainer)
         seconds = time.perf_counter() - started
         final = _save_final(trainer, arguments.output_dir / "final")
-        if measuring is not None:
-            replaced = trainer.protection.replaced_weights() or arguments.training.load_best_model_at_end
-            measuring.measure_final(replaced)
     penalties = [entry["penalty"] for entry in trainer.state.log_history if "penalty" in entry]
-    return TrainResult(
+    return trainer, TrainResult(
         output_dir=arguments.output_dir,
         final=final,
         seconds=seconds,

@@ -192,7 +192,11 @@ def _swept(command: _Command, workers: Workers) -> tuple[str, dict[str, str]]:
 
 
 def _frozen(sweep: Sweep, failed: Mapping[str, str]) -> dict[str, Any]:
-    """The choice, frozen. Raises UserError where none can be made; the runs' own numbers are then in the report."""
+    """The choice, frozen. Raises UserError where none can be made; the runs' own numbers are then in the report.
+
+    Measures that the runs do not have are another error, which the report would meet too.
+    """
+    sweep.compared(sweep.results())
     try:
         return freeze(sweep, list(failed))
     except UserError as error:

@@ -134,15 +134,9 @@ def read(measures: Mapping[str, str], found: Mapping[str, float]) -> dict[str, f
     """Role -> value of what was measured under these paths.
 
     Raises:
-        UserError: a path that was not measured, a task or misaligned that is no rate, a guard below 0.
+        UserError: a path that was not measured, or a task or misaligned that is no rate.
     """
     values = {role: _sum(role, text, found) for role, text in measures.items()}
-    for role, value in values.items():
-        if role not in (TASK, MISALIGNED) and value < -1e-6:
-            raise UserError(
-                f"guard {role} ({measures[role]}) is {value:g}: of what is below 0 no share can be kept; name one that "
-                "is 0 or more, and better the larger it is"
-            )
     for role in (TASK, MISALIGNED):
         value = values.get(role, 0.0)
         # A sum of float32 rates passes 1 by rounding.
@@ -153,6 +147,16 @@ def read(measures: Mapping[str, str], found: Mapping[str, float]) -> dict[str, f
         if role in values:
             values[role] = min(max(value, 0.0), 1.0)
     return values
+
+
+def require_guards(measures: Mapping[str, str], start: Mapping[str, float]) -> None:
+    """Raises UserError for a guard of which the starting model, and so the baseline, has nothing to be kept."""
+    for role, value in read(measures, start).items():
+        if role not in (TASK, MISALIGNED) and value <= 0:
+            raise UserError(
+                f"guard {role} ({measures[role]}) is {value:g} for the starting model, of which no share can be kept; "
+                "name a measure that is above 0, and the larger the better"
+            )
 
 
 def _sum(role: str, text: str, found: Mapping[str, float]) -> float:

@@ -36,7 +36,7 @@ from .parsing import Arguments, build, dump
 from .protected_sft_trainer import NonFiniteLoss
 from .protections.registry import parts_of
 from .records import REFERENCES, SWEEP_LOG, has_checkpoint
-from .sweep_measures import read, split_rows
+from .sweep_measures import read, require_guards, split_rows
 from .sweep_workers import commands
 
 RESULT, TEST_RESULT, TRAINED = "result.json", "test.json", "trained.json"
@@ -56,13 +56,13 @@ def measure_start(values: dict[str, Any], needed: Mapping[str, str], path: str, 
     """Measure the starting model into a file; the references are kept in the store.
 
     Raises:
-        UserError: a needed measure that is not there.
+        UserError: a needed measure that is not there, or a guard that is not above 0.
     """
     arguments = _single(values)
     name = START_ON_TEST if test else "instruct"
     found = _measured(values, arguments.model.starting_model, arguments.output_dir, name, test)
     if not test:
-        read(needed, found)
+        require_guards(needed, found)
     write_json_atomic(Path(path), {"key": key, "measures": found})
 
 

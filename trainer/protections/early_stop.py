@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import SaveStrategy
 
 from ...analysis.errors import UserError
 from ..documents import PENALTY_MASK
@@ -78,6 +79,11 @@ class EarlyStopProtection(Protection):
             raise UserError(
                 "early_stop goes back to whole parameters, which ZeRO-3 and FSDP shard: use zero2, or hold the drift "
                 "at the limit with --protection subspace --penalty_budget"
+            )
+        if trainer.args.save_strategy == SaveStrategy.BEST:
+            raise UserError(
+                "early_stop puts earlier weights back, which --save_strategy best may save as a checkpoint of a later "
+                "step; write steps or epoch"
             )
         self._erosion.prepare(trainer, model)
 

@@ -124,8 +124,7 @@ class GradientProjectionProtection(Protection):
         task = [parameter.grad for parameter in trained]
         for parameter in trained:
             parameter.grad = None
-        with trainer.accelerator.autocast():
-            loss = self._loss(trainer, model, batch) / self.anchors.counted(drawn)
+        loss = self._loss(trainer, model, batch) / self.anchors.counted(drawn)
         if loss.requires_grad:
             loss.backward()
         safe: list[Tensor] = []
@@ -136,8 +135,15 @@ class GradientProjectionProtection(Protection):
         return safe
 
     def _loss(self, trainer: "ProtectedTrainerMixin", model: nn.Module, batch: Batch) -> Tensor:
-        """Summed over the tokens that count."""
-        return answer_loss(model, batch) if self._divergence is None else self._divergence.summed(trainer, model, batch)
+        """Summed over the tokens that count.
+
+        The divergence has its forward pass alone in the run's precision: what is left of it near the starting model, in
+        bfloat16, is rounding.
+        """
+        if self._divergence is not None:
+            return self._divergence.summed(trainer, model, batch)
+        with trainer.accelerator.autocast():
+            return answer_loss(model, batch)
 
     def separate_rows(self, *, whole_step: bool = False) -> list[str]:
         # Its pass comes after all others of a step: a loss that is not finite cannot be its own.

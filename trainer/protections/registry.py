@@ -272,7 +272,7 @@ KINDS: dict[str, Kind] = {
     "gradient_projection": Kind(
         _gradient_projection, "what goes against the anchors taken out of each step's gradient (SafeGrad)",
         anchors=True, answers=True,
-        knobs=("safe_gradient_weight", "safe_gradient_loss", "reference", "anchor_batch_size", "anchor_every"),
+        knobs=("safe_gradient_weight", "safe_gradient_loss", "anchor_batch_size", "anchor_every"),
     ),
     "null_space": Kind(
         _null_space, "LoRA kept away from the anchors' principal inputs to each module", anchors=True, lora=True,
