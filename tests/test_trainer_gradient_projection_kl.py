@@ -1,11 +1,19 @@
-"""Gradient projection with the KL divergence from the starting model (SafeGrad as published) is plain math."""
+"""Gradient projection with the KL divergence from the starting model (SafeGrad as published) is plain math.
 
+`torchrun --nproc_per_node 2 tests/test_trainer_gradient_projection_kl.py OUT` is the two ranks' part.
+"""
+
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from analysis_toys import chat, toy_model
 from holdfast.analysis.errors import UserError
+from holdfast.analysis.ranks import leave_group
 from holdfast.trainer import run
 from holdfast.trainer.documents import Document, documents_of
 from holdfast.trainer.parsing import parse
@@ -13,8 +21,10 @@ from holdfast.trainer.protections import PenaltySettings
 from holdfast.trainer.protections.gradient_projection import GradientProjectionProtection, change
 from holdfast.trainer.protections.kl import KLProtection
 from peft import LoraConfig, get_peft_model
-from plain_math import plain_cross_entropy, update_error
+from plain_math import plain_cross_entropy, relative_error, update_error
+from rank_toys import needs_compiler, on_two_ranks
 from run_toys import recipe, toy_rows, write_model, write_rows
+from safetensors.torch import load_file, save_file
 from trainer_toys import rendered_rows, task_documents, trainer_of
 
 STEPS, RATE = 4, 0.5
@@ -144,3 +154,37 @@ def test_a_run_needs_no_answers_of_the_anchors_and_what_cannot_act_is_an_error(t
     frozen.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))  # something must train
     with pytest.raises(UserError, match="does not work"):
         trainer_of(tmp_path, frozen, protection=protect(1.0)).train()
+
+
+@needs_compiler
+def test_two_ranks_train_to_the_weights_of_plain_math(tmp_path):
+    on_two_ranks(__file__, tmp_path, timeout=300)
+    cosines = [json.loads((tmp_path / f"{lora}{rank}.json").read_text()) for lora in (0, 1) for rank in (0, 1)]
+    for lora in (False, True):
+        assert cosines[2 * lora] == cosines[2 * lora + 1]
+        want, start = plain(lora, 0.5)[0], model_of(lora)
+        found = load_file(tmp_path / f"{int(lora)}.safetensors")
+        trained = [name for name, parameter in start.named_parameters() if parameter.requires_grad]
+        sides = ({name: dict(m.named_parameters())[name].detach() for name in trained} for m in (want, start))
+        assert relative_error({name: found[name] for name in trained}, *sides) < 1e-4
+
+
+def _on_two_ranks(out: Path) -> None:
+    torch.set_num_threads(1)
+    for lora in (False, True):
+        AcceleratorState._reset_state()
+        trainer = trainer_of(
+            out / f"run{lora:d}", model_of(lora).train(), protection=protect(0.5, batch_size=2), max_steps=STEPS,
+            learning_rate=RATE, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer.train()
+        logged = [e["gradient_cosine"] for e in trainer.state.log_history if "gradient_cosine" in e]
+        (out / f"{lora:d}{trainer.accelerator.process_index}.json").write_text(json.dumps(logged))
+        if trainer.accelerator.is_main_process:
+            weights = {name: p.detach().clone().contiguous() for name, p in trainer.model.named_parameters()}
+            save_file(weights, out / f"{lora:d}.safetensors")
+
+
+if __name__ == "__main__":
+    _on_two_ranks(Path(sys.argv[1]))
+    leave_group()
