@@ -118,8 +118,9 @@ def test_a_final_model_that_the_last_checkpoint_holds_is_not_measured_twice(fold
     run.train(parse(recipe(folder, output_dir=str(tmp_path), save_steps=1, held_out_rows=4,
                            analysis_during_training=True)))  # fmt: skip
     assert lines(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-    run.train(parse(recipe(folder, output_dir=str(tmp_path), save_steps=1, held_out_rows=4,
-                           analysis_during_training=True, resume_from_checkpoint="true")))  # fmt: skip
+    again = run.train(parse(recipe(folder, output_dir=str(tmp_path), save_steps=1, held_out_rows=4,
+                                   analysis_during_training=True, resume_from_checkpoint="true")))  # fmt: skip
+    assert again.global_step == 2 and again.train_loss is None  # no step was left, so there is no loss of it
     assert lines(tmp_path) == ["checkpoint-1", "checkpoint-2"]
 
 

@@ -61,7 +61,7 @@ class TrainResult:
     output_dir: Path
     final: Path
     seconds: float
-    train_loss: float
+    train_loss: float | None
     penalty: float | None
     global_step: int
 
@@ -139,7 +139,8 @@ def _train(
         output_dir=arguments.output_dir,
         final=final,
         seconds=seconds,
-        train_loss=output.training_loss,
+        # Over this start's own steps, of which a run resumed from its last checkpoint has none.
+        train_loss=output.training_loss if output.global_step > trainer._initial_global_step else None,
         penalty=penalties[-1] if penalties else None,
         global_step=output.global_step,
     )
