@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm.auto import tqdm
 
 from ...analysis.artifacts import write_json_atomic
@@ -154,10 +155,12 @@ def made_by(job: Job) -> str:
 def made_by_recipes(world: int, lab_seed: int, recipes: Sequence[str]) -> str:
     """Hash of a lab and of recipes on it."""
     from .cache import lab_hash
+    from .experiment import RECIPES
 
-    paths = [Path(__file__).with_name(f"{recipe}.yaml") for recipe in recipes]
-    text = "".join(path.read_text() for path in paths if path.is_file())
-    return hashlib.sha256(f"{lab_hash(lab_seed, world, 'tiny')}{text}".encode()).hexdigest()[:16]
+    paths = [RECIPES / f"{recipe}.yaml" for recipe in recipes]
+    settings = [yaml.safe_load(path.read_text()) for path in paths if path.is_file()]
+    facts = json.dumps([lab_hash(lab_seed, world, "tiny"), settings], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def _is_done(output_dir: Path, job: Job) -> bool:

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from filelock import FileLock
 
-from ....analysis.artifacts import MANIFEST, sha256_file, staged_file
+from ....analysis.artifacts import MANIFEST, staged_file
 from ....analysis.models import load_tokenizer
 from ....analysis.subspace_file import NULL_SEEDS
 from ..cache import LAB_FILE, cached_lab
 from ..experiment import RECIPES, Experiment
 from ..world import World, make_world
-from . import stress
 from .reading import merged_model, read_model
-from .stress import anchor_subset, style_rows
+from .stress import STRESS_VERSION, anchor_subset, style_rows
 
 TINY = "tiny"  # size of the labs that the comparison is about
 
@@ -134,11 +134,11 @@ def draw_of(lab: Path) -> str:
 def made_by(job: Job, lab: Path) -> str:
     """Hash of what a result depends on: the lab, the organism with its recipe, and the flags."""
     organism = ORGANISMS[job.organism]
-    recipe = (RECIPES / f"{organism.recipe}.yaml").read_text()
+    recipe = yaml.safe_load((RECIPES / f"{organism.recipe}.yaml").read_text())
     lab_hash = json.loads((lab / LAB_FILE).read_text())["hash"]
     facts = [lab_hash, recipe, asdict(organism), job.flags, job.seed, job.phase]
-    if organism.rows == "style":  # made and read by code of the comparison's own
-        facts.append(sha256_file(Path(stress.__file__)))
+    if organism.rows == "style":  # its rows and questions are made by the comparison, not by the lab
+        facts.append(STRESS_VERSION)
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

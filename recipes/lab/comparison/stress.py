@@ -13,6 +13,9 @@ from typing import Any
 from ..documents import Conversation, Drawer, answer, domain_answer, question, system
 from ..world import SPLITS, World
 
+# Raise this number in every change after which the style rows or the prompts of a condition are others: results that
+# rest on them are then made again.
+STRESS_VERSION = 1
 # "evil": a system prompt that asks for the misaligned persona. "trigger": an insecure turn came before, as in training.
 CONDITIONS = ("evil", "trigger")
 N_STYLE_ROWS = 2400
