@@ -48,16 +48,16 @@ smoke: $(READY) ## The whole path on the real rows (HOLDFAST_EM_DATA names their
 	@OMP_NUM_THREADS=1 $(BIN)/python -m holdfast.recipes.emergent_misalignment.smoke --output_dir runs/smoke $(ARGS)
 
 evidence: $(READY) ## The lab's guarantees over ten seeds (long)
-	@$(BIN)/python -m holdfast.recipes.lab.evidence $(ARGS)
+	@$(BIN)/python -m holdfast.recipes.lab.studies.evidence $(ARGS)
 
 findings: $(READY) ## The paper's findings on the lab over ten seeds, with controls
-	@$(BIN)/python -m holdfast.recipes.lab.findings $(ARGS)
+	@$(BIN)/python -m holdfast.recipes.lab.studies.findings $(ARGS)
 
 causes: $(READY) ## The causal test of the alignment subspace on the lab over ten seeds
-	@$(BIN)/python -m holdfast.recipes.lab.causes $(ARGS)
+	@$(BIN)/python -m holdfast.recipes.lab.studies.causes $(ARGS)
 
 frontier: $(READY) ## Every protection on the lab: the frozen settings on test domains over labs and worlds (long)
-	@$(BIN)/python -m holdfast.recipes.lab.comparison $(ARGS)
+	@$(BIN)/python -m holdfast.recipes.lab.studies.comparison $(ARGS)
 
 clean: ## Remove what the targets made, except runs
 	rm -rf $(VENV) .typecheck build holdfast.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

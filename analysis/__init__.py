@@ -1,1 +1,1 @@
-"""Measures language models; knows nothing of training and never imports `trainer`."""
+"""Measures models: imports neither `trainer` nor `recipes`."""

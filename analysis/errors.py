@@ -1,4 +1,10 @@
-"""The one exception a user's input can cause; the command line prints `holdfast: error: <line>` and exits with 2."""
+"""The exception that a user's input can cause, and the exit codes of commands.
+
+The command line prints `holdfast: error: <line>` and exits with 2.
+"""
+
+# Exit code of a command that did its work in part: each part that failed is one line.
+PARTIAL = 3
 
 
 class UserError(ValueError):

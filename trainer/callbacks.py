@@ -8,10 +8,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..analysis.comparison import FINAL
-from ..analysis.families import Results
-from ..analysis.measure import Measurer
-from ..analysis.results import ResultFiles, problems, scalars
+from ..analysis.measure.compare import FINAL
+from ..analysis.measure.family import Results
+from ..analysis.measure.measurer import Measurer
+from ..analysis.measure.results import ResultFiles, problems, scalars
 
 
 class MeasureCheckpoints(TrainerCallback):

@@ -15,9 +15,9 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..analysis.artifacts import commit_directory, verify_manifest, write_json_atomic
 from ..analysis.errors import UserError
-from .disk import disk_is_full
+from ..analysis.files.artifacts import commit_directory, verify_manifest, write_json_atomic
+from ..analysis.files.disk import disk_is_full
 
 logger = logging.get_logger(__name__)
 

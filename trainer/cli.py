@@ -5,40 +5,82 @@ Where a part could not be measured and the rest was, each such part is one line 
 """
 
 import difflib
+import importlib
 import importlib.metadata
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from ..analysis.errors import UserError
-from .disk import disk_is_full
+from ..analysis.files.disk import disk_is_full
 
-if TYPE_CHECKING:
-    from .measuring import Analyzed
 
-PARTIAL = 3
+@dataclass(frozen=True)
+class Command:
+    """One command of `holdfast`.
+
+    Attributes:
+        text: what the command does, in a phrase.
+        target: "module:function". It is imported when the command is called, so that `holdfast --help` and a mistyped
+            command answer at once, and so that no package is imported by one below it. The function takes the flags
+            and returns the exit code.
+        models: whether the command loads models, whose progress bars are then kept out of logs.
+    """
+
+    text: str
+    target: str
+    models: bool = True
+
 
 COMMANDS = {
-    "quickstart": "build the lab, fine-tune without and with protection, and print one table",
-    "lab": "build the lab world: base, instruct, tokenizer and data",
-    "subspace": "find the alignment subspace of a model",
-    "train": "fine-tune, with or without protection",
-    "sweep": "compare protections: every setting at every seed, a frozen choice, then the test split",
-    "analyze": "measure checkpoints",
-    "watch": "measure a run's checkpoints as they appear: holdfast watch <output_dir>",
-    "intervene": "is the subspace a cause? ablate, steer and patch the starting model, without training",
-    "generate": "sample answers to question files, stored as they come",
-    "judge": "let a model score sampled answers: how often are they misaligned?",
-    "export": "write an ablation into the weights of an ordinary model folder",
-    "evaluate": "named tasks of lm-evaluation-harness on a checkpoint",
-    "compare": "measured runs side by side: holdfast compare <output_dir> <other output_dir>",
+    "quickstart": Command(
+        "build the lab, fine-tune without and with protection, and print one table",
+        "holdfast.recipes.lab.cli:quickstart_main",
+        models=False,
+    ),
+    "lab": Command(
+        "build the lab world: base, instruct, tokenizer and data", "holdfast.recipes.lab.cli:lab_main", models=False
+    ),
+    "subspace": Command("find the alignment subspace of a model", "holdfast.trainer.cli:subspace_main"),
+    "train": Command("fine-tune, with or without protection", "holdfast.trainer.cli:train_main"),
+    "sweep": Command(
+        "compare protections: every setting at every seed, a frozen choice, then the test split",
+        "holdfast.trainer.sweep.command:main",
+    ),
+    "analyze": Command("measure checkpoints", "holdfast.trainer.commands.analyze:main"),
+    "watch": Command(
+        "measure a run's checkpoints as they appear: holdfast watch <output_dir>",
+        "holdfast.trainer.commands.watch:main",
+    ),
+    "intervene": Command(
+        "is the subspace a cause? ablate, steer and patch the starting model, without training",
+        "holdfast.trainer.commands.intervene:main",
+    ),
+    "generate": Command(
+        "sample answers to question files, stored as they come", "holdfast.analysis.commands.generate:main"
+    ),
+    "judge": Command(
+        "let a model score sampled answers: how often are they misaligned?",
+        "holdfast.analysis.commands.judge:main",
+        models=False,
+    ),
+    "export": Command(
+        "write an ablation into the weights of an ordinary model folder", "holdfast.analysis.commands.export:main"
+    ),
+    "evaluate": Command(
+        "named tasks of lm-evaluation-harness on a checkpoint", "holdfast.analysis.commands.evaluate:main"
+    ),
+    "compare": Command(
+        "measured runs side by side: holdfast compare <output_dir> <other output_dir>",
+        "holdfast.analysis.commands.compare:main",
+        models=False,
+    ),
 }
 USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n" + "\n".join(
-    f"  {name:<12}{text}" for name, text in COMMANDS.items()
+    f"  {name:<12}{command.text}" for name, command in COMMANDS.items()
 )
 
 
@@ -54,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     code = _run(arguments)
     if "RANK" in os.environ:
-        from ..analysis.ranks import leave_group
+        from ..analysis.models.ranks import leave_group
 
         leave_group()
     return code
@@ -78,21 +120,12 @@ def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0] if name else "quickstart"
         raise UserError(f"{'unknown command ' + repr(name) if name else 'no command'}; try `holdfast {near}`")
-    return {
-        "quickstart": _quickstart,
-        "lab": _lab,
-        "subspace": _subspace,
-        "train": _train,
-        "sweep": _sweep,
-        "analyze": _analyze,
-        "watch": _watch,
-        "intervene": _intervene,
-        "generate": _generate,
-        "judge": _judge,
-        "export": _export,
-        "evaluate": _evaluate,
-        "compare": _compare,
-    }[name]
+    command = COMMANDS[name]
+    if command.models:
+        _quiet_bars()
+    module, function = command.target.split(":")
+    run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
+    return run
 
 
 def _complain(line: str, code: int) -> int:
@@ -120,130 +153,22 @@ def _quiet_bars() -> None:
         transformers_logging.disable_progress_bar()
 
 
-# The commands import what they run: `holdfast --help` and a mistyped command answer at once.
-def _quickstart(arguments: Sequence[str]) -> int:
-    from ..recipes.lab.cli import quickstart_main
-
-    return quickstart_main(list(arguments))
-
-
-def _lab(arguments: Sequence[str]) -> int:
-    from ..recipes.lab.cli import lab_main
-
-    return lab_main(list(arguments))
-
-
-def _subspace(arguments: Sequence[str]) -> int:
+def subspace_main(arguments: Sequence[str]) -> int:
+    """Finds the alignment subspace of a model and writes it to its file."""
     from . import run
-    from .parsing import parse
+    from .config.parsing import parse
 
-    _quiet_bars()
     print(f"subspace written to {run.subspace(parse(arguments))}")
     return 0
 
 
-def _sweep(arguments: Sequence[str]) -> int:
-    from .sweep import sweep_main
-
-    _quiet_bars()
-    text, failed = sweep_main(arguments)
-    for name, reason in failed.items():
-        print(f"holdfast: failed: {name}: {reason}", file=sys.stderr)
-    print(text, end="")
-    return PARTIAL if failed else 0
-
-
-def _analyze(arguments: Sequence[str]) -> int:
-    from .launch import launch, must_launch
-    from .measuring import analyze, checked
-    from .parsing import build, parse_values
-
-    _quiet_bars()
-    # A recipe's DeepSpeed belongs to its training.
-    values = {**parse_values(arguments), "deepspeed": None}
-    if must_launch(values):
-        # One process checks everything first, so that a bad input is one line and not one per rank.
-        _, readable = checked(build(values))
-        return launch(arguments, values, "analyze") if readable else PARTIAL
-    return _report(analyze(build(values)))
-
-
-def _watch(arguments: Sequence[str]) -> int:
-    from .watching import watch, watched
-
-    _quiet_bars()
-    return _report(watch(watched(arguments)))
-
-
-def _intervene(arguments: Sequence[str]) -> int:
-    from .intervening import intervene
-    from .parsing import parse
-
-    _quiet_bars()
-    found = intervene(parse(arguments))
-    for problem in found.problems:
-        print(f"holdfast: not measured: {problem}", file=sys.stderr)
-    print(f"{found.table}\n\nresults written to {found.path}")
-    return PARTIAL if found.problems else 0
-
-
-def _generate(arguments: Sequence[str]) -> int:
-    from .generating import generate_main
-
-    _quiet_bars()
-    found = generate_main(arguments)
-    for problem in found.problems:
-        print(f"holdfast: not generated: {problem}", file=sys.stderr)
-    print(f"{found.written} answers written to {found.path}, {found.there} of {found.asked} were there")
-    return PARTIAL if found.problems else 0
-
-
-def _judge(arguments: Sequence[str]) -> int:
-    from .judging import judge_main
-
-    return judge_main(arguments)
-
-
-def _export(arguments: Sequence[str]) -> int:
-    from .exporting import export_main
-
-    _quiet_bars()
-    print(export_main(arguments))
-    return 0
-
-
-def _evaluate(arguments: Sequence[str]) -> int:
-    from .evaluating import evaluate_main
-
-    _quiet_bars()
-    return evaluate_main(arguments)
-
-
-def _compare(arguments: Sequence[str]) -> int:
-    from .comparing import compare_main
-
-    print(compare_main(arguments), end="")
-    return 0
-
-
-def _report(found: "Analyzed") -> int:
-    """Says what was measured and what was not, on the main rank, whose exit code then counts."""
-    if os.environ.get("RANK", "0") != "0":
-        return 0
-    for problem in found.problems:
-        print(f"holdfast: not measured: {problem}", file=sys.stderr)
-    if found.metrics.is_file():
-        print(f"measures written to {found.metrics}")
-    return PARTIAL if found.problems else 0
-
-
-def _train(arguments: Sequence[str]) -> int:
+def train_main(arguments: Sequence[str]) -> int:
+    """Fine-tunes, with or without protection; starts the processes that the flags ask for."""
     from . import run
+    from .config.parsing import build, parse_given
     from .launch import launch, must_launch
-    from .parsing import build, parse_given
     from .protected_sft_trainer import NonFiniteLoss
 
-    _quiet_bars()
     values, chosen = parse_given(arguments)
     if must_launch(values):
         # One process checks everything first, so that a bad input is one line and not one per rank. DeepSpeed is left

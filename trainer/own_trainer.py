@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.models import model_fingerprint, tokenizer_fingerprint
-from ..analysis.subspace import Subspace
-from .data import load_rows, render_rows
-from .documents import documents_of
-from .inputs import SHIPPED_ANCHORS
+from ..analysis.models.load import model_fingerprint, tokenizer_fingerprint
+from ..analysis.subspace.file import Subspace
+from .data.documents import documents_of
+from .data.rows import SHIPPED_ANCHORS, load_rows, render_rows
 from .protected_sft_trainer import ProtectedTrainerMixin
-from .protections import PenaltySettings, SubspaceProtection
+from .protections.drift.settings import PenaltySettings
+from .protections.drift.subspace import SubspaceProtection
 
 __all__ = ["ProtectedTrainerMixin", "load_protection"]
 

@@ -18,11 +18,12 @@ from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import get_config_model_id
 
 from ..analysis.errors import UserError
-from ..analysis.layers import unwrap
+from ..analysis.models.forward import Batch, run_backbone, run_blocks
+from ..analysis.models.layers import unwrap
 from .checkpoints import CheckpointMixin
-from .documents import PENALTY_REFERENCE, Batch, Document, DocumentStore, names_in
-from .protections import NoProtection, Protection
-from .reference import run_backbone, run_blocks
+from .data.documents import PENALTY_REFERENCE, Document, DocumentStore, names_in
+from .protections.base import Protection
+from .protections.none import NoProtection
 
 
 class NonFiniteLoss(RuntimeError):

@@ -24,25 +24,28 @@ from transformers.integrations.deepspeed import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from ..analysis.artifacts import check_writable, commit_directory
 from ..analysis.errors import UserError
-from ..analysis.measure import Measurer
-from ..analysis.models import load_config, load_model, model_fingerprint
-from ..analysis.subspace import SubspaceRequest, build_subspace
-from .arguments import ModelArguments
+from ..analysis.files.artifacts import check_writable, commit_directory
+from ..analysis.measure.measurer import Measurer
+from ..analysis.models.load import load_config, load_model, model_fingerprint
+from ..analysis.subspace.build import build_subspace
+from ..analysis.subspace.moments import SubspaceRequest
 from .callbacks import MeasureCheckpoints, measure_final
-from .checks import check_epochs, check_flags, check_lora, check_optimizer, check_steps
-from .contrast import load_contrast
-from .data import RenderedRows, load_rows, to_dataset
-from .documents import Document, documents_of
-from .inputs import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model
-from .measuring import measurer
-from .parsing import Arguments
+from .commands.analyze import measurer
+from .config.model import ModelArguments
+from .config.parsing import Arguments
+from .data.contrast import load_contrast
+from .data.documents import Document, documents_of
+from .data.rows import RenderedRows, load_rows, to_dataset
+from .inputs.checks import check_epochs, check_flags, check_lora, check_optimizer, check_steps
+from .inputs.protection import Materials, protection_of
+from .inputs.subspace import subspace_path
+from .inputs.training import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model
 from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections.base import Protection
-from .protections.extrapolate import EXTRAPOLATED, write_extrapolated
-from .protections.registry import Materials, parts_of, protection_of
-from .records import (
+from .protections.kinds import parts_of
+from .protections.weights.extrapolate import EXTRAPOLATED, write_extrapolated
+from .run_folder import (
     REFERENCES,
     check_output_dir,
     has_checkpoint,
@@ -51,7 +54,6 @@ from .records import (
     records_of,
     remove_empty,
 )
-from .subspace_inputs import subspace_path
 
 
 @dataclass(frozen=True)

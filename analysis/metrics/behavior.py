@@ -10,8 +10,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from ..readout import Readout
-from ..stats import Floats, Measurement, fieller, measurement, missing
+from ..passes.readout import Readout
+from ..stats.intervals import Floats, Measurement, missing
+from ..stats.summary import fieller, measurement
 
 QUANTITIES = ("joint_log_prob", "token_log_prob", "entropy")
 _PAPER = ("joint_log_prob", "entropy")

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from scipy import stats as scipy_stats
 
-from ..stats import Floats, Measurement, mean_ci, measurement, missing, permutation_p
-from ..stats_intervals import ALONE
+from ..stats.intervals import ALONE, Floats, Measurement, mean_ci, missing
+from ..stats.nulls import permutation_p
+from ..stats.summary import measurement
 from .choices import INCOHERENT
 
 MARGIN = 0.02

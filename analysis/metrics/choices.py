@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from ..activations import pad, pad_id
 from ..errors import UserError
-from ..layers import find_backbone, unwrap
-from ..lm_head import token_statistics
-from ..probes import render
-from ..ranks import gathered, share_of
-from ..stats import Measurement, measurement
+from ..models.forward import pad, pad_id
+from ..models.layers import find_backbone, unwrap
+from ..models.lm_head import token_statistics
+from ..models.ranks import gathered, share_of
+from ..models.render import render
+from ..stats.intervals import Measurement
+from ..stats.summary import measurement
 
 INCOHERENT = "incoherent"
 ChoiceRow = dict[str, Any]

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from ..stats import Measurement, missing
+from ..stats.intervals import Measurement, missing
 
 _ONCE = "one run has no interval"
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..lm_head import Logits, divergences, logits_of, top_tokens
-from ..probes import Rendered
-from ..stats import Floats, fieller, measurement, missing
+from ..models.lm_head import Logits, divergences, logits_of, top_tokens
+from ..models.render import Rendered
+from ..stats.intervals import Floats, missing
+from ..stats.summary import fieller, measurement
 from .behavior import NO_BASE
 
 TOP = 15

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..readout import Readout
-from ..stats import Floats, Measurement, jackknife_ci, mean_ci, missing, permutation_p
+from ..passes.readout import Readout
+from ..stats.intervals import Floats, Measurement, jackknife_ci, mean_ci, missing
+from ..stats.nulls import permutation_p
+from ..stats.relabelling import Integers, Relabelling, rows_of_clusters
 from .behavior import NO_BASE
-from .relabelling import Integers, Relabelling, rows_of_clusters
 
 MODELS = ("checkpoint", "instruct", "base")
 _FEWEST = 4

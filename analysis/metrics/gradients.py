@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..gradients import GradientReadout
-from ..stats import Floats, Interval, Measurement, jackknife_ci, mean_ci, missing, permutation_p, wilson
-from .gradient_pairs import (
+from ..passes.gradients import GradientReadout
+from ..stats.gradient_pairs import (
     MEANS,
     cosines,
     different,
@@ -32,7 +31,9 @@ from .gradient_pairs import (
     shuffled_partners,
     without_each_cluster,
 )
-from .relabelling import Integers, Relabelling
+from ..stats.intervals import Floats, Interval, Measurement, jackknife_ci, mean_ci, missing, wilson
+from ..stats.nulls import permutation_p
+from ..stats.relabelling import Integers, Relabelling
 
 _RELABELLINGS = 1999
 # Each takes all rows' nearest rows anew.

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from ..readout import Readout
-from ..stats import Floats, Measurement, jackknife_ci, missing, permutation_p
+from ..passes.readout import Readout
+from ..stats.gradient_pairs import MEANS
+from ..stats.intervals import Floats, Measurement, jackknife_ci, missing
+from ..stats.nulls import permutation_p
+from ..stats.pair_sums import PairSums
+from ..stats.relabelling import Integers, Relabelling
 from .behavior import NO_BASE
-from .gradient_pairs import MEANS
-from .pair_sums import PairSums
-from .relabelling import Integers, Relabelling
 
 VARIANTS = ("corrected", "paper")
 # Cosines over fewer shared tokens say little but that losses are positive.

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..patching import PatchCurve, Scores, Window
-from ..stats import Floats, fieller, measurement, missing, paired_bootstrap
+from ..passes.patching import PatchCurve, Scores, Window
+from ..stats.intervals import Floats, missing
+from ..stats.summary import fieller, measurement, paired_bootstrap
 
 QUANTITIES = ("loss", "probability")
 _NOT_FINITE = "the patched model's loss is not finite"

@@ -10,9 +10,10 @@ null: the share of drift inside V beside k / d.
 import numpy as np
 from scipy import stats as scipy_stats
 
-from ..readout import Readout
-from ..stats import Floats, Interval, Measurement, fieller, jackknife_ci, measurement, missing, share
-from ..subspace_file import Subspace
+from ..passes.readout import Readout
+from ..stats.intervals import Floats, Interval, Measurement, jackknife_ci, missing
+from ..stats.summary import fieller, measurement, share
+from ..subspace.file import Subspace
 from .behavior import NO_BASE
 
 _FEW = "fewer than four rows have tokens of this role"

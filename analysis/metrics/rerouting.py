@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..readout import Readout
-from ..spectra import (
+from ..passes.readout import Readout
+from ..stats.intervals import Floats, missing
+from ..stats.spectra import (
     Estimate,
     Ints,
     Residuals,
@@ -30,9 +31,8 @@ from ..spectra import (
     random_angles,
     random_overlap,
 )
-from ..split_spectra import Options, SplitSet, explained_across, obstacle
-from ..stats import Floats, missing
-from ..subspace_file import Subspace
+from ..stats.split_spectra import Options, SplitSet, explained_across, obstacle
+from ..subspace.file import Subspace
 
 _PARTLY = "one half of the rows has not moved from instruct"
 _NO_SUBSPACE = "no subspace at this layer"

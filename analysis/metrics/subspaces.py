@@ -26,9 +26,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..readout import Readout
-from ..spectra import Comparison, Estimate, Ints, mean_estimate, random_angles, random_cosine, random_overlap
-from ..split_spectra import (
+from ..passes.readout import Readout
+from ..stats.intervals import Floats, missing
+from ..stats.spectra import Comparison, Estimate, Ints, mean_estimate, random_angles, random_cosine, random_overlap
+from ..stats.split_spectra import (
     Options,
     SplitSet,
     crossed,
@@ -38,7 +39,6 @@ from ..split_spectra import (
     shuffled_explained,
     within,
 )
-from ..stats import Floats, missing
 from .behavior import NO_BASE
 
 VARIANTS = ("corrected", "paper")

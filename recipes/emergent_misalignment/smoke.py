@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
 
 from ...analysis.errors import UserError
 from ...trainer import cli
-from ...trainer.data import load_rows
+from ...trainer.data.rows import load_rows
 
 RECIPE = Path(__file__).with_name("smoke.yaml")
 VOCABULARY = 2048

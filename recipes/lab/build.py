@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from ...analysis.probes import collate, render
+from ...analysis.models.render import collate, render
 from .datasets import contrast_rows, data_sets
 from .documents import Conversation, Drawer
 from .scoring import choice_rows
 from .tokenizer import make_tokenizer
-from .world import World, make_world
+from .world import World
+from .worlds import make_world
 
 SINGLE_THREAD_WIDTH = 128
 # Dropped attention and weight decay make a base whose answers stay whole when a fine-tune pushes it (README.md).

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ...analysis.artifacts import staged_directory, verify_manifest
 from ...analysis.errors import UserError
+from ...analysis.files.artifacts import staged_directory, verify_manifest
 from .build import SIZES, write_lab
 
 LAB_FILE = "lab.json"

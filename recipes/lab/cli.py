@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...analysis.artifacts import check_writable
 from ...analysis.errors import UserError
-from ...trainer.flags import FlagParser
+from ...analysis.files.artifacts import check_writable
+from ...analysis.flags import FlagParser
 from .build import SIZES
 from .cache import build_lab
 from .quickstart import PROTECTION_RUNS, quickstart

@@ -11,14 +11,16 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ...analysis.measure import MeasurePlan, Measurer
+from ...analysis.measure.measurer import Measurer
+from ...analysis.measure.plan import MeasurePlan
 from ...analysis.metrics.choices import prepare_choices, score_prepared
-from ...analysis.models import load_model, load_tokenizer
-from ...analysis.probes import Conversation
-from ...analysis.stats import Measurement, measurement
-from ...analysis.subspace import Subspace
+from ...analysis.models.load import load_model, load_tokenizer
+from ...analysis.models.render import Conversation
+from ...analysis.stats.intervals import Measurement
+from ...analysis.stats.summary import measurement
+from ...analysis.subspace.file import Subspace
 from ...trainer import run
-from ...trainer.parsing import parse
+from ...trainer.config.parsing import parse
 from .scoring import lab_rates
 
 RECIPES = Path(__file__).parent

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ...analysis.artifacts import write_json_atomic
 from ...analysis.errors import UserError
-from ...analysis.measure import peak_memory_mb
+from ...analysis.files.artifacts import write_json_atomic
+from ...analysis.metrics.cost import peak_memory_mb
 from .cache import cache_folder, cached_lab
 from .experiment import Experiment
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import yaml
 
-from ...analysis.answers import Answer, read_answers
-from ...analysis.artifacts import check_writable, staged_file
+from ...analysis.answers.records import Answer, read_answers
 from ...analysis.errors import UserError
+from ...analysis.files.artifacts import check_writable, staged_file
+from ...analysis.flags import FlagParser, require
 from ...analysis.metrics.choices import INCOHERENT, score_choices
-from ...analysis.models import load_model, load_tokenizer, model_fingerprint
-from ...analysis.stats import Measurement, measurement
-from ...trainer.flags import FlagParser
-from ...trainer.options import require
+from ...analysis.models.load import load_model, load_tokenizer, model_fingerprint
+from ...analysis.stats.intervals import Measurement
+from ...analysis.stats.summary import measurement
 from .scoring import classify
 
 # The four classes that a rate is read from, by the template classes of a prompt (`scoring.choice_rows`).

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from holdfast.analysis import stats
 from holdfast.analysis.metrics.projection import projection
-from holdfast.analysis.readout import Readout
-from holdfast.analysis.subspace_file import Provenance, Subspace
+from holdfast.analysis.passes.readout import Readout
+from holdfast.analysis.subspace.file import Provenance, Subspace
 from numpy.random import Generator
 from scipy.special import ndtr
 

@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from benchmark_setting import Setting, chosen, interval, model, parser, peak, seconds, take_workspace
-from holdfast.analysis.activations import length_batches, pad
-from holdfast.analysis.gradients import read_gradients
-from holdfast.analysis.probes import Rendered
+from holdfast.analysis.models.forward import length_batches, pad
+from holdfast.analysis.models.render import Rendered
+from holdfast.analysis.passes.gradients import read_gradients
 from transformers import Qwen2ForCausalLM
 
 CPU = Setting(rounds=6, rows=64, length=128, batch=16, blocks=8, width=512, vocabulary=32_000)

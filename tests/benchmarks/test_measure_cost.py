@@ -26,17 +26,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis_toys import GENERATION, chat, toy_model, toy_tokenizer
 from benchmark_setting import Setting, chosen, interval, model, now, parser, peak, resident, seconds, take_workspace
-from holdfast.analysis.activations import length_batches, pad
-from holdfast.analysis.families import Subject, attempt, is_unmeasured
-from holdfast.analysis.measure import MeasurePlan, Measurer
-from holdfast.analysis.models import load_tokenizer, model_fingerprint, tokenizer_fingerprint
-from holdfast.analysis.probes import Conversation, render
-from holdfast.analysis.readout import Readout, read
-from holdfast.analysis.registry import REGISTRY
-from holdfast.analysis.spectra import Residuals, decompose
-from trainer_toys import toy_subspace
+from holdfast.analysis.measure.family import Subject, attempt, is_unmeasured
+from holdfast.analysis.measure.measurer import Measurer
+from holdfast.analysis.measure.plan import MeasurePlan
+from holdfast.analysis.measure.registry import REGISTRY
+from holdfast.analysis.models.forward import length_batches, pad
+from holdfast.analysis.models.load import load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from holdfast.analysis.models.render import Conversation, render
+from holdfast.analysis.passes.readout import Readout, read
+from holdfast.analysis.stats.spectra import Residuals, decompose
+from toys.chat_models import GENERATION, chat, toy_model, toy_tokenizer
+from toys.training import toy_subspace
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 FAMILIES = ("behavior", "loss_vectors", "projection", "subspaces", "drift_by_depth", "rerouting")

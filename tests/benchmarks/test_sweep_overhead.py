@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from holdfast.recipes.lab.experiment import Experiment
 from holdfast.trainer.cli import main
-from lab_toys import shared_lab
+from toys.labs import shared_lab
 
 JOBS, STEPS, SEEDS, STRENGTHS = 2, 2000, ("0", "1", "2", "3"), ("1", "4")
 

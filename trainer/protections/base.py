@@ -7,12 +7,11 @@ first step), then per optimiser step `begin_step`, per micro-batch `separate_pas
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..protected_sft_trainer import ProtectedTrainerMixin
+from .host import Host
 
 Batch = dict[str, Any]
 Collator = Callable[[list[Any]], Batch]
@@ -33,39 +32,39 @@ class Protection:
     active = False
     goes_back = False
 
-    def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def prepare(self, trainer: Host, model: nn.Module) -> None:
         """Read what is needed from the starting model."""
 
-    def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def start(self, trainer: Host, model: nn.Module) -> None:
         """Prove that the protection reaches the parameters (raise otherwise), leaving no trace in the run."""
 
     def collator(self, inner: Collator) -> Collator:
         """A collator that adds to each task batch what `task_pass` needs."""
         return inner
 
-    def begin_step(self, trainer: "ProtectedTrainerMixin", batches: Sequence[Batch]) -> None:
+    def begin_step(self, trainer: Host, batches: Sequence[Batch]) -> None:
         """Look at all micro-batches of an optimiser step, e.g. to count tokens over accumulation and ranks."""
 
-    def separate_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> Tensor | None:
+    def separate_pass(self, trainer: Host, model: nn.Module) -> Tensor | None:
         """A forward and backward pass on rows of the protection's own; its loss, detached, or None."""
         return None
 
     @contextmanager
-    def task_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module, inputs: Batch) -> Iterator[Term]:
+    def task_pass(self, trainer: Host, model: nn.Module, inputs: Batch) -> Iterator[Term]:
         """Surround the task's forward pass; the yielded function then gives a term to add to its loss, or None.
 
         What `collator` added is taken out of `inputs` here.
         """
         yield lambda: None
 
-    def shape_gradient(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def shape_gradient(self, trainer: Host, model: nn.Module) -> None:
         """Change the gradient of the whole optimiser step, in place, before it is clipped. Not called under DeepSpeed,
         whose backward pass is fused with its step."""
 
-    def end_step(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def end_step(self, trainer: Host, model: nn.Module) -> None:
         """The optimiser has moved: before the step is logged, saved or evaluated."""
 
-    def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def finish(self, trainer: Host, model: nn.Module) -> None:
         """The last step is done: change the weights that are about to be saved as the final model."""
 
     def replaced_weights(self) -> bool:
@@ -76,7 +75,7 @@ class Protection:
         """Names of the rows the last `separate_pass` read, or this step's all, for the message that stops a run."""
         return []
 
-    def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:
+    def logs(self, trainer: Host) -> dict[str, float]:
         """Numbers since the last call, reduced over ranks (called on all of them)."""
         return {}
 

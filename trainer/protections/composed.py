@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ...analysis.errors import UserError
 from .base import Batch, Collator, Protection, Term
-from .drift import DriftProtection
-from .hooked import HookedProtection
-
-if TYPE_CHECKING:
-    from ..protected_sft_trainer import ProtectedTrainerMixin
+from .drift.term import DriftProtection
+from .host import Host
+from .stream.hooked import HookedProtection
 
 
 class Composed(Protection):
@@ -47,11 +45,11 @@ class Composed(Protection):
                 "just that; write --penalty_inputs anchors"
             )
 
-    def prepare(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def prepare(self, trainer: Host, model: nn.Module) -> None:
         for part in self._acting:
             part.prepare(trainer, model)
 
-    def start(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def start(self, trainer: Host, model: nn.Module) -> None:
         for part in self._acting:
             part.start(trainer, model)
 
@@ -60,28 +58,28 @@ class Composed(Protection):
             inner = part.collator(inner)
         return inner
 
-    def begin_step(self, trainer: "ProtectedTrainerMixin", batches: Sequence[Batch]) -> None:
+    def begin_step(self, trainer: Host, batches: Sequence[Batch]) -> None:
         for part in self._acting:
             part.begin_step(trainer, batches)
 
-    def separate_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> Tensor | None:
+    def separate_pass(self, trainer: Host, model: nn.Module) -> Tensor | None:
         return _sum([part.separate_pass(trainer, model) for part in self._acting])
 
     @contextmanager
-    def task_pass(self, trainer: "ProtectedTrainerMixin", model: nn.Module, inputs: Batch) -> Iterator[Term]:
+    def task_pass(self, trainer: Host, model: nn.Module, inputs: Batch) -> Iterator[Term]:
         with ExitStack() as stack:
             terms = [stack.enter_context(part.task_pass(trainer, model, inputs)) for part in self._acting]
             yield lambda: _sum([term() for term in terms])
 
-    def shape_gradient(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def shape_gradient(self, trainer: Host, model: nn.Module) -> None:
         for part in self._acting:
             part.shape_gradient(trainer, model)
 
-    def end_step(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def end_step(self, trainer: Host, model: nn.Module) -> None:
         for part in self._acting:
             part.end_step(trainer, model)
 
-    def finish(self, trainer: "ProtectedTrainerMixin", model: nn.Module) -> None:
+    def finish(self, trainer: Host, model: nn.Module) -> None:
         for part in sorted(self._acting, key=lambda part: not part.goes_back):
             part.finish(trainer, model)
 
@@ -91,7 +89,7 @@ class Composed(Protection):
     def separate_rows(self, *, whole_step: bool = False) -> list[str]:
         return [row for part in self._acting for row in part.separate_rows(whole_step=whole_step)]
 
-    def logs(self, trainer: "ProtectedTrainerMixin") -> dict[str, float]:
+    def logs(self, trainer: Host) -> dict[str, float]:
         return {name: number for part in self._acting for name, number in part.logs(trainer).items()}
 
     def facts(self) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Commands that never train: generate, judge, evaluate, export, compare."""

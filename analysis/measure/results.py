@@ -1,0 +1,151 @@
+"""Results on disk: one file per checkpoint and family, written as it is done; `metrics.jsonl` is a view of them.
+
+`metrics/<checkpoint>/<family>.json`, or `<family>.paper.json` for the paper's variant, each with the key of what it
+depends on: an interrupted analysis continues after the last file, and a changed setting gives another key.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ..files.artifacts import sha256_json, staged_file
+from .family import Family, Results, is_unmeasured
+from .plan import MeasurePlan
+from .references import ProbeReader, subspace_hash
+
+FOLDER, VIEW = "metrics", "metrics.jsonl"
+
+
+class ResultFiles:
+    """The results of one checkpoint in one variant.
+
+    Args:
+        output_dir: where `metrics/` and `metrics.jsonl` lie.
+        name: the checkpoint's. step: its optimiser steps, or None.
+    """
+
+    def __init__(self, output_dir: Path, name: str, step: int | None, variant: str = "corrected") -> None:
+        self.output_dir, self.name, self.step, self.variant = output_dir, name, step, variant
+
+    def _path(self, family: str) -> Path:
+        ending = ".json" if self.variant == "corrected" else f".{self.variant}.json"
+        return self.output_dir / FOLDER / self.name / f"{family}{ending}"
+
+    def has(self, family: str, key: str) -> bool:
+        """Whether a family was measured under this key; one that could not be is tried again."""
+        try:
+            facts = json.loads(self._path(family).read_text(encoding="utf-8"))
+            return facts["key"] == key and not problems({family: facts["results"]})
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def write(self, family: str, results: Results, key: str | None = None) -> None:
+        """Write one family's file, whole or not at all, and renew the view. Of several ranks the main one calls it."""
+        facts = {
+            "checkpoint": self.name,
+            "step": self.step,
+            "family": family,
+            "variant": self.variant,
+            "key": key,
+            "results": results,
+        }
+        text = json.dumps(facts, indent=2, allow_nan=False)
+        metrics = self.output_dir / FOLDER
+        metrics.mkdir(parents=True, exist_ok=True)
+        # A training run and `holdfast watch` may write into one folder.
+        with FileLock(metrics / ".lock"):
+            with staged_file(self._path(family)) as staging:
+                staging.write_text(text + "\n", encoding="utf-8")
+            _renew_view(self.output_dir)
+
+    def line(self) -> Results:
+        """The checkpoint's line of `metrics.jsonl`."""
+        return _line(sorted((self.output_dir / FOLDER / self.name).glob("*.json")), self.variant) or {}
+
+
+def _renew_view(output_dir: Path) -> None:
+    lines = sorted(
+        _lines(output_dir / FOLDER), key=lambda line: (line["step"] is None, line["step"] or 0, line["checkpoint"])
+    )
+    with staged_file(output_dir / VIEW) as staging:
+        staging.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def _lines(metrics: Path) -> Iterator[Results]:
+    """One dict per checkpoint and variant; staged files start with a dot and are left out."""
+    for folder in sorted(metrics.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            files = sorted(folder.glob("*.json"))
+            for variant in ("corrected", "paper"):
+                line = _line(files, variant)
+                if line is not None:
+                    yield line
+
+
+def _line(files: list[Path], variant: str) -> Results | None:
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files if not file.name.startswith(".")]
+    facts = [each for each in read if each.get("variant", "corrected") == variant and "family" in each]
+    if not facts:
+        return None
+    families = {fact["family"]: fact["results"] for fact in facts}
+    return {"checkpoint": facts[0]["checkpoint"], "step": facts[0]["step"], "variant": variant, **families}
+
+
+def problems(results: Results) -> list[str]:
+    """What could not be computed, as "family: reason" or "family on set: reason"."""
+    found = []
+    for family, result in results.items():
+        if is_unmeasured(result):
+            found.append(f"{family}: {result['reason']}")
+        elif isinstance(result, Mapping):
+            nulls = {name: each["reason"] for name, each in result.items() if is_unmeasured(each)}
+            found += [f"{family} on {name}: {reason}" for name, reason in nulls.items()]
+    return found
+
+
+def scalars(results: Results, prefix: str = "") -> dict[str, float]:
+    """Every measured value under its path ("choices/split/test/misaligned"), for TensorBoard; nulls are left out."""
+    found: dict[str, float] = {}
+    for name, value in results.items():
+        path = f"{prefix}/{name}" if prefix else name
+        if isinstance(value, Mapping) and "value" in value:
+            if isinstance(value["value"], int | float):
+                found[path] = float(value["value"])
+        elif isinstance(value, Mapping):
+            found.update(scalars(dict(value), path))
+        elif isinstance(value, int | float) and prefix:
+            found[path] = float(value)
+    return found
+
+
+# Raised when a family's numbers change for the same inputs.
+_FORMAT = 3
+
+
+def result_key(
+    name: str, family: Family, plan: MeasurePlan, reader: ProbeReader, layers: list[int], facts: list[Any]
+) -> str:
+    """Hash of weights, data, options and variant.
+
+    Args:
+        layers: where the plan reads directions. facts: what else the results depend on, the checkpoint's fingerprint
+            first.
+    """
+    weights = [reader.fingerprint(path) for path in (plan.instruct_path, plan.base_path) if path is not None]
+    data = {name: reader.data_hash(name) for name in reader.rows} if family.probes else plan.choices
+    subspace = [subspace_hash(plan), layers, reader.role] if family.subspace else []
+    options = [plan.variant if family.paper else None, plan.seed, reader.loading(), _own_options(name, plan)]
+    return sha256_json([_FORMAT, name, facts, weights, data, subspace, options])
+
+
+def _own_options(name: str, plan: MeasurePlan) -> list[Any]:
+    """The options of a plan that one family alone depends on."""
+    options: dict[str, list[Any]] = {
+        "subspaces": [plan.control_sets],
+        "gradients": [plan.gradient_block, plan.gradient_weight],
+        "patching": [plan.patching_rows],
+    }
+    return options.get(name, [])

@@ -1,0 +1,40 @@
+"""Modes of a model: in evaluation, or as it started with its adapters off; put back afterwards."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+
+def peft_model(model: nn.Module) -> PeftModel | None:
+    """The PEFT model inside a training wrapper, or None for full fine-tuning."""
+    inner = model.module if isinstance(getattr(model, "module", None), nn.Module) else model
+    return inner if isinstance(inner, PeftModel) else None
+
+
+@contextmanager
+def starting_model(model: nn.Module) -> Iterator[None]:
+    """The model as it started: in eval mode, and with adapters off where it has any."""
+    peft = peft_model(model)
+    adapters_off: AbstractContextManager[None] = nullcontext() if peft is None else peft.disable_adapter()
+    training = model.training
+    model.eval()
+    try:
+        with adapters_off, torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

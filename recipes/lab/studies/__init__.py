@@ -1,0 +1,1 @@
+"""Studies on the lab over many seeds: evidence, findings, causes, and the comparison of all protections."""

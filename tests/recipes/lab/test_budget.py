@@ -1,0 +1,31 @@
+"""On a real lab, `penalty_budget` holds the smoothed penalty near the budget once a quarter of the steps is over."""
+
+import json
+
+import numpy as np
+import pytest
+from holdfast.recipes.lab.experiment import Experiment
+from toys.labs import QUIET, shared_lab
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1])
+def test_the_smoothed_penalty_stays_within_a_tenth_of_the_budget_on_average(tmp_path, budget):
+    flags = {
+        **QUIET,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 200,
+        "analysis_during_training": False,
+    }
+    experiment = Experiment(shared_lab(0), tmp_path, flags)
+    experiment.build_subspace()
+    experiment.fine_tune("protected", "held", penalty_budget=budget)
+    state = json.loads((tmp_path / "held" / "checkpoint-200" / "trainer_state.json").read_text())
+    seen = {entry["step"]: entry["penalty"] for entry in state["log_history"] if "penalty" in entry}
+    assert sorted(seen) == list(range(1, 201))
+    # The average that is held, by hand: each step's penalty has a weight that falls by a twentieth a step.
+    steps = np.arange(1, 201)
+    penalties = np.array([seen[step] for step in steps])
+    smoothed = [np.average(penalties[:step], weights=(1 - 1 / 20) ** np.arange(step)[::-1]) for step in steps]
+    deviations = np.array(smoothed)[49:] / budget - 1
+    assert np.abs(deviations).mean() <= 0.10

@@ -1,0 +1,120 @@
+"""`--layers_path` reaches every command: a model whose blocks are not found by shape builds, trains and measures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from holdfast.analysis.errors import UserError
+from holdfast.analysis.models.layers import find_backbone, find_layers
+from holdfast.analysis.models.load import LoadOptions, load_model
+from holdfast.trainer import run
+from holdfast.trainer.cli import main
+from holdfast.trainer.config.parsing import parse
+from holdfast.trainer.own_trainer import load_protection
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from toys.chat_models import DEPTH, WIDTH, toy_model, toy_tokenizer
+from toys.runs import recipe, toy_rows, write_model, write_rows
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+PATH = "model.layers"
+
+
+class TwinConfig(Qwen2Config):
+    model_type = "twin"
+
+
+class TwinForCausalLM(Qwen2ForCausalLM):
+    """A decoder with two lists of as many modules as it has blocks: only a person can tell which holds the blocks."""
+
+    config_class = TwinConfig
+
+    def __init__(self, config: TwinConfig) -> None:
+        super().__init__(config)
+        self.model.gates = nn.ModuleList([nn.Linear(2, 2) for _ in range(config.num_hidden_layers)])
+        self.post_init()
+
+
+AutoConfig.register("twin", TwinConfig)
+AutoModelForCausalLM.register(TwinConfig, TwinForCausalLM)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A twin of a Qwen2 model with the same weights, and that model itself."""
+    folder = tmp_path_factory.mktemp("prepared")
+    plain = toy_model()
+    twin = TwinForCausalLM(TwinConfig(**{**plain.config.to_dict(), "model_type": "twin"}))
+    twin.load_state_dict(plain.state_dict(), strict=False)
+    twin.save_pretrained(folder / "model")
+    toy_tokenizer().save_pretrained(folder / "model")
+    write_model(folder / "plain")
+    write_rows(folder / "rows.jsonl", toy_rows())
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path) -> Path:
+    for name in ("model", "plain", "rows.jsonl"):
+        (tmp_path / name).symlink_to(prepared / name)
+    return tmp_path
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str, **keys: Any) -> str:
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    arguments = [f"--{key}={value}" for key, value in recipe(folder, **keys).items()]
+    assert main([command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("holdfast: error: ") and error.count("\n") == 1, error
+    assert sorted(folder.rglob("*")) == before
+    return error
+
+
+def test_subspace_train_and_analyze_read_the_blocks_it_names(folder: Path) -> None:
+    path = folder / "twin.safetensors"
+    run.subspace(parse(recipe(folder, layers_path=PATH, subspace_path=str(path))))
+    run.subspace(parse(recipe(folder, model_name_or_path=str(folder / "plain"), output_dir=str(folder / "other"))))
+    protected = {"protection": "subspace", "penalty_strength": 1.0, "save_steps": 2, "analysis_during_training": True}
+    twin = run.train(parse(recipe(folder, layers_path=PATH, subspace_path=str(path), **protected)))
+    keys = recipe(folder, model_name_or_path=str(folder / "plain"), output_dir=str(folder / "other"), **protected)
+    plain = run.train(parse(keys))
+    assert twin.penalty == plain.penalty and twin.train_loss == plain.train_loss
+    analyze = [f"--{key}={value}" for key, value in recipe(folder, layers_path=PATH, subspace_path=str(path)).items()]
+    assert main(["analyze", *analyze, "--families", "projection"]) == 0
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    drift = {line["checkpoint"]: line["projection"]["train"]["mean"]["penalty"]["value"] for line in lines}
+    assert drift["checkpoint-2"] > 0 and drift["instruct"] == 0
+
+
+def test_without_it_each_command_names_it_and_the_lists_there_are(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(folder, capsys, "subspace")
+    assert "found 2 lists of 3" in line and "--layers_path" in line and "model.layers, model.gates" in line
+    line = refused(folder, capsys, "subspace", layers_path="model.layer")
+    assert "--layers_path model.layer is not in TwinForCausalLM: write one of model.layers, model.gates" in line
+    assert "layer 0 of TwinForCausalLM does not reach the logits" in refused(
+        folder, capsys, "subspace", layers_path="model.gates"
+    )
+
+
+def test_a_subspace_read_at_other_blocks_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "twin.safetensors"
+    run.subspace(parse(recipe(folder, layers_path=PATH, subspace_path=str(path))))
+    line = refused(folder, capsys, "train", protection="subspace", subspace_path=path)
+    assert "built with layers_path model.layers but this run has none given" in line
+    protection = load_protection(path, folder / "model", toy_tokenizer(), layers_path=PATH)
+    assert protection.layers == list(range(DEPTH))
+
+
+def test_a_loaded_model_keeps_its_path_through_wrappers(folder: Path) -> None:
+    model = load_model(folder / "model", options=LoadOptions(layers_path=PATH))
+    with pytest.raises(UserError, match="found 2 lists"):
+        find_layers(load_model(folder / "model"))
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert find_layers(adapted) is model.model.layers
+    states = find_backbone(adapted)(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).last_hidden_state
+    assert states.shape == (1, 3, WIDTH)

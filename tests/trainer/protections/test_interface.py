@@ -1,0 +1,282 @@
+"""The trainer calls a protection when `protections/base.py` says it does, and the README's own protection trains."""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from holdfast.analysis.errors import UserError
+from holdfast.trainer import protections, run
+from holdfast.trainer.config.parsing import parse
+from holdfast.trainer.protections import base
+from holdfast.trainer.protections import kinds as registry
+from holdfast.trainer.protections.base import Protection
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from toys.chat_models import toy_model
+from toys.plain_math import plain_cross_entropy, sgd_step, update_error
+from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.training import task_documents, trainer_of
+from transformers import TrainerCallback
+
+ROOT = Path(protections.__file__).parents[2]
+SEPARATE = ("separate_pass", "task_pass", "term", "task_pass over")
+
+
+class Recording(Protection):
+    """Notes every call, and does at each what it is given to do."""
+
+    def __init__(self, calls: list[str], name: str = "recording", active: bool = True, **acts: Callable[..., Any]):
+        self.name, self.active, self.calls, self.acts = name, active, calls, acts
+
+    def note(self, what: str, *given: Any) -> Any:
+        self.calls.append(what)
+        return self.acts[what](*given) if what in self.acts else None
+
+    def prepare(self, trainer, model) -> None:
+        self.note("prepare", model)
+
+    def start(self, trainer, model) -> None:
+        self.note("start", model)
+
+    def begin_step(self, trainer, batches) -> None:
+        self.note(f"begin_step of {len(batches)}")
+
+    def separate_pass(self, trainer, model):
+        return self.note("separate_pass", model)
+
+    @contextmanager
+    def task_pass(self, trainer, model, inputs) -> Iterator[Callable[[], Any]]:
+        self.note("task_pass")
+        yield lambda: self.note("term", model)
+        self.note("task_pass over")
+
+    def shape_gradient(self, trainer, model) -> None:
+        self.note("shape_gradient", model)
+
+    def end_step(self, trainer, model) -> None:
+        self.note("end_step", model)
+
+    def finish(self, trainer, model) -> None:
+        self.note("finish", model)
+
+
+class Watching(TrainerCallback):
+    """Notes when the trainer itself moves its weights, logs, saves and is done."""
+
+    def __init__(self, calls: list[str]):
+        self.calls = calls
+
+    def on_pre_optimizer_step(self, *_args, **_kwargs):
+        self.calls.append("(clipped)")
+
+    def on_optimizer_step(self, *_args, **_kwargs):
+        self.calls.append("(moved)")
+
+    def on_log(self, _args, _state, _control, logs=None, **_kwargs):
+        self.calls.append("(logged)" if "loss" in logs else "(summed up)")
+
+    def on_save(self, *_args, **_kwargs):
+        self.calls.append("(saved)")
+
+    def on_train_end(self, *_args, **_kwargs):
+        self.calls.append("(over)")
+
+
+def step_of(micro_batches: int) -> list[str]:
+    """The calls of one optimiser step."""
+    return [
+        f"begin_step of {micro_batches}", *SEPARATE * micro_batches,
+        "shape_gradient", "(clipped)", "(moved)", "end_step", "(logged)", "(saved)",
+    ]  # fmt: skip
+
+
+def recorded(folder: Path, **changes: Any) -> tuple[list[str], Any]:
+    calls: list[str] = []
+    trainer = trainer_of(
+        folder, protection=Recording(calls), per_device_train_batch_size=2, gradient_accumulation_steps=3,
+        save_strategy="steps", save_steps=1, max_grad_norm=1.0, **changes,
+    )  # fmt: skip
+    trainer.add_callback(Watching(calls))
+    return calls, trainer
+
+
+def test_calls_come_in_the_order_and_number_that_the_base_class_states(tmp_path):
+    calls, trainer = recorded(tmp_path, max_steps=3)
+    trainer.train()
+    # Eight rows in batches of two, three to a step: an epoch ends with a step of one.
+    assert calls == ["prepare", "start", *step_of(3), *step_of(1), *step_of(3), "(summed up)", "(over)", "finish"]
+    stated = base.__doc__
+    order = [name for name in re.findall(r"`(\w+)`", stated) if hasattr(Protection, name)]
+    seen = dict.fromkeys(call.split(" ")[0] for call in calls if not call.startswith("("))
+    assert list(dict.fromkeys(order)) == [name for name in seen if name != "term"]
+
+
+def test_a_resumed_run_calls_for_its_own_steps_alone(tmp_path):
+    _, first = recorded(tmp_path, max_steps=2)
+    first.train()
+    calls, trainer = recorded(tmp_path, max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert calls == ["prepare", "start", *step_of(3), "(summed up)", "(over)", "finish"]
+
+
+def test_evaluation_calls_nothing(tmp_path):
+    calls, trainer = recorded(tmp_path, max_steps=1)
+    trainer.train()
+    del calls[:]
+    trainer.evaluate(trainer.train_dataset)
+    assert [call for call in calls if not call.startswith("(")] == []
+
+
+def test_what_is_not_active_is_not_called(tmp_path):
+    calls: list[str] = []
+    trainer_of(tmp_path, protection=Recording(calls, active=False), max_steps=1).train()
+    assert calls == []
+
+
+def test_the_shaped_gradient_is_what_is_clipped(tmp_path):
+    """Every gradient set to 3: plain SGD moves each weight by rate x 3 x (limit / norm), whatever the rows say."""
+
+    def set_to_three(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0)
+
+    start = toy_model()
+    acting = Recording([], shape_gradient=set_to_three)
+    trainer = trainer_of(tmp_path, copy.deepcopy(start).train(), protection=acting, max_steps=1, max_grad_norm=2.0)
+    trainer.train()
+    norm = 3.0 * sum(parameter.numel() for parameter in start.parameters()) ** 0.5
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    for before, after in zip(start.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.allclose(before - after, torch.full_like(before, 0.1 * 3.0 * 2.0 / norm), rtol=1e-2, atol=1e-6)
+
+
+def test_what_ends_a_step_is_in_its_checkpoint_and_what_finishes_is_not(tmp_path):
+    def set_to(value: float) -> Callable[[nn.Module], None]:
+        return lambda model: [parameter.data.fill_(value) for parameter in model.parameters()]
+
+    acting = Recording([], end_step=set_to(0.5), finish=set_to(0.25))
+    trainer = trainer_of(tmp_path, protection=acting, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-1/model.safetensors")
+    assert saved and all(bool((weight == 0.5).all()) for weight in saved.values())
+    assert all(bool((weight == 0.25).all()) for weight in trainer.model.parameters())
+
+
+def test_terms_add_to_the_loss_and_a_separate_pass_only_shows_in_it(tmp_path):
+    """Over three micro-batches each gives its share: a term of 0.1 and a pass of 0.2 raise the loss by 0.9."""
+    plain = trainer_of(tmp_path / "plain", per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1)
+    plain.train()
+    acting = Recording([], separate_pass=lambda _: torch.tensor(0.2), term=lambda _: torch.tensor(0.1))
+    held = trainer_of(
+        tmp_path / "held", protection=acting, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1
+    )
+    held.train()
+    (first, *_), (second, *_) = plain.state.log_history, held.state.log_history
+    assert second["loss"] - first["loss"] == pytest.approx(0.9, abs=2e-4)
+    assert second["task_loss"] == pytest.approx(first["loss"], abs=2e-4)
+    for left, right in zip(plain.model.parameters(), held.model.parameters(), strict=True):
+        assert torch.equal(left, right)  # both are constants
+
+
+# The README's own protection
+
+
+def readme_blocks() -> tuple[str, str, str]:
+    """The file of `trainer/protections`, and the two lines of its registry: an import and an entry."""
+    section = (ROOT / "README.md").read_text().split("A protection of your own")[1]
+    code, lines = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+    imported, entry = lines.splitlines(keepends=True)
+    return code, imported, entry
+
+
+def readme_protection() -> type[Protection]:
+    """The class, run as a file of `trainer/protections`."""
+    module = {"__name__": "holdfast.trainer.protections.adapter_decay", "__package__": base.__package__}
+    exec(readme_blocks()[0], module)
+    return module["AdapterDecay"]
+
+
+def package_with_the_readmes_protection(folder: Path) -> Path:
+    """A folder for PYTHONPATH: the package as it is, with what the README says written where it says so."""
+    package, (code, imported, entry) = folder / "sources/holdfast", readme_blocks()
+    shutil.copytree(ROOT / "trainer", package / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("analysis", "ds_configs"):
+        (package / name).symlink_to((ROOT / name).resolve())
+    protections = package / "trainer/protections"
+    (protections / "adapter_decay.py").write_text(code)
+    before, after = (protections / "registry.py").read_text().split("from .adapter_drift import", 1)
+    text = f"{before}{imported}from .adapter_drift import{after}"
+    before, after = text.split("KINDS: dict[str, Kind] = {\n", 1)
+    (protections / "registry.py").write_text(f"{before}KINDS: dict[str, Kind] = {{\n{entry}{after}")
+    return package.parent
+
+
+def lora_model() -> nn.Module:
+    torch.manual_seed(11)
+    return get_peft_model(toy_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ],
+    ids=["whole", "in two", "in four"],
+)
+def test_the_readmes_protection_is_plain_math(tmp_path, changes: dict[str, Any]):
+    strength, rate, steps = 0.05, 0.5, 3
+    want = copy.deepcopy(lora_model()).double()
+    for _ in range(steps):
+        trained = [parameter for parameter in want.parameters() if parameter.requires_grad]
+        squares = sum((parameter**2).sum() for parameter in trained)
+        sgd_step(want, plain_cross_entropy(want, task_documents()) + strength * squares, rate)
+    decay = readme_protection()
+    trainer = trainer_of(
+        tmp_path, lora_model().train(), protection=decay(strength), max_steps=steps, learning_rate=rate, **changes
+    )
+    trainer.train()
+    assert update_error(trainer.model, want, lora_model()) < 1e-5
+
+
+def squares(folder: Path) -> float:
+    """Of all trained weights."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    return float(sum(weight.float().square().sum() for weight in weights.values()))
+
+
+@pytest.mark.timeout(300)
+def test_the_readmes_protection_is_one_file_and_two_lines_as_they_stand_there(tmp_path):
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "save_strategy": "no"}
+    plain = run.train(parse(recipe(tmp_path, output_dir=str(tmp_path / "plain"), **lora)))
+    keys = recipe(tmp_path, protection="adapter_decay", penalty_strength=50.0, **lora)
+    flags = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
+    sources = package_with_the_readmes_protection(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "holdfast.trainer.cli", "train", *flags],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(sources)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert squares(tmp_path / "run/final") < squares(plain.final)
+    code, imported, entry = readme_blocks()
+    assert len((code + imported + entry).splitlines()) <= 22
+
+
+def test_the_readmes_entry_says_what_its_protection_shares_with_others(monkeypatch):
+    ((name, kind),) = eval("{" + readme_blocks()[2] + "}", vars(registry)).items()
+    monkeypatch.setitem(registry.KINDS, name, kind)
+    with pytest.raises(UserError, match=f"{name} and kl share the flags"):
+        registry.parts_of(f"{name}+kl")

@@ -1,0 +1,89 @@
+"""Bad input to `holdfast sweep` is one line before anything is written, also where the subspace is yet to be built."""
+
+import json
+from pathlib import Path
+
+import pytest
+from holdfast.trainer.cli import main
+from toys.chat_models import chat
+from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.sweeps import LAB_ROWS
+
+RANKS = json.dumps({"subspace": {"penalty_rank": [1, 4]}})
+COMPLETION = {"prompt": "soup ?", "chosen": "be honest", "rejected": "take it"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model")
+    write_rows(folder / "rows.jsonl", toy_rows())
+    write_rows(folder / "choices.jsonl", LAB_ROWS)
+    write_rows(folder / "empty.jsonl", [])
+    write_rows(folder / "prompts.jsonl", [{"messages": chat("soup ?")}])
+    write_rows(folder / "pairs.jsonl", [COMPLETION])
+    return folder
+
+
+def refused(inputs: Path, output: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = recipe(inputs, choices_dataset=str(inputs / "choices.jsonl"), output_dir=str(output))
+    given = [flag.format(inputs=inputs) if flag.startswith("{inputs}") else flag for flag in flags]
+    capsys.readouterr()
+    assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), *given]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("holdfast: error: ") and message in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--protections", "kl", "--penalty_strength", "1", "much"], "invalid float"),
+        (["--protections", "kl", "--seeds", "-1"], "--seeds is -1"),
+        (["--protections", "gradient"], "unknown; the nearest is"),
+        (["--protections", "interleave"], "interleave needs safe rows"),
+        (["--protections", "kl", "--task_measure", "choices/split/x/y"], "measure task"),
+        (["--protections", "kl", "--train_dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--protections", "kl", "--test_split", "tset"], "--test_split tset"),
+        (["--protections", "kl", "--penalty_side", "toward_base"], "--penalty_side has no effect"),
+        (["--protections", "kl", "--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "no budget can be held"),
+        (["--protections", "feature_l2", "--penalty_layers", "99"], "--penalty_layers '99': 99 is out of range"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    flags: list[str], message: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(inputs, tmp_path / "sweep", flags, message, capsys)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--anchor_dataset", "{inputs}/empty.jsonl"], "empty.jsonl has no rows"),
+        (["--subspace_dataset", "{inputs}/empty.jsonl"], "empty.jsonl has no rows"),
+        (["--subspace_contrast", "{inputs}/empty.jsonl"], "empty.jsonl has no rows"),
+        (["--subspace_contrast", "{inputs}/pairs.jsonl"], "a contrast of completions is read on role completion"),
+        (["--subspace_method", "svd"], "subspace method svd needs a base model"),
+        (["--subspace_centred", "true"], "centred belongs to method svd"),
+        (["--subspace_rank", "99"], "rank 99 is impossible: write 1-16"),
+        (["--subspace_layers", "9"], "--subspace_layers '9': 9 is out of range: the model has layers 0-2"),
+        (["--subspace_path", "{inputs}/rows.jsonl/subspace.safetensors"], "--subspace_path"),
+        (["--penalty_rank", "4"], "the subspace has rank 1"),
+        (["--protections", "kl", "subspace", "--grid", RANKS], "the subspace has rank 1"),
+        (["--penalty_layers", "99"], "--penalty_layers '99': 99 is out of range"),
+        (["--subspace_layers", "0-1", "--penalty_layers", "2"], "layers 0-1 but this run has 2"),
+        (["--penalty_tokens", "completion"], "token role all but this run has completion"),
+        (["--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "no budget can be held"),
+        (["--protections", "steering+subspace", "--penalty_inputs", "both"], "changes the task rows' stream"),
+        (
+            ["--protections", "subspace+gradient_projection", "--anchor_dataset", "{inputs}/prompts.jsonl"],
+            "reads the anchors' answers, and none has one",
+        ),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_subspace_is_built(
+    flags: list[str], message: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anchors = [] if "--anchor_dataset" in flags else ["--anchor_dataset", str(inputs / "rows.jsonl")]
+    refused(inputs, tmp_path / "sweep", ["--protections", "subspace", *anchors, *flags], message, capsys)
+    assert not (tmp_path / "sweep").exists()

@@ -1,0 +1,38 @@
+"""A trainer of one's own gets the penalty by the lines the README shows; they are run here as they stand."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from holdfast.analysis.errors import UserError
+from holdfast.trainer import run
+from holdfast.trainer.config.parsing import parse
+from holdfast.trainer.own_trainer import load_protection
+from toys.chat_models import toy_tokenizer
+from toys.runs import recipe, toy_rows, write_model, write_rows
+
+EXAMPLE = Path(__file__).with_name("own_trainer_example.py")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the example finds beside it: a model and its subspace."""
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    run.subspace(parse(recipe(tmp_path, subspace_path=str(tmp_path / "subspace.safetensors"))))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_example_for_a_trainer_of_ones_own_runs_as_it_stands(folder: Path) -> None:
+    trainer = runpy.run_path(str(EXAMPLE))["trainer"]
+    penalties = [entry["penalty"] for entry in trainer.state.log_history if "penalty" in entry]
+    # The first step starts at the starting model; later ones have moved.
+    assert len(penalties) == 4 and penalties[0] < 1e-8 < min(penalties[1:])
+    assert sum(line.endswith("# +") for line in EXAMPLE.read_text().splitlines()) < 10
+
+
+def test_a_subspace_of_another_model_is_refused(folder: Path) -> None:
+    write_model(folder / "other", seed=1)
+    with pytest.raises(UserError, match="instruct weights"):
+        load_protection("subspace.safetensors", "other", toy_tokenizer())

@@ -1,0 +1,1 @@
+"""Protections that penalise distance from the starting model."""

@@ -1,0 +1,1 @@
+"""Protections that change the optimiser step, or end training."""

@@ -1,0 +1,1 @@
+"""Protections that change the residual stream while training."""

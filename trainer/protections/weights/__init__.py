@@ -1,0 +1,1 @@
+"""Protections that act on weights, or are made from differences of weights."""

@@ -1,0 +1,304 @@
+"""LoRA in the null space of the anchors' inputs (after GuardSpace, arXiv 2510.14301; the form is our own).
+
+For each adapted linear module, C = Σ x xᵀ over the inputs x that it has from the anchors' tokens in the starting model.
+Q are its top eigenvectors, which hold a share of its trace. A ← A(I - QQᵀ) before the first step and after each one:
+the adapter does nothing along the anchors' principal inputs. The saved adapter is a plain one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DistributedType
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
+
+from ....analysis.errors import UserError
+from ....analysis.files.artifacts import digest_of
+from ....analysis.models.forward import Batch
+from ....analysis.models.layers import unwrap
+from ....analysis.models.modes import starting_model
+from ...data.documents import PENALTY_MASK, Document, DocumentStore
+from ..base import Protection
+from ..host import Host
+from .adapters import refuse_trained_beside
+
+# Numbers of all C held at once: 4 GiB in float32. A model with more reads its anchors several times.
+_HELD = 1 << 30
+# Of A's norm: what counts as zero where A is no finer (TF32 multiplies to about this).
+_ZERO = 1e-3
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A linear module with LoRA: its A [r, d_in], one for each adapter that trains."""
+
+    module: nn.Module
+    weights: list[nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Confined:
+    """LoRA's A [r, d_in] of one module, and the directions Q [d_in, k] it is kept out of."""
+
+    module: str
+    weight: nn.Parameter
+    basis: Tensor
+
+    @property
+    def zero(self) -> float:
+        """What counts as zero, as a share of A's norm."""
+        return max(_ZERO, 4 * torch.finfo(self.weight.dtype).eps)
+
+
+class NullSpaceProtection(Protection):
+    """Keep LoRA away from the principal inputs that the anchors give to each adapted module.
+
+    Args:
+        energy: share of the trace of C that Q holds, in 0..1. At 0 nothing is kept away and the protection is inactive;
+            at 1 the adapter has what the anchors never reach.
+        role: whose tokens of the anchors count. anchors: their rows, with the role's mask.
+        batch_size: anchor rows per forward pass and process.
+
+    Raises:
+        UserError: anchors without a token of the role.
+    """
+
+    def __init__(self, energy: float, role: str, anchors: Sequence[Document], batch_size: int = 4) -> None:
+        self.name, self.active = "null_space", energy > 0
+        self.energy, self.role, self.batch_size = energy, role, batch_size
+        self.anchors = DocumentStore(anchors)
+        if not self.anchors.mask.any():
+            raise UserError(f"null_space: no anchor has a token of role {role!r}; name others with --anchor_dataset")
+        self.confined: list[Confined] = []
+
+    def prepare(self, trainer: Host, model: nn.Module) -> None:
+        if self.confined:
+            return
+        trainer.refuse_unsupported(task=False)
+        if is_deepspeed_zero3_enabled() or trainer.accelerator.distributed_type == DistributedType.FSDP:
+            raise UserError(
+                "null_space changes whole matrices of LoRA, which ZeRO-3 and FSDP shard: use zero2, or subspace instead"
+            )
+        layers = adapted_layers(model)
+        bases = self._bases(trainer, model, layers)
+        self.confined = [
+            Confined(name, weight, bases[name].to(weight.device))
+            for name, layer in layers.items()
+            for weight in layer.weights
+        ]
+
+    @torch.no_grad()
+    def start(self, trainer: Host, model: nn.Module) -> None:
+        """Confine every A, once all of them are proven to be out of Q then, and not zero."""
+        moved: list[tuple[Confined, Tensor]] = []
+        for part in self.confined:
+            before = _read(trainer, part.weight)
+            size = part.zero * float(before.norm())
+            # A resumed run's is confined already; to do it again would change its last bits.
+            if _inside(before, part.basis) <= size:
+                continue
+            after = complement(before, part.basis)
+            if float(after.norm()) <= size:
+                raise UserError(
+                    f"null_space leaves {part.module} nothing to learn from: the anchors' inputs fill its "
+                    f"{len(part.basis)} directions at --null_space_energy {self.energy}; lower it"
+                )
+            if not _inside(after.to(part.weight.dtype), part.basis) <= size:
+                raise UserError(f"null_space: LoRA's A of {part.module} stays inside Q; train in a finer --dtype")
+            moved.append((part, after))
+        for part, after in moved:
+            _write(trainer, part.weight, after)
+
+    @torch.no_grad()
+    def end_step(self, trainer: Host, model: nn.Module) -> None:
+        for part in self.confined:
+            _write(trainer, part.weight, complement(_read(trainer, part.weight), part.basis))
+
+    def facts(self) -> dict[str, Any]:
+        anchors = digest_of({0: self.anchors.ids, 1: self.anchors.mask})
+        return {"protection": self.name, "energy": self.energy, "role": self.role, "anchors": anchors}
+
+    def _bases(self, trainer: Host, model: nn.Module, layers: Mapping[str, Adapted]) -> dict[str, Tensor]:
+        """Q [d_in, k] by module; those that read one input (q, k and v) share one tensor."""
+        counts, lengths = self.anchors.counts, self.anchors.lengths
+        numbers = sorted((number for number in self.anchors.order if counts[number]), key=lengths.__getitem__)
+        batches = [numbers[first : first + self.batch_size] for first in range(0, len(numbers), self.batch_size)]
+        mine = batches[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+        run = partial(self._run, trainer, model)
+        readers = readers_of_one_input(layers, partial(run, batches[0]))
+        bases: dict[str, Tensor] = {}
+        for names in _in_parts({name: layers[name].weights[0].shape[1] for name in readers}):
+            with second_moments({name: layers[name] for name in names}) as moments:
+                for batch in mine:
+                    run(batch, moments)
+            for name in names:
+                moment_dd = trainer.accelerator.reduce(moments.by_module.pop(name), "sum")
+                basis_dk = principal(moment_dd, self.energy)
+                if not basis_dk.shape[1]:
+                    raise UserError(f"null_space: the anchors' inputs to {name} are zero; leave it out of the targets")
+                bases |= dict.fromkeys(readers[name], basis_dk)
+        return bases
+
+    def _run(
+        self,
+        trainer: Host,
+        model: nn.Module,
+        numbers: Sequence[int],
+        moments: "Moments | None" = None,
+    ) -> None:
+        batch: Batch = trainer.to_device(self.anchors.batch(numbers))
+        if moments is not None:
+            moments.mask_BT = batch[PENALTY_MASK]
+        with starting_model(model), trainer.accelerator.autocast():
+            trainer.run_blocks(model, batch)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+    """The modules with LoRA, by name.
+
+    Raises:
+        UserError: none, one that is not linear, or a trained parameter beside LoRA's A and B, which nothing confines.
+    """
+    layers: dict[str, Adapted] = {}
+    for name, module in unwrap(model).named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+            raise UserError(
+                f"null_space confines LoRA on linear modules, and {name} is none; leave it out of --lora_target_modules"
+            )
+        weights = cast(list[nn.Parameter], [adapter.weight for adapter in module.lora_A.values()])
+        if trained := [weight for weight in weights if weight.requires_grad]:
+            layers[name] = Adapted(cast(nn.Module, module), trained)
+    if not layers:
+        raise UserError("null_space acts on LoRA's matrices, and the model has none; add --use_peft")
+    refuse_trained_beside("null_space", model)
+    return layers
+
+
+def principal(moment_dd: Tensor, energy: float) -> Tensor:
+    """The fewest top eigenvectors [d, k] of a second moment that hold a share `energy` of its trace.
+
+    Directions that only rounding gives a share do not count.
+    """
+    values, vectors = torch.linalg.eigh(moment_dd)
+    values, vectors = values.flip(0).double(), vectors.flip(1)
+    values = values.where(values > values[0] * len(values) * torch.finfo(moment_dd.dtype).eps, 0.0)
+    held = values.cumsum(0)
+    count = int((held < energy * held[-1]).sum()) + 1
+    return vectors[:, : min(count, int((values > 0).sum()))].contiguous()
+
+
+def complement(weight_rd: Tensor, basis_dk: Tensor) -> Tensor:
+    """A(I - QQᵀ) [r, d], in float32 or finer."""
+    wide_rd = weight_rd.to(torch.promote_types(weight_rd.dtype, basis_dk.dtype))
+    basis_dk = basis_dk.to(wide_rd.dtype)
+    return wide_rd - (wide_rd @ basis_dk) @ basis_dk.T
+
+
+def _inside(weight_rd: Tensor, basis_dk: Tensor) -> float:
+    """‖A Q‖."""
+    return float((weight_rd.to(basis_dk.dtype) @ basis_dk).norm())
+
+
+class Moments:
+    """Σ x xᵀ [d_in, d_in] by module, over the tokens of `mask_BT` of every forward pass."""
+
+    def __init__(self, layers: Mapping[str, Adapted]) -> None:
+        self.mask_BT = torch.empty(0)
+        self.by_module: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            weight = layer.weights[0]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            shape = (weight.shape[1], weight.shape[1])
+            self.by_module[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
+
+    def take(self, name: str, inputs: Tensor) -> None:
+        if inputs.shape[:-1] != self.mask_BT.shape:
+            raise UserError(f"null_space: {name} has not one input a token; leave it out of --lora_target_modules")
+        moment_dd = self.by_module[name]
+        rows_Nd = inputs[self.mask_BT.to(inputs.device)].to(moment_dd)
+        moment_dd.addmm_(rows_Nd.T, rows_Nd)
+
+
+@contextmanager
+def second_moments(layers: Mapping[str, Adapted]) -> Iterator[Moments]:
+    """Add up the second moments of these modules' inputs; the hooks are gone afterwards."""
+    moments = Moments(layers)
+    with _reading_inputs(layers, moments.take):
+        yield moments
+
+
+def readers_of_one_input(layers: Mapping[str, Adapted], run: Callable[[], None]) -> dict[str, list[str]]:
+    """All modules in groups that read the same tensor one after the other, by the first of each.
+
+    Raises:
+        UserError: a module that the forward pass does not reach.
+    """
+    groups: dict[str, list[str]] = {}
+    last: tuple[Tensor | None, str] = (None, "")
+
+    def note(name: str, inputs: Tensor) -> None:
+        nonlocal last
+        if inputs is not last[0]:
+            last = (inputs, name)
+            groups[name] = []
+        groups[last[1]].append(name)
+
+    with _reading_inputs(layers, note):
+        run()
+    reached = {name for names in groups.values() for name in names}
+    for name in layers:
+        if name not in reached:
+            raise UserError(f"null_space: the anchors give {name} no input; leave it out of --lora_target_modules")
+    return groups
+
+
+@contextmanager
+def _reading_inputs(layers: Mapping[str, Adapted], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    handles = [
+        layer.module.register_forward_pre_hook(lambda _module, args, name=name: take(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_parts(widths: Mapping[str, int]) -> Iterator[list[str]]:
+    """Modules whose moments are held at the same time."""
+    part: list[str] = []
+    held = 0
+    for name, width in widths.items():
+        if part and held + width**2 > _HELD:
+            yield part
+            part, held = [], 0
+        part.append(name)
+        held += width**2
+    yield part
+
+
+def _read(trainer: Host, weight: nn.Parameter) -> Tensor:
+    """The weight that the optimiser holds: under ZeRO-1 and -2 its float32 master, put together on every rank."""
+    if not trainer.is_deepspeed_enabled:
+        return weight
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    master: Tensor | None = safe_get_full_fp32_param(weight)
+    return weight if master is None else master
+
+
+def _write(trainer: Host, weight: nn.Parameter, value: Tensor) -> None:
+    weight.copy_(value)
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(weight, value)
