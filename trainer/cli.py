@@ -167,7 +167,7 @@ def train_main(arguments: Sequence[str]) -> int:
     from . import run
     from .config.parsing import build, parse_given
     from .launch import launch, must_launch
-    from .protected_sft_trainer import NonFiniteLoss
+    from .protected_trainer import NonFiniteLoss
 
     values, chosen = parse_given(arguments)
     if must_launch(values):

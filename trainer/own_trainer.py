@@ -16,7 +16,7 @@ from ..analysis.models.load import model_fingerprint, tokenizer_fingerprint
 from ..analysis.subspace.file import Subspace
 from .data.documents import documents_of
 from .data.rows import SHIPPED_ANCHORS, load_rows, render_rows
-from .protected_sft_trainer import ProtectedTrainerMixin
+from .protected_trainer import ProtectedTrainerMixin
 from .protections.drift.settings import PenaltySettings
 from .protections.drift.subspace import SubspaceProtection
 

@@ -5,46 +5,35 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import datasets
-import deepspeed
 import trl
 from peft import LoraConfig
-from torch.distributed import get_backend
 from transformers import PreTrainedModel, ProgressCallback, set_seed
-from transformers.integrations.deepspeed import (
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 from transformers.trainer_utils import SaveStrategy
 
 from ..analysis.errors import UserError
 from ..analysis.files.artifacts import check_writable, commit_directory
 from ..analysis.measure.measurer import Measurer
-from ..analysis.models.load import load_config, load_model, model_fingerprint
+from ..analysis.models.load import load_config, model_fingerprint
 from ..analysis.subspace.build import build_subspace
-from ..analysis.subspace.moments import SubspaceRequest
 from .callbacks import MeasureCheckpoints, measure_final
 from .commands.analyze import measurer
 from .config.model import ModelArguments
 from .config.parsing import Arguments
-from .data.contrast import load_contrast
 from .data.documents import Document, documents_of
-from .data.rows import RenderedRows, load_rows, to_dataset
+from .data.rows import RenderedRows, to_dataset
 from .inputs.checks import check_epochs, check_flags, check_lora, check_optimizer, check_steps
 from .inputs.protection import Materials, protection_of
 from .inputs.subspace import subspace_path
-from .inputs.training import TrainingInputs, anchor_rows, load_inputs, load_options, read_starting_model
+from .inputs.subspace_request import subspace_request
+from .inputs.training import TrainingInputs, load_inputs, load_options, read_starting_model
 from .protected_sft_trainer import ProtectedSFTTrainer
 from .protections.base import Protection
-from .protections.kinds import parts_of
-from .protections.weights.extrapolate import EXTRAPOLATED, write_extrapolated
 from .run_folder import (
     REFERENCES,
     check_output_dir,
@@ -52,8 +41,8 @@ from .run_folder import (
     is_main,
     newest_checkpoint,
     records_of,
-    remove_empty,
 )
+from .starting_weights import load_base_model, load_starting_model, starting_weights
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ def train(arguments: Arguments) -> TrainResult:
     Raises UserError for bad input (nothing written), KeyboardInterrupt with the way to go on when interrupted.
     """
     inputs, measure = check(arguments)
-    with _starting_weights(arguments) as weights:
+    with starting_weights(arguments) as weights:
         trainer, result = _train(arguments, inputs, measure, weights)
     # The run is whole by now: what fails here takes nothing of it back.
     if measure is not None and not _holds_final(trainer):
@@ -110,7 +99,7 @@ def _train(
 ) -> tuple[ProtectedSFTTrainer, TrainResult]:
     set_seed(arguments.training.seed)
     newest = newest_checkpoint(arguments)
-    model = _load(arguments, weights)
+    model = load_starting_model(arguments, weights)
     check_lora(arguments.model, model)
     check_optimizer(arguments.training, model)
     trainer = _trainer(arguments, inputs, model, weights)
@@ -168,31 +157,6 @@ def subspace(arguments: Arguments) -> Path:
     return path
 
 
-def subspace_request(arguments: Arguments) -> SubspaceRequest:
-    """What the flags ask to be built, its rows read. Raises UserError for sets that cannot be read."""
-    asked = arguments.subspace
-    rows = load_rows(asked.subspace_dataset, prompts=True) if asked.subspace_dataset else anchor_rows(arguments)
-    domains = asked.subspace_domains if isinstance(asked.subspace_domains, dict) else {}
-    return SubspaceRequest(
-        instruct_path=arguments.model.starting_model,
-        base_path=arguments.model.base_model_name_or_path,
-        rows=[row.messages for row in rows],
-        contrast=load_contrast(asked.subspace_contrast) if asked.subspace_contrast else None,
-        domains={name: [row.messages for row in load_rows(source, prompts=True)] for name, source in domains.items()},
-        method=asked.subspace_method,
-        rank=asked.subspace_rank,
-        layers=asked.subspace_layers,
-        role=asked.subspace_positions,
-        centred=asked.subspace_centred,
-        seed=asked.subspace_seed,
-        dtype=arguments.model.dtype or "float32",
-        device=str(arguments.training.device),
-        batch_size=arguments.analysis.analysis_batch_size,
-        max_length=arguments.training.max_length,
-        load=load_options(arguments),
-    )
-
-
 def lora_config(model: ModelArguments) -> LoraConfig | None:
     """TRL's LoRA configuration plus the patterns it has no flags for; None for full fine-tuning."""
     config = trl.get_peft_config(model)
@@ -203,67 +167,6 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
     for name in ("alpha_pattern", "rank_pattern"):
         setattr(config, name, getattr(model, f"lora_{name}") or {})
     return config
-
-
-@contextmanager
-def _starting_weights(arguments: Arguments) -> Iterator[str]:
-    """Where the weights lie that training starts from: the starting model, or what `extrapolate` makes of it.
-
-    That is written by the main process while the others wait, and taken back like the run's records when the block
-    fails before there is a checkpoint.
-    """
-    asked, model = arguments.protection, arguments.model
-    if "extrapolate" not in parts_of(asked.protection) or asked.extrapolate_alpha == 0:
-        yield model.starting_model
-        return
-    # An adapter names the weights it was trained on, and is read from other folders than this one.
-    folder = arguments.output_dir.absolute() / EXTRAPOLATED
-    new = not folder.exists()
-    try:
-        with arguments.training.main_process_first(local=False), _whole_weights(arguments):
-            if is_main():
-                assert model.base_model_name_or_path is not None  # checks._check_protection
-                write_extrapolated(
-                    folder, model.starting_model, model.base_model_name_or_path, alpha=asked.extrapolate_alpha,
-                    rank=asked.alignment_rank, options=load_options(arguments), device=arguments.training.device,
-                )  # fmt: skip
-        yield str(folder)
-    except BaseException:
-        if is_main() and new and not has_checkpoint(arguments.output_dir):
-            shutil.rmtree(folder, ignore_errors=True)
-            remove_empty(arguments.output_dir)
-        raise
-
-
-@contextmanager
-def _whole_weights(arguments: Arguments) -> Iterator[None]:
-    """Models that load here are whole, also where ZeRO-3 would share them out over the processes."""
-    sharded = is_deepspeed_zero3_enabled()
-    if sharded:
-        unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if sharded:
-            set_hf_deepspeed_config(arguments.training.hf_deepspeed_config)
-
-
-def _load(arguments: Arguments, path: str) -> PreTrainedModel:
-    if is_deepspeed_zero3_enabled():
-        # Weights are sharded while they load, so DeepSpeed must know its ranks; on CPU transformers leaves that out.
-        deepspeed.init_distributed(dist_backend=get_backend(), auto_mpi_discovery=False, verbose=False)
-    loaded = load_model(path, dtype=arguments.model.dtype or "auto", options=load_options(arguments))
-    assert isinstance(loaded, PreTrainedModel)  # read_starting_model refuses an adapter
-    return loaded
-
-
-def _load_base(arguments: Arguments) -> PreTrainedModel:
-    """The base model, in float32: differences of weights lose too much in half precision."""
-    path = arguments.model.base_model_name_or_path
-    assert path is not None  # the kind asks for it: checks._check_protection
-    loaded = load_model(path, dtype="float32", options=load_options(arguments))
-    assert isinstance(loaded, PreTrainedModel)
-    return loaded
 
 
 def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedModel, weights: str) -> ProtectedSFTTrainer:
@@ -296,8 +199,8 @@ def _protection(arguments: Arguments, inputs: TrainingInputs, weights: str) -> P
         subspace=inputs.subspace,
         task=rows(inputs.train),
         anchors=rows(inputs.anchors),
-        starting_model=partial(_load, arguments, weights),
-        base_model=partial(_load_base, arguments),
+        starting_model=partial(load_starting_model, arguments, weights),
+        base_model=partial(load_base_model, arguments),
         cache_dir=arguments.output_dir / REFERENCES,
         seed=arguments.training.seed,
         layers_path=arguments.model.layers_path,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from ..stats.intervals import Measurement, missing, wilson
+from ..stats.binomial import wilson
+from ..stats.intervals import Measurement, missing
 from ..stats.power import design_effect, power
 from ..stats.summary import measurement
 from .refusals import is_refusal

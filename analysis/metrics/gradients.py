@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..passes.gradients import GradientReadout
+from ..stats.binomial import wilson
 from ..stats.gradient_pairs import (
     MEANS,
     cosines,
@@ -31,7 +32,7 @@ from ..stats.gradient_pairs import (
     shuffled_partners,
     without_each_cluster,
 )
-from ..stats.intervals import Floats, Interval, Measurement, jackknife_ci, mean_ci, missing, wilson
+from ..stats.intervals import Floats, Interval, Measurement, jackknife_ci, mean_ci, missing
 from ..stats.nulls import permutation_p
 from ..stats.relabelling import Integers, Relabelling
 

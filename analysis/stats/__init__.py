@@ -18,11 +18,11 @@ covers the truth, at rates near 0 and with 5 and 10 seeds, stands in tests/bench
 repetitions but where it says what bounds it (counts are whole; what no row of a sample shows, no interval can know).
 """
 
+from .binomial import binomial_ci, wilson
 from .intervals import (
     Floats,
     Interval,
     Measurement,
-    binomial_ci,
     bootstrap_ci,
     cluster_codes,
     cluster_sums,
@@ -31,7 +31,6 @@ from .intervals import (
     missing,
     rate_bounds,
     rate_ci,
-    wilson,
 )
 from .nulls import holm, permutation_p, permutation_test, permuted_labels, sign_flip_test
 from .power import design_effect, power, sample_size

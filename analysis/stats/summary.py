@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
+from .binomial import wilson
 from .intervals import (
     ALONE,
     Clusters,
@@ -17,7 +18,6 @@ from .intervals import (
     missing,
     rate_bounds,
     rate_ci,
-    wilson,
 )
 
 

@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 from holdfast.trainer.own_trainer import load_protection  # +
-from holdfast.trainer.protected_sft_trainer import ProtectedTrainerMixin
+from holdfast.trainer.protected_trainer import ProtectedTrainerMixin
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 

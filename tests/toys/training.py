@@ -9,7 +9,8 @@ from datasets import Dataset
 from holdfast.analysis.models.render import Rendered, render
 from holdfast.analysis.subspace.file import Provenance, Subspace
 from holdfast.trainer.data.documents import Document, documents_of
-from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer, ProtectedTrainerMixin
+from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
+from holdfast.trainer.protected_trainer import ProtectedTrainerMixin
 from toys.chat_models import WIDTH, chat, toy_model, toy_tokenizer
 from transformers import PreTrainedModel
 from trl import SFTConfig

@@ -20,7 +20,8 @@ from holdfast.analysis.measure.plan import MeasurePlan
 from holdfast.analysis.models.load import model_fingerprint, tokenizer_fingerprint
 from holdfast.analysis.models.ranks import leave_group
 from holdfast.trainer.callbacks import MeasureCheckpoints
-from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
+from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
+from holdfast.trainer.protected_trainer import NonFiniteLoss, ProtectedTrainerMixin
 from holdfast.trainer.protections.base import Protection
 from holdfast.trainer.protections.drift.settings import PenaltySettings
 from holdfast.trainer.protections.drift.subspace import SubspaceProtection

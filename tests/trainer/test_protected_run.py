@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from holdfast.analysis.errors import UserError
 from holdfast.trainer.data.documents import AnchorOrder
-from holdfast.trainer.protected_sft_trainer import NonFiniteLoss, ProtectedSFTTrainer, ProtectedTrainerMixin
+from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
+from holdfast.trainer.protected_trainer import NonFiniteLoss, ProtectedTrainerMixin
 from holdfast.trainer.protections.drift import term as drift
 from holdfast.trainer.protections.drift.penalty import project
 from holdfast.trainer.protections.drift.settings import PenaltySettings

@@ -8,7 +8,7 @@ import torch
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.models.layers import find_layers
 from holdfast.trainer.data.documents import Document
-from holdfast.trainer.protected_sft_trainer import ProtectedTrainerMixin
+from holdfast.trainer.protected_trainer import ProtectedTrainerMixin
 from holdfast.trainer.protections.drift.settings import PenaltySettings
 from holdfast.trainer.protections.drift.subspace import SubspaceProtection
 from peft import LoraConfig, get_peft_model

@@ -33,7 +33,7 @@ from ..commands.analyze import DEFAULT_FAMILIES, measurer
 from ..config.parsing import Arguments, build, dump
 from ..inputs.training import load_choices
 from ..launch import must_launch
-from ..protected_sft_trainer import NonFiniteLoss
+from ..protected_trainer import NonFiniteLoss
 from ..protections.kinds import parts_of
 from ..run_folder import REFERENCES, SWEEP_LOG, has_checkpoint
 from .children import commands

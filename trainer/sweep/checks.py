@@ -24,9 +24,9 @@ from ..data.documents import Document, documents_of
 from ..data.rows import RenderedRows
 from ..inputs.checks import check_epochs, check_steps
 from ..inputs.protection import Materials, protection_of
+from ..inputs.subspace_request import subspace_request
 from ..inputs.training import TrainingInputs, load_inputs, load_options, read_starting_model
 from ..protections.kinds import kinds_of
-from ..run import subspace_request
 from ..run_folder import REFERENCES
 
 # Flags of a setting that change which rows, or what of a subspace, `load_inputs` reads.

@@ -7,148 +7,22 @@ Every run is the recipe with a protection's flags. Settings are chosen on valida
 is the test split read. The same command goes on where it was stopped.
 """
 
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ...analysis.errors import PARTIAL, UserError
-from ...analysis.files.artifacts import check_writable, sha256_json, write_json_atomic
-from ...analysis.measure.measurer import Measurer
-from ...analysis.measure.references import subspace_hash
-from ...analysis.models.load import model_fingerprint
-from ..config.parsing import Arguments, build, parse_values
-from ..config.sweep import SweepArguments
-from ..data.rows import load_rows
-from ..inputs.checks import check_flags
-from ..inputs.subspace import subspace_path
-from ..inputs.training import TrainingInputs, anchor_rows, deepspeed_content
-from ..launch import must_launch
-from ..protections.kinds import parts_of
+from ...analysis.files.artifacts import write_json_atomic
 from ..run_folder import SWEEP_LOG
-from .acts import RESULT, TEST_RESULT, plan_of, read_json
-from .checks import check_settings, reads_subspace
-from .folder import FROZEN, MARK, STARTS, Sweep, freeze, frozen_choice, open_folder, to_read
-from .measures import Measures, measures_of, split_rows
-from .plan import BASELINE, SweepRun, check_read, runs_of, settings_of
+from .acts import TEST_RESULT, read_json
+from .checks import reads_subspace
+from .folder import MARK, STARTS, Sweep, freeze, frozen_choice, to_read
+from .inputs import SweepInputs
 from .report import SUMMARY, write_report
 from .workers import Outcome, Task, Workers
-
-_OWN = {field.name for field in fields(SweepArguments)}
-# Of no effect on a run's numbers, or known by their content: two folders' sweeps have the same keys.
-_NOT_IN_KEY = {
-    *_OWN, "output_dir", "subspace_path", "model_name_or_path", "base_model_name_or_path", "train_dataset",
-    "held_out_dataset", "anchor_dataset", "probe_dataset", "choices_dataset", "interleave_dataset", "probe_sets",
-    "deepspeed",
-    "subspace_dataset", "subspace_contrast", "subspace_domains", "store_dir", "store_limit_gb", "report_to",
-    "logging_dir", "run_name", "disable_tqdm", "resume_from_checkpoint", "checkpoints", "watch_interval",
-    "save_steps", "save_strategy", "save_total_limit", "logging_steps", "analysis_during_training",
-}  # fmt: skip
-
-
-class _Command:
-    """One call of the command: its flags, and what they lead to. Writes nothing itself.
-
-    Raises:
-        UserError: at construction, for what is wrong with the flags themselves.
-    """
-
-    inputs: TrainingInputs
-    measures: Measures
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        flags = _with_strengths(argv)
-        self.values = parse_values(flags)
-        self.arguments = _built(self.values)
-        self.folder, self.asked = self.arguments.output_dir, self.arguments.sweep
-        check_writable(self.folder, "--output_dir")
-        open_folder(self.folder)
-        self.subspace = subspace_path(self.arguments)
-        seeds = self.asked.seeds or [self.arguments.training.seed]
-        settings = settings_of(self.asked, self.arguments.protection.penalty_strength)
-        check_read(flags, settings)
-        self.runs = runs_of(settings, seeds)
-        self._settings: list[Arguments] = []  # of each one's run at the first seed
-        for run in self.runs:
-            arguments = _built(self.of_run(run))
-            check_flags(arguments, evaluates=bool(arguments.data.held_out_dataset or arguments.data.held_out_rows))
-            if run.seed == self.runs[0].seed:
-                self._settings.append(arguments)
-
-    def check(self) -> None:
-        """Read what the settings read, also where the subspace is still to be built, and what is measured.
-
-        Raises:
-            UserError: for everything wrong with them.
-        """
-        self.inputs = check_settings(self._settings, self.subspace)
-        self.measures = measures_of(self.asked, self.inputs.choices or [])
-        Measurer(*plan_of(self.measuring(self.arguments.training.seed)))
-        if self.measures.test:
-            Measurer(*plan_of(self.measuring(self.arguments.training.seed), test=True))
-
-    def unfinished(self) -> int:
-        """Runs that may still be made: those without a result, while nothing is frozen."""
-        if (self.folder / FROZEN).is_file():
-            return 0
-        return sum(not (self.folder / "runs" / run.name / RESULT).is_file() for run in self.runs)
-
-    def of_run(self, run: SweepRun) -> dict[str, Any]:
-        """A run's flat values. Its checkpoints are not measured as they are saved: that would read the test split."""
-        own = {
-            "output_dir": str(self.folder / "runs" / run.name), "subspace_path": str(self.subspace),
-            "analysis_during_training": False, "disable_tqdm": True, "resume_from_checkpoint": None,
-        }  # fmt: skip
-        return {**{name: value for name, value in self.values.items() if name not in _OWN}, **run.flags, **own}
-
-    def measuring(self, seed: int) -> dict[str, Any]:
-        """The flat values by which runs of a seed are measured: the same for all seeds where no rows are set aside."""
-        seed = seed if self.arguments.data.held_out_rows else self.arguments.training.seed
-        return {**self.values, "protection": BASELINE, "subspace_path": str(self.subspace), "seed": seed}
-
-    def plan(self) -> Sweep:
-        """The sweep with the keys of its runs; the subspace is there."""
-        measured, _ = plan_of(self.measuring(self.arguments.training.seed))
-        model = self.arguments.model
-        contents = {
-            "model": self.inputs.facts["starting weights"],
-            "tokenizer": self.inputs.facts["tokenizer"],
-            "base": model_fingerprint(model.base_model_name_or_path) if model.base_model_name_or_path else None,
-            "rows": [row.messages for row in self.inputs.train.rows],
-            "anchors": [row.messages for row in anchor_rows(self.arguments)],
-            "measured": {name: list(rows) for name, rows in measured.probe_sets.items()},
-            # Read before the freeze, and after it.
-            "choices": split_rows(self.inputs.choices or [], self.asked.late_split),
-            "subspace": subspace_hash(measured),
-        }
-        start_key = sha256_json([sha256_json(contents), _flags(self.values, {"protection", "seed"})])
-        keys = {
-            run.name: sha256_json([start_key, _flags(self.of_run(run), set()), self._contents(run)])
-            for run in self.runs
-        }  # fmt: skip
-        lab = Path(str(model.model_name_or_path)).name
-        return Sweep(self.folder, self.runs, keys, start_key, self.measures, lab, self.asked.floor)
-
-    def _contents(self, run: SweepRun) -> dict[str, Any]:
-        """What the files hold that a run's own flags may name."""
-        values = self.of_run(run)
-        interleaves = "interleave" in parts_of(run.setting.protection) and values["interleave_dataset"]
-        safe = [row.messages for row in load_rows(interleaves, prompts=True)] if interleaves else None
-        return {"safe": safe, "deepspeed": deepspeed_content(values["deepspeed"])}
-
-    def workers(self) -> Workers:
-        """As many as `--jobs` says, or as there are GPUs, or half the cores."""
-        launched = must_launch(self.values)
-        gpus = [] if launched or self.arguments.training.use_cpu else _gpus()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jobs = self.asked.jobs or (1 if launched else len(gpus) or max(1, cores // 2))
-        return Workers(jobs, max(1, cores // jobs), gpus)
 
 
 def sweep_main(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -158,7 +32,7 @@ def sweep_main(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
         UserError: bad input (nothing written), or a folder whose frozen choice does not allow what is asked.
         KeyboardInterrupt: interrupted, with the way to go on.
     """
-    command = _Command(argv)
+    command = SweepInputs(argv)
     try:
         with command.workers() as workers:
             workers.warm(command.unfinished())  # they import while rows are read and checked here
@@ -172,7 +46,7 @@ def sweep_main(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
 
 
-def _swept(command: _Command, workers: Workers) -> tuple[str, dict[str, str]]:
+def _swept(command: SweepInputs, workers: Workers) -> tuple[str, dict[str, str]]:
     if not (command.folder / MARK).is_file():
         write_json_atomic(command.folder / MARK, {"command": "holdfast sweep"})
     if not command.subspace.is_file() and any(reads_subspace(run.setting.protection) for run in command.runs):
@@ -207,7 +81,7 @@ def _frozen(sweep: Sweep, failed: Mapping[str, str]) -> dict[str, Any]:
         ) from None
 
 
-def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str]:
+def _run_all(command: SweepInputs, sweep: Sweep, workers: Workers) -> dict[str, str]:
     """Train and measure every run that has no result; gives the failed ones with the reason and the log."""
     missing = [run for run in sweep.runs if sweep.result(run) is None]
     tasks = [
@@ -235,7 +109,7 @@ def _run_all(command: _Command, sweep: Sweep, workers: Workers) -> dict[str, str
     return failed
 
 
-def _read_all_tests(command: _Command, sweep: Sweep, workers: Workers, frozen: Mapping[str, Any]) -> None:
+def _read_all_tests(command: SweepInputs, sweep: Sweep, workers: Workers, frozen: Mapping[str, Any]) -> None:
     """Read the test split on the frozen settings' runs. Raises UserError where one cannot be read."""
     waiting = [run for run in to_read(sweep, frozen) if not read_json(sweep.run_folder(run) / TEST_RESULT)]
     tasks = [
@@ -259,7 +133,7 @@ def _read_all_tests(command: _Command, sweep: Sweep, workers: Workers, frozen: M
 
 
 def _after_start(
-    command: _Command, sweep: Sweep, workers: Workers, when: str, tasks: Sequence[Task]
+    command: SweepInputs, sweep: Sweep, workers: Workers, when: str, tasks: Sequence[Task]
 ) -> Iterable[Outcome]:
     """The tasks' outcomes; beside the first of them the starting model is measured, where it was not.
 
@@ -288,7 +162,7 @@ def _after_start(
         _require(ended)
 
 
-def _task(command: _Command, act: str, arguments: dict[str, Any]) -> Task:
+def _task(command: SweepInputs, act: str, arguments: dict[str, Any]) -> Task:
     return Task(act, command.folder / SWEEP_LOG, act, arguments)
 
 
@@ -313,31 +187,8 @@ def _shown(outcomes: Iterable[Outcome], total: int, waiting: int, what: str) -> 
             yield outcome
 
 
-def _with_strengths(argv: Sequence[str]) -> list[str]:
-    """`--penalty_strength 0.1 1 10` takes one value in a recipe, and all of them here."""
-    flag = "--penalty_strength"
-    return [f"--strengths{text[len(flag) :]}" if text == flag or text.startswith(f"{flag}=") else text for text in argv]
-
-
-def _built(values: Mapping[str, Any]) -> Arguments:
-    """Checked arguments. DeepSpeed is left out: its set-up belongs to the ranks."""
-    return build({**values, "deepspeed": None})
-
-
-def _subspace_values(command: _Command) -> dict[str, Any]:
+def _subspace_values(command: SweepInputs) -> dict[str, Any]:
     return {**command.values, "deepspeed": None, "num_processes": 1, "subspace_path": str(command.subspace)}
-
-
-def _flags(values: Mapping[str, Any], without: set[str]) -> dict[str, Any]:
-    """What decides a run's numbers beside the contents of its inputs."""
-    return {name: value for name, value in sorted(values.items()) if name not in _NOT_IN_KEY | without}
-
-
-def _gpus() -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def main(argv: Sequence[str]) -> int:

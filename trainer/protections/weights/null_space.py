@@ -5,41 +5,29 @@ Q are its top eigenvectors, which hold a share of its trace. A ← A(I - QQᵀ) 
 the adapter does nothing along the anchors' principal inputs. The saved adapter is a plain one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.pytorch_utils import Conv1D
 
 from ....analysis.errors import UserError
 from ....analysis.files.artifacts import digest_of
 from ....analysis.models.forward import Batch
-from ....analysis.models.layers import unwrap
 from ....analysis.models.modes import starting_model
 from ...data.documents import PENALTY_MASK, Document, DocumentStore
 from ..base import Protection
 from ..host import Host
-from .adapters import refuse_trained_beside
+from .input_moments import Adapted, Moments, adapted_layers, principal, readers_of_one_input, second_moments
 
 # Numbers of all C held at once: 4 GiB in float32. A model with more reads its anchors several times.
 _HELD = 1 << 30
 # Of A's norm: what counts as zero where A is no finer (TF32 multiplies to about this).
 _ZERO = 1e-3
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A linear module with LoRA: its A [r, d_in], one for each adapter that trains."""
-
-    module: nn.Module
-    weights: list[nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -150,49 +138,13 @@ class NullSpaceProtection(Protection):
         trainer: Host,
         model: nn.Module,
         numbers: Sequence[int],
-        moments: "Moments | None" = None,
+        moments: Moments | None = None,
     ) -> None:
         batch: Batch = trainer.to_device(self.anchors.batch(numbers))
         if moments is not None:
             moments.mask_BT = batch[PENALTY_MASK]
         with starting_model(model), trainer.accelerator.autocast():
             trainer.run_blocks(model, batch)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The modules with LoRA, by name.
-
-    Raises:
-        UserError: none, one that is not linear, or a trained parameter beside LoRA's A and B, which nothing confines.
-    """
-    layers: dict[str, Adapted] = {}
-    for name, module in unwrap(model).named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        if isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
-            raise UserError(
-                f"null_space confines LoRA on linear modules, and {name} is none; leave it out of --lora_target_modules"
-            )
-        weights = cast(list[nn.Parameter], [adapter.weight for adapter in module.lora_A.values()])
-        if trained := [weight for weight in weights if weight.requires_grad]:
-            layers[name] = Adapted(cast(nn.Module, module), trained)
-    if not layers:
-        raise UserError("null_space acts on LoRA's matrices, and the model has none; add --use_peft")
-    refuse_trained_beside("null_space", model)
-    return layers
-
-
-def principal(moment_dd: Tensor, energy: float) -> Tensor:
-    """The fewest top eigenvectors [d, k] of a second moment that hold a share `energy` of its trace.
-
-    Directions that only rounding gives a share do not count.
-    """
-    values, vectors = torch.linalg.eigh(moment_dd)
-    values, vectors = values.flip(0).double(), vectors.flip(1)
-    values = values.where(values > values[0] * len(values) * torch.finfo(moment_dd.dtype).eps, 0.0)
-    held = values.cumsum(0)
-    count = int((held < energy * held[-1]).sum()) + 1
-    return vectors[:, : min(count, int((values > 0).sum()))].contiguous()
 
 
 def complement(weight_rd: Tensor, basis_dk: Tensor) -> Tensor:
@@ -205,72 +157,6 @@ def complement(weight_rd: Tensor, basis_dk: Tensor) -> Tensor:
 def _inside(weight_rd: Tensor, basis_dk: Tensor) -> float:
     """‖A Q‖."""
     return float((weight_rd.to(basis_dk.dtype) @ basis_dk).norm())
-
-
-class Moments:
-    """Σ x xᵀ [d_in, d_in] by module, over the tokens of `mask_BT` of every forward pass."""
-
-    def __init__(self, layers: Mapping[str, Adapted]) -> None:
-        self.mask_BT = torch.empty(0)
-        self.by_module: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            weight = layer.weights[0]
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            shape = (weight.shape[1], weight.shape[1])
-            self.by_module[name] = torch.zeros(shape, dtype=dtype, device=weight.device)
-
-    def take(self, name: str, inputs: Tensor) -> None:
-        if inputs.shape[:-1] != self.mask_BT.shape:
-            raise UserError(f"null_space: {name} has not one input a token; leave it out of --lora_target_modules")
-        moment_dd = self.by_module[name]
-        rows_Nd = inputs[self.mask_BT.to(inputs.device)].to(moment_dd)
-        moment_dd.addmm_(rows_Nd.T, rows_Nd)
-
-
-@contextmanager
-def second_moments(layers: Mapping[str, Adapted]) -> Iterator[Moments]:
-    """Add up the second moments of these modules' inputs; the hooks are gone afterwards."""
-    moments = Moments(layers)
-    with _reading_inputs(layers, moments.take):
-        yield moments
-
-
-def readers_of_one_input(layers: Mapping[str, Adapted], run: Callable[[], None]) -> dict[str, list[str]]:
-    """All modules in groups that read the same tensor one after the other, by the first of each.
-
-    Raises:
-        UserError: a module that the forward pass does not reach.
-    """
-    groups: dict[str, list[str]] = {}
-    last: tuple[Tensor | None, str] = (None, "")
-
-    def note(name: str, inputs: Tensor) -> None:
-        nonlocal last
-        if inputs is not last[0]:
-            last = (inputs, name)
-            groups[name] = []
-        groups[last[1]].append(name)
-
-    with _reading_inputs(layers, note):
-        run()
-    reached = {name for names in groups.values() for name in names}
-    for name in layers:
-        if name not in reached:
-            raise UserError(f"null_space: the anchors give {name} no input; leave it out of --lora_target_modules")
-    return groups
-
-
-@contextmanager
-def _reading_inputs(layers: Mapping[str, Adapted], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    handles = [
-        layer.module.register_forward_pre_hook(lambda _module, args, name=name: take(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _in_parts(widths: Mapping[str, int]) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from holdfast.analysis.models.ranks import leave_group
 from holdfast.trainer import run
 from holdfast.trainer.config.parsing import parse
 from holdfast.trainer.data.documents import Document, documents_of
-from holdfast.trainer.protected_sft_trainer import NonFiniteLoss
+from holdfast.trainer.protected_trainer import NonFiniteLoss
 from holdfast.trainer.protections.steps import gradient_projection
 from holdfast.trainer.protections.steps.gradient_projection import GradientProjectionProtection, change
 from hypothesis import given, settings
