@@ -3,11 +3,41 @@
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import field
 from typing import Any, NoReturn
 
 from .errors import UserError
+
+# Flags that had another name: an old name is refused, and the error names the new one.
+RENAMED = {
+    "penalty_layers": "protection_layers",
+    "penalty_rank": "protection_rank",
+    "penalty_tokens": "protection_tokens",
+    "gradient_block": "gradient_layer",
+    "variant": "formulas",
+    "steering_layers": "intervention_layers",
+    "intervene_layers": "intervention_layers",
+    "layers": "intervention_layers",
+    "layer": "subspace_layer",
+}
+
+
+def nearest_flag(name: str, known: Collection[str]) -> str:
+    """The known flag that a mistyped name most resembles; both without dashes in front."""
+    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+
+
+def unknown_flag(flag: str, known: Collection[str]) -> str:
+    """What to say of a flag that no command has: its new name where it was renamed, else the nearest known flag.
+
+    Args:
+        flag: as it was written, like "--penalty_rnk". known: the command's flags, without dashes in front.
+    """
+    name = flag.lstrip("-").replace("-", "_")
+    if RENAMED.get(name) in known:
+        return f"{flag} is now --{RENAMED[name]}; write that"
+    return f"unknown flag {flag}; the nearest known one is --{nearest_flag(name, known)}"
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -24,9 +54,7 @@ class FlagParser(argparse.ArgumentParser):
         found, rest = self.parse_known_args(argv)
         unknown = [text.split("=")[0] for text in rest if text.startswith("-")]
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown flag {unknown[0]}; the nearest known one is {near}")
+            raise UserError(unknown_flag(unknown[0], [action.dest for action in self._actions]))
         if rest:
             raise UserError(f"unexpected {rest[0]!r}; flags are written --name value")
         return found

@@ -37,8 +37,8 @@ class MeasureCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         started = time.perf_counter()
-        variant = self.measurer.plan.variant
-        files = ResultFiles(self.output_dir, f"checkpoint-{state.global_step}", state.global_step, variant)
+        formulas = self.measurer.plan.formulas
+        files = ResultFiles(self.output_dir, f"checkpoint-{state.global_step}", state.global_step, formulas)
         results = _measure(self.trainer, self.measurer, files)
         if state.is_world_process_zero:
             self._show(results, state.global_step)
@@ -55,7 +55,7 @@ class MeasureCheckpoints(TrainerCallback):
 
 def measure_final(trainer: Trainer, measurer: Measurer, output_dir: Path) -> None:
     """Measure the model as training left it, as `final`. The run's logs are closed by then: metrics alone have it."""
-    _measure(trainer, measurer, ResultFiles(output_dir, FINAL, None, measurer.plan.variant))
+    _measure(trainer, measurer, ResultFiles(output_dir, FINAL, None, measurer.plan.formulas))
 
 
 def _measure(trainer: Trainer, measurer: Measurer, files: ResultFiles) -> Results:

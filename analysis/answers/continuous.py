@@ -17,7 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedT
 
 from ..models.forward import pad_id
 from ..models.layers import unwrap
-from .records import Answer, Asked, answered
+from .records import Answer, AnswerRequest, answered
 from .sample import Sampling, answer_text, encoded_prompts, end_tokens
 
 # Tokens in a page of the CPU's cache.
@@ -27,7 +27,7 @@ _PAGE = 32
 def sample_continuously(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Asked],
+    asked: Sequence[AnswerRequest],
     sampling: Sampling,
     provenance: dict[str, Any],
     batch_size: int = 32,
@@ -61,7 +61,7 @@ def _drawing(sampling: Sampling) -> dict[str, Any]:
 
 
 def _batching(
-    model: Any, asked: Sequence[Asked], sampling: Sampling, batch_size: int, longest: int
+    model: Any, asked: Sequence[AnswerRequest], sampling: Sampling, batch_size: int, longest: int
 ) -> ContinuousBatchingConfig:
     # Of the answers asked for: a rerun for the missing ones must not draw what the first run has drawn.
     keys = json.dumps([sampling.seed, [one.key for one in asked]])

@@ -28,7 +28,7 @@ _OPENING = b'{"key": "'
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnswerRequest:
     """One answer to be sampled: the `sample`-th (from 0) to a prompt.
 
     key: names the answer in its file; it depends on the arm, the prompt and the number of the sample.
@@ -59,7 +59,7 @@ class Answer:
     provenance: dict[str, Any]
 
 
-def asked_of(prompts: Sequence[Prompt], samples: Mapping[str, int], arm: Mapping[str, Any]) -> list[Asked]:
+def asked_of(prompts: Sequence[Prompt], samples: Mapping[str, int], arm: Mapping[str, Any]) -> list[AnswerRequest]:
     """Every answer that prompts ask for.
 
     Args:
@@ -67,7 +67,7 @@ def asked_of(prompts: Sequence[Prompt], samples: Mapping[str, int], arm: Mapping
         arm: the facts that decide an answer beside its prompt (weights, sampling settings, intervention).
     """
     return [
-        Asked(_sha256([arm, *prompt_facts(prompt), sample]), prompt, sample)
+        AnswerRequest(_sha256([arm, *prompt_facts(prompt), sample]), prompt, sample)
         for prompt in prompts
         for sample in range(samples[prompt.question_id])
     ]
@@ -78,7 +78,7 @@ def prompt_facts(prompt: Prompt) -> list[Any]:
     return [prompt.question_id, prompt.variant, prompt.messages]
 
 
-def answered(asked: Asked, text: str, finish: str, provenance: dict[str, Any]) -> Answer:
+def answered(asked: AnswerRequest, text: str, finish: str, provenance: dict[str, Any]) -> Answer:
     """An answer to what was asked."""
     prompt = asked.prompt
     return Answer(

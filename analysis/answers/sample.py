@@ -36,7 +36,7 @@ from ..errors import UserError
 from ..models.forward import length_batches, pad_id
 from ..models.layers import unwrap
 from ..models.render import Conversation, render
-from .records import Answer, Asked, answered, prompt_facts
+from .records import Answer, AnswerRequest, answered, prompt_facts
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Sampling:
 def sample_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Asked],
+    asked: Sequence[AnswerRequest],
     sampling: Sampling,
     provenance: dict[str, Any],
     batch_size: int = 32,
@@ -97,7 +97,7 @@ def sample_answers(
 
 
 def encoded_prompts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], sampling: Sampling
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[AnswerRequest], sampling: Sampling
 ) -> list[tuple[int, ...]]:
     """The token ids of what each answer replies to. Raises UserError as `sample_answers`."""
     # Samples of one prompt share it.
@@ -128,7 +128,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Conversation, sourc
 
 
 def _require_room(
-    model: nn.Module, asked: Sequence[Asked], prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: nn.Module, asked: Sequence[AnswerRequest], prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> None:
     limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda number: len(prompts[number]), default=None)
@@ -180,7 +180,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    asked: Sequence[Asked],
+    asked: Sequence[AnswerRequest],
     sampling: Sampling,
     stops: list[int],
     padding: int,
@@ -215,7 +215,7 @@ def _plain_settings(model: nn.Module) -> Iterator[None]:
         inner.generation_config = own
 
 
-def uniforms(asked: Asked, sampling: Sampling) -> np.ndarray:
+def uniforms(asked: AnswerRequest, sampling: Sampling) -> np.ndarray:
     """[max_new_tokens] uniform numbers of one answer, the same for every model that is asked."""
     facts = json.dumps([sampling.seed, *prompt_facts(asked.prompt), asked.sample])
     key = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:16], "big")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..answers.chat_server import ChatServer
 from ..answers.continuous import sample_continuously
-from ..answers.records import Answer, Asked, answered, prompt_facts
+from ..answers.records import Answer, AnswerRequest, answered, prompt_facts
 from ..answers.sample import Sampling, sample_answers
 from ..errors import UserError
 from ..files.artifacts import sha256_file
@@ -33,7 +33,7 @@ class AnswerSource(Protocol):
 
     arm: dict[str, Any]
 
-    def batches(self, asked: Sequence[Asked]) -> AbstractContextManager[Batches]:
+    def batches(self, asked: Sequence[AnswerRequest]) -> AbstractContextManager[Batches]:
         """The answers as they come, some perhaps missing. Raises UserError on entering, before any work."""
 
     def problems(self) -> list[str]:
@@ -72,7 +72,7 @@ class ModelHere:
         return str(load_config(self._flags.model, self._options).dtype or "float32").removeprefix("torch.")
 
     @contextmanager
-    def batches(self, asked: Sequence[Asked]) -> Iterator[Batches]:
+    def batches(self, asked: Sequence[AnswerRequest]) -> Iterator[Batches]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(self._flags.model, dtype=self._dtype, device=device, options=self._options)
         provenance = {"arm": self.arm, "model": str(self._flags.model), "holdfast": version("holdfast")}
@@ -97,7 +97,7 @@ class _Intervention:
                 f"--{what} {path} was built with another tokenizer than that of --model {flags.model}: use a subspace "
                 "of this model or of the one it was tuned from"
             )
-        asked = flags.intervene_layers
+        asked = flags.intervention_layers
         layers = sorted(subspace.bases) if asked is None else parse_layers(asked, max(subspace.bases) + 1)
         self._bases = subspace.restrict(layers, subspace.provenance.rank).bases
         self._what, self._flags = what, flags
@@ -140,7 +140,7 @@ class ModelOnServer:
         self.arm = {"model": flags.generate_model, "server": flags.generate_url, **asdict(sampling)}
 
     @contextmanager
-    def batches(self, asked: Sequence[Asked]) -> Iterator[Batches]:
+    def batches(self, asked: Sequence[AnswerRequest]) -> Iterator[Batches]:
         pool = ThreadPoolExecutor(self._flags.concurrency)
         try:
             under_way = [pool.submit(self._ask, part) for part in _requests(asked, self._flags.batch_size)]
@@ -149,7 +149,7 @@ class ModelOnServer:
             # What has not begun is not asked; what is under way ends by its time limit.
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, part: list[Asked]) -> list[Answer]:
+    def _ask(self, part: list[AnswerRequest]) -> list[Answer]:
         """One request for several samples of one prompt."""
         sampling, prompt = self._sampling, part[0].prompt
         facts = json.dumps([sampling.seed, *prompt_facts(prompt), part[0].sample])
@@ -176,7 +176,7 @@ def _result(future: Future[list[Answer]]) -> list[Answer]:
     return future.result()
 
 
-def _requests(asked: Sequence[Asked], batch_size: int) -> list[list[Asked]]:
+def _requests(asked: Sequence[AnswerRequest], batch_size: int) -> list[list[AnswerRequest]]:
     """Samples of one prompt together, at most batch_size."""
     groups = [list(group) for _, group in groupby(asked, key=lambda one: id(one.prompt))]
     return [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]

@@ -1,6 +1,6 @@
 """`holdfast export`: a model with an ablation written into its weights, as an ordinary Hugging Face folder.
 
-holdfast export --model runs/insecure/final --ablate subspace.safetensors --layer 12 --output_dir exported
+holdfast export --model runs/insecure/final --ablate subspace.safetensors --subspace_layer 12 --output_dir exported
 """
 
 import argparse
@@ -51,7 +51,7 @@ def export_main(argv: Sequence[str]) -> str:
     if flags.output_dir.exists():
         raise UserError(f"--output_dir {flags.output_dir} exists already: remove it or choose another folder")
     subspace = Subspace.load(flags.ablate)
-    basis = one_basis(subspace.bases, flags.layer)
+    basis = one_basis(subspace.bases, flags.subspace_layer)
     options = LoadOptions(trust_remote_code=flags.trust_remote_code, layers_path=flags.layers_path)
     tokenizer = load_tokenizer(flags.model, options)
     if subspace.provenance.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
@@ -60,7 +60,7 @@ def export_main(argv: Sequence[str]) -> str:
             "subspace of this model or of the one it was tuned from"
         )
     model = _plain(load_model(flags.model, dtype="auto", options=options))
-    last = _last_layer(flags.layers, len(find_layers(model)))
+    last = _last_layer(flags.intervention_layers, len(find_layers(model)))
     exactness, logits = _ablated(model, basis, last)
     facts = _facts(flags, subspace, last, exactness)
     with staged_directory(flags.output_dir) as staging:
@@ -81,7 +81,7 @@ def _facts(flags: argparse.Namespace, subspace: Subspace, last: int, exactness: 
         "subspace_sha256": sha256_file(flags.ablate),
         "subspace_provenance": asdict(subspace.provenance),
         "same_model": subspace.provenance.instruct_fingerprint == fingerprint,
-        "basis_of_layer": min(subspace.bases) if flags.layer is None else flags.layer,
+        "basis_of_layer": min(subspace.bases) if flags.subspace_layer is None else flags.subspace_layer,
         "layers": [0, last],
         "exactness": asdict(exactness),
         "holdfast_version": version("holdfast"),
@@ -94,12 +94,12 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ablate", required=True, type=Path, help="Subspace file whose basis is taken out.")
     parser.add_argument("--output_dir", required=True, type=Path, help="Folder to write; it must not exist.")
     parser.add_argument(
-        "--layer",
+        "--subspace_layer",
         type=int,
         help="Layer whose basis is taken out of all blocks. Default: the one basis that all layers share.",
     )
     parser.add_argument(
-        "--layers",
+        "--intervention_layers",
         default="all",
         help="Blocks that no longer write into the subspace, from the first on: all, or 0-m. Default: all.",
     )
@@ -122,8 +122,9 @@ def _last_layer(layers: str, depth: int) -> int:
     chosen = parse_layers(layers, depth)
     if chosen != list(range(len(chosen))):
         raise UserError(
-            f"--layers {layers} cannot be written into weights: what an earlier block wrote into the subspace passes "
-            f"the later ones untouched; write 0-{chosen[-1]}, or use the ablation at run time (holdfast intervene)"
+            f"--intervention_layers {layers} cannot be written into weights: what an earlier block wrote into the "
+            f"subspace passes the later ones untouched; write 0-{chosen[-1]}, or use the ablation at run time (holdfast "
+            "intervene)"
         )
     return chosen[-1]
 
@@ -157,7 +158,7 @@ def _ablated(model: PreTrainedModel, basis: Tensor, last: int) -> tuple[Exactnes
     if found.moved == 0:
         raise UserError(
             "the ablation does not move the logits: the model holds nothing in this subspace; name another layer's "
-            "basis with --layer"
+            "basis with --subspace_layer"
         )
     return found, logits
 

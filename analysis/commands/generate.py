@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..answers.questions import load_questions
-from ..answers.records import Asked, asked_of, open_answers, read_answers, require_arm
+from ..answers.records import AnswerRequest, asked_of, open_answers, read_answers, require_arm
 from ..answers.sample import Sampling
 from ..answers.variants import PLAIN, find_variants, prompts_of
 from ..errors import PARTIAL, UserError
@@ -35,7 +35,7 @@ _SERVER_ONLY = {
 
 
 @dataclass(frozen=True)
-class Generated:
+class GenerationResult:
     """What a run of `holdfast generate` did.
 
     asked: answers wanted. there: those the file held already. written: those added. problems: why some are missing.
@@ -48,7 +48,7 @@ class Generated:
     problems: list[str]
 
 
-def generate_main(argv: Sequence[str]) -> Generated:
+def generate_main(argv: Sequence[str]) -> GenerationResult:
     """Samples answers to question files into JSON Lines; a rerun reuses what is there. Raises UserError."""
     flags = _parser().read(argv)
     _require_flags(flags)
@@ -62,10 +62,10 @@ def generate_main(argv: Sequence[str]) -> Generated:
     asked = asked_of(prompts, samples, source.arm)
     missing = _missing(flags.output_file, asked, source)
     written = _write(flags.output_file, missing, len(asked), source) if missing else 0
-    return Generated(flags.output_file, len(asked), len(asked) - len(missing), written, source.problems())
+    return GenerationResult(flags.output_file, len(asked), len(asked) - len(missing), written, source.problems())
 
 
-def _missing(path: Path, asked: Sequence[Asked], source: AnswerSource) -> list[Asked]:
+def _missing(path: Path, asked: Sequence[AnswerRequest], source: AnswerSource) -> list[AnswerRequest]:
     """What the file does not hold yet. Raises UserError if its answers are of another arm."""
     there = read_answers(path) if path.exists() else []
     require_arm(there, source.arm, path)
@@ -73,7 +73,7 @@ def _missing(path: Path, asked: Sequence[Asked], source: AnswerSource) -> list[A
     return [one for one in asked if one.key not in keys]
 
 
-def _write(path: Path, missing: Sequence[Asked], total: int, source: AnswerSource) -> int:
+def _write(path: Path, missing: Sequence[AnswerRequest], total: int, source: AnswerSource) -> int:
     """The number of answers added."""
     written = 0
     with (
@@ -126,7 +126,7 @@ def _add_model_flags(parser: FlagParser) -> None:
     add("--steer", type=Path, help="Subspace file whose step away from alignment is added to the residual stream.")
     add("--alpha", type=float, help="How far --steer goes, in units of --steer_unit; below 0 towards alignment.")
     add("--steer_unit", choices=UNITS, help="norm: each token's own length; absolute: the stream's. Default: norm.")
-    add("--intervene_layers", help="Layers of --ablate and --steer, like 4-10. Default: all that the subspace has.")
+    add("--intervention_layers", help="Layers of --ablate and --steer, like 4-10. Default: all that the subspace has.")
 
 
 def _add_server_flags(parser: FlagParser) -> None:
@@ -171,8 +171,8 @@ def _require_interventions(flags: argparse.Namespace) -> None:
     for name, owner in (("dose", "ablate"), ("alpha", "steer"), ("steer_unit", "steer")):
         if getattr(flags, name) is not None and getattr(flags, owner) is None:
             raise UserError(f"--{name} has no effect without --{owner}; name a subspace file with it")
-    if flags.intervene_layers is not None and flags.ablate is None and flags.steer is None:
-        raise UserError("--intervene_layers has no effect without --ablate or --steer; name a subspace file")
+    if flags.intervention_layers is not None and flags.ablate is None and flags.steer is None:
+        raise UserError("--intervention_layers has no effect without --ablate or --steer; name a subspace file")
     if flags.steer is not None and flags.alpha is None:
         raise UserError("--steer needs --alpha: how far, 0.1 being a tenth of each token's length")
     for name in ("dose", "alpha"):

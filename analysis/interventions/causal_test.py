@@ -28,7 +28,7 @@ _STEPS = "steps 2"
 Masses = list[dict[str, float]]
 
 
-class Recorded:
+class RecordingAblation:
     """An ablation that keeps the coordinates it took away: per layer, one tensor [B, T, k] for each pass of the model.
 
     At layer l they are those of the stream as the lower layers' ablation left it.
@@ -48,7 +48,7 @@ class Recorded:
 class Displacement:
     """The null of an ablation: at every layer each token moves as far as the ablation moved it, along random U_l.
 
-    h - dose U c, c being what the ablation took away there (`Recorded`) in the same passes, in the same order.
+    h - dose U c, c being what the ablation took away there (`RecordingAblation`) in the same passes, in the same order.
     """
 
     def __init__(self, taken: dict[int, list[Tensor]], random: ByLayer, dose: float) -> None:
@@ -85,7 +85,7 @@ class Candidate:
         """The same step of every token in a random direction; one draw has the same directions at every dose.
 
         Args:
-            taken: what the ablation took away at this dose (`Recorded`); of no use to a steering.
+            taken: what the ablation took away at this dose (`RecordingAblation`); of no use to a steering.
         """
         drawn = {
             layer: random_basis(vectors.shape[0], vectors.shape[1], draw, layer).to(torch.float32)
@@ -146,7 +146,7 @@ class CausalTest:
     def _at(self, tested: Candidate, dose: float, draws: int, bar: tqdm) -> list[Masses]:
         """Masses under the candidate, then under each random draw."""
         facts = [_STEPS, tested.kind, digest(tested.vectors), repr(float(dose))]
-        layers, recorded = sorted(tested.vectors), Recorded(ByLayer(tested.vectors), dose)
+        layers, recorded = sorted(tested.vectors), RecordingAblation(ByLayer(tested.vectors), dose)
         # What the ablation takes away is kept in memory alone: a draw that is missing on disk needs it again.
         absent = any(self._kept([*facts, str(draw)]) is None for draw in range(draws))
         change = recorded if tested.kind == ABLATE else tested.change(dose)
@@ -166,7 +166,11 @@ class CausalTest:
         return None if self.folder is None else self.folder / f"{sha256_json([*self.facts, *facts])[:24]}.json"
 
     def _masses(
-        self, facts: list[str], change: "Change | Recorded | Displacement | None", layers: list[int], anew: bool = False
+        self,
+        facts: list[str],
+        change: "Change | RecordingAblation | Displacement | None",
+        layers: list[int],
+        anew: bool = False,
     ) -> Masses:
         path, there = self._path(facts), self._kept(facts)
         if there is not None and not anew:

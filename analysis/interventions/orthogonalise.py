@@ -45,14 +45,14 @@ def one_basis(bases: Mapping[int, Tensor], layer: int | None) -> Tensor:
     """
     if layer is not None:
         if layer not in bases:
-            raise UserError(f"--layer {layer} has no basis in the subspace: write one of {sorted(bases)}")
+            raise UserError(f"--subspace_layer {layer} has no basis in the subspace: write one of {sorted(bases)}")
         return bases[layer]
     first, *others = (bases[number] for number in sorted(bases))
     for other in others:
         if other.shape != first.shape or float((other - first @ (first.T @ other)).abs().max()) > _SAME:
             raise UserError(
-                "the subspace differs from layer to layer, and weights hold one for all: write --layer with the layer "
-                f"whose basis is meant, one of {sorted(bases)}"
+                "the subspace differs from layer to layer, and weights hold one for all: write --subspace_layer with the "
+                f"layer whose basis is meant, one of {sorted(bases)}"
             )
     return first
 

@@ -24,7 +24,7 @@ _LEFT_OUT = ("cost",)
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedMeasure:
     """One measure in every run. name: its path, "projection/probes/mean/retention". values: one for each run.
 
     differences: first run - this one, for every run but the first.
@@ -53,7 +53,7 @@ def difference(first: Measurement, other: Measurement) -> Measurement:
     return {"value": gap, "n": n, "ci95": [gap - below, gap + above]}
 
 
-def compare(lines: Sequence[Mapping[str, Any]], measures: Sequence[str] = ()) -> list[Compared]:
+def compare(lines: Sequence[Mapping[str, Any]], measures: Sequence[str] = ()) -> list[ComparedMeasure]:
     """Every measure that the first line and at least one other have.
 
     Args:
@@ -65,7 +65,7 @@ def compare(lines: Sequence[Mapping[str, Any]], measures: Sequence[str] = ()) ->
     for name, first in found[0].items():
         others = [one.get(name, missing("not measured in this run")) for one in found[1:]]
         if _wanted(name, measures) and any(other.get("value") is not None for other in others):
-            compared.append(Compared(name, [first, *others], [difference(first, other) for other in others]))
+            compared.append(ComparedMeasure(name, [first, *others], [difference(first, other) for other in others]))
     return compared
 
 
@@ -111,7 +111,7 @@ def read_line(run: Path, checkpoint: str | None = None) -> dict[str, Any]:
     return trained.get(FINAL) or list(trained.values())[-1]
 
 
-def table(names: Sequence[str], compared: Sequence[Compared]) -> str:
+def table(names: Sequence[str], compared: Sequence[ComparedMeasure]) -> str:
     """Markdown: a line for each measure; values with their 95% intervals, then first - other."""
     heads = ["measure", *names, *(f"{names[0]} - {name}" for name in names[1:])]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]

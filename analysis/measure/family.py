@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from ..metrics.behavior import NO_BASE
 from ..metrics.choices import PreparedChoices
-from ..metrics.divergence import Between, Kept, Side
+from ..metrics.divergence import Between, KeptPositions, Side
 from ..models.render import Rendered
 from ..passes.patching import Donor, PatchRows
 from ..passes.readout import Readout
@@ -56,7 +56,7 @@ class Subject:
     choices: PreparedChoices | None
     patch_rows: Mapping[str, PatchRows]
     donors: Mapping[str, Donor]
-    kept: Mapping[str, Kept]
+    kept: Mapping[str, KeptPositions]
     sides: Callable[[str, torch.device], dict[str, Side]]
     between: Callable[[str], Between]
     shared: bool = False
@@ -69,7 +69,7 @@ class Family:
     compute: all results of a subject. needs: some of "base", "direction" (a base or a subspace), "choices"; without
     them the family is null with that reason and no model is loaded for it. reads: the parts of a readout it uses beside
     the statistics of tokens, some of "pooled", "projections", "final", "prompt_entropy", "last", "donor".
-    subspace: whether its results depend on the subspace. paper: whether the paper's variant differs.
+    subspace: whether its results depend on the subspace. paper: whether the paper's formulas differs.
     readings: whether it uses readouts at all, or has passes of its own alone. probes: whether it reads probe sets.
     """
 

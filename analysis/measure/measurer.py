@@ -34,7 +34,7 @@ from ..models.ranks import agreed, is_main, is_sharded
 from ..models.render import Conversation, Rendered, render
 from ..passes.readout import Readout
 from .family import Results, Subject, attempt, is_unmeasured, unmeasured
-from .plan import VARIANTS, MeasurePlan
+from .plan import FORMULAS, MeasurePlan
 from .references import ProbeReader, Reference
 from .registry import COST, FAMILIES, REGISTRY
 from .results import ResultFiles, result_key
@@ -69,8 +69,8 @@ class Measurer:
                 role=self.role,
                 layers=sorted(plan.subspace.bases),
             )
-        if plan.variant not in VARIANTS:
-            raise UserError(f"variant {plan.variant!r} is unknown: write {' or '.join(VARIANTS)}")
+        if plan.formulas not in FORMULAS:
+            raise UserError(f"variant {plan.formulas!r} is unknown: write {' or '.join(FORMULAS)}")
         if not plan.choices and not plan.probe_sets:
             raise UserError("there is nothing to measure: pass probe rows or choices, and the families that read them")
         self.families = self._families()
@@ -259,7 +259,7 @@ def measure_checkpoint(
     name = name if name is not None else Path(path).name
     if step is None and (numbered := re.fullmatch(r"checkpoint-(\d+)", name)):
         step = int(numbered[1])
-    files = ResultFiles(Path(output_dir), name, step, plan.variant)
+    files = ResultFiles(Path(output_dir), name, step, plan.formulas)
     fingerprint = _of_checkpoint(lambda: model_fingerprint(path))
     keys = {family: measurer.key(family, fingerprint) for family in measurer.families}
     missing = agreed([family for family, key in keys.items() if not files.has(family, key)])

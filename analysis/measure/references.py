@@ -89,8 +89,8 @@ class ProbeReader:
         )
 
     def _of_paper(self, part: str) -> bool:
-        """Whether a part is read that the paper's variant alone uses."""
-        return self.plan.variant == "paper" and part in self.parts
+        """Whether a part is read that the paper's formulas alone uses."""
+        return self.plan.formulas == "paper" and part in self.parts
 
     def references(self) -> dict[str, Reference]:
         """ "instruct" and, where the plan names one, "base". Of several ranks the main one reads and writes first."""

@@ -31,7 +31,7 @@ _SHARDED = "weights are sharded over processes: measure the saved checkpoint wit
 def _behavior(subject: Subject, name: str) -> Results:
     plan, base = subject.plan, (subject.base or {}).get(name)
     ours, theirs = subject.checkpoint[name], subject.instruct[name]
-    return dict(behavior(ours, theirs, base, seed=plan.seed, variant=plan.variant))
+    return dict(behavior(ours, theirs, base, seed=plan.seed, formulas=plan.formulas))
 
 
 def _completions(subject: Subject) -> dict[str, list[str]]:
@@ -46,7 +46,7 @@ def _completions(subject: Subject) -> dict[str, list[str]]:
 
 def _loss_vectors(subject: Subject) -> Results:
     models = subject.checkpoint, subject.instruct, subject.base
-    return loss_vectors(*models, _completions(subject), variant=subject.plan.variant, seed=subject.plan.seed)
+    return loss_vectors(*models, _completions(subject), formulas=subject.plan.formulas, seed=subject.plan.seed)
 
 
 def _gradients(subject: Subject) -> Results:
@@ -56,14 +56,14 @@ def _gradients(subject: Subject) -> Results:
     readout = read_gradients(
         subject.model,
         subject.rows,
-        block=plan.gradient_block,
+        block=plan.gradient_layer,
         weight=plan.gradient_weight,
-        whole_rows=plan.variant == "paper",
+        whole_rows=plan.formulas == "paper",
         batch_size=plan.batch_size,
         max_length=plan.max_length,
         padding=subject.padding,
     )
-    return gradients(readout, plan.variant, plan.seed)
+    return gradients(readout, plan.formulas, plan.seed)
 
 
 def _projection(subject: Subject, name: str) -> Results:
@@ -74,14 +74,14 @@ def _projection(subject: Subject, name: str) -> Results:
 
     ours, theirs = at_layers(subject.checkpoint[name]), at_layers(subject.instruct[name])
     third = None if base is None else at_layers(base)
-    return dict(projection(ours, theirs, third, plan.subspace, plan.seed, plan.variant))
+    return dict(projection(ours, theirs, third, plan.subspace, plan.seed, plan.formulas))
 
 
 def _subspaces(subject: Subject) -> Results:
     plan = subject.plan
 
     def pooled(readings: Mapping[str, Readout]) -> Mapping[str, Readout]:
-        last = plan.variant == "paper"
+        last = plan.formulas == "paper"
         return {name: each.at_last_token() for name, each in readings.items()} if last else readings
 
     base = None if subject.base is None else pooled(subject.base)
@@ -91,7 +91,7 @@ def _subspaces(subject: Subject) -> Results:
         pooled(subject.instruct),
         base,
         controls=controls,
-        variant=plan.variant,
+        formulas=plan.formulas,
         seed=plan.seed,
     )
 

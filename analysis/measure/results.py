@@ -1,6 +1,6 @@
 """Results on disk: one file per checkpoint and family, written as it is done; `metrics.jsonl` is a view of them.
 
-`metrics/<checkpoint>/<family>.json`, or `<family>.paper.json` for the paper's variant, each with the key of what it
+`metrics/<checkpoint>/<family>.json`, or `<family>.paper.json` for the paper's formulas, each with the key of what it
 depends on: an interrupted analysis continues after the last file, and a changed setting gives another key.
 """
 
@@ -20,18 +20,18 @@ FOLDER, VIEW = "metrics", "metrics.jsonl"
 
 
 class ResultFiles:
-    """The results of one checkpoint in one variant.
+    """The results of one checkpoint in one formulas.
 
     Args:
         output_dir: where `metrics/` and `metrics.jsonl` lie.
         name: the checkpoint's. step: its optimiser steps, or None.
     """
 
-    def __init__(self, output_dir: Path, name: str, step: int | None, variant: str = "corrected") -> None:
-        self.output_dir, self.name, self.step, self.variant = output_dir, name, step, variant
+    def __init__(self, output_dir: Path, name: str, step: int | None, formulas: str = "corrected") -> None:
+        self.output_dir, self.name, self.step, self.formulas = output_dir, name, step, formulas
 
     def _path(self, family: str) -> Path:
-        ending = ".json" if self.variant == "corrected" else f".{self.variant}.json"
+        ending = ".json" if self.formulas == "corrected" else f".{self.formulas}.json"
         return self.output_dir / FOLDER / self.name / f"{family}{ending}"
 
     def has(self, family: str, key: str) -> bool:
@@ -48,7 +48,7 @@ class ResultFiles:
             "checkpoint": self.name,
             "step": self.step,
             "family": family,
-            "variant": self.variant,
+            "variant": self.formulas,
             "key": key,
             "results": results,
         }
@@ -63,7 +63,7 @@ class ResultFiles:
 
     def line(self) -> Results:
         """The checkpoint's line of `metrics.jsonl`."""
-        return _line(sorted((self.output_dir / FOLDER / self.name).glob("*.json")), self.variant) or {}
+        return _line(sorted((self.output_dir / FOLDER / self.name).glob("*.json")), self.formulas) or {}
 
 
 def _renew_view(output_dir: Path) -> None:
@@ -75,23 +75,23 @@ def _renew_view(output_dir: Path) -> None:
 
 
 def _lines(metrics: Path) -> Iterator[Results]:
-    """One dict per checkpoint and variant; staged files start with a dot and are left out."""
+    """One dict per checkpoint and formulas; staged files start with a dot and are left out."""
     for folder in sorted(metrics.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             files = sorted(folder.glob("*.json"))
-            for variant in ("corrected", "paper"):
-                line = _line(files, variant)
+            for formulas in ("corrected", "paper"):
+                line = _line(files, formulas)
                 if line is not None:
                     yield line
 
 
-def _line(files: list[Path], variant: str) -> Results | None:
+def _line(files: list[Path], formulas: str) -> Results | None:
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files if not file.name.startswith(".")]
-    facts = [each for each in read if each.get("variant", "corrected") == variant and "family" in each]
+    facts = [each for each in read if each.get("variant", "corrected") == formulas and "family" in each]
     if not facts:
         return None
     families = {fact["family"]: fact["results"] for fact in facts}
-    return {"checkpoint": facts[0]["checkpoint"], "step": facts[0]["step"], "variant": variant, **families}
+    return {"checkpoint": facts[0]["checkpoint"], "step": facts[0]["step"], "variant": formulas, **families}
 
 
 def problems(results: Results) -> list[str]:
@@ -128,7 +128,7 @@ _FORMAT = 3
 def result_key(
     name: str, family: Family, plan: MeasurePlan, reader: ProbeReader, layers: list[int], facts: list[Any]
 ) -> str:
-    """Hash of weights, data, options and variant.
+    """Hash of weights, data, options and formulas.
 
     Args:
         layers: where the plan reads directions. facts: what else the results depend on, the checkpoint's fingerprint
@@ -137,7 +137,7 @@ def result_key(
     weights = [reader.fingerprint(path) for path in (plan.instruct_path, plan.base_path) if path is not None]
     data = {name: reader.data_hash(name) for name in reader.rows} if family.probes else plan.choices
     subspace = [subspace_hash(plan), layers, reader.role] if family.subspace else []
-    options = [plan.variant if family.paper else None, plan.seed, reader.loading(), _own_options(name, plan)]
+    options = [plan.formulas if family.paper else None, plan.seed, reader.loading(), _own_options(name, plan)]
     return sha256_json([_FORMAT, name, facts, weights, data, subspace, options])
 
 
@@ -145,7 +145,7 @@ def _own_options(name: str, plan: MeasurePlan) -> list[Any]:
     """The options of a plan that one family alone depends on."""
     options: dict[str, list[Any]] = {
         "subspaces": [plan.control_sets],
-        "gradients": [plan.gradient_block, plan.gradient_weight],
+        "gradients": [plan.gradient_layer, plan.gradient_weight],
         "patching": [plan.patching_rows],
     }
     return options.get(name, [])

@@ -2,7 +2,7 @@
 
 Per row of a probe set: the joint log-probability sum log p(completion), its mean per token, and the mean next-token
 entropy over completion positions. The paper averages entropy over prompt tokens too, and reports sums that grow with
-length alone: variant "paper" does so.
+length alone: formulas "paper" does so.
 Reversion rho = (x_checkpoint - x_instruct) / (x_base - x_instruct): 0 is like instruct, 1 like base.
 """
 
@@ -25,19 +25,19 @@ def behavior(
     base: Readout | None,
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
-    variant: str = "corrected",
+    formulas: str = "corrected",
 ) -> dict[str, dict[str, Measurement]]:
     """{quantity: {"checkpoint", "instruct", "base", "reversion"}}, each a mean over rows with completions, in nats.
 
     Args:
         checkpoint, instruct, base: readings of the same rows; base may be missing, and with it reversion.
         clusters: a label per row, for the intervals.
-        variant: "paper" needs readings with `row_entropy`.
+        formulas: "paper" needs readings with `row_entropy`.
     """
     kept = np.flatnonzero(_lengths(checkpoint))
     labels = None if clusters is None else [clusters[int(row)] for row in kept]
     results = {}
-    paper = variant == "paper"
+    paper = formulas == "paper"
     for quantity in _PAPER if paper else QUANTITIES:
         ours, reference = (_per_row(readout, quantity, paper)[kept] for readout in (checkpoint, instruct))
         results[quantity] = {

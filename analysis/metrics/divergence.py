@@ -35,7 +35,7 @@ Side = tuple[Logits, Tensor]
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPositions:
     """The positions of a probe set whose final states are kept, K in all.
 
     positions: per row. scored: [K], whether a position predicts a completion token. rows: [K], its row. shown: which of
@@ -49,7 +49,7 @@ class Kept:
     n_tokens: int
 
 
-def keep_positions(rows: Sequence[Rendered], max_length: int | None, limit: int = _POSITIONS) -> Kept:
+def keep_positions(rows: Sequence[Rendered], max_length: int | None, limit: int = _POSITIONS) -> KeptPositions:
     """Positions that predict completion tokens, at most about `limit`, and the last token of the first bare prompts."""
     lengths = [len(row.input_ids[:max_length]) for row in rows]
     predicting = [
@@ -64,7 +64,7 @@ def keep_positions(rows: Sequence[Rendered], max_length: int | None, limit: int 
         scored += [bool(found)] * len(positions[-1])
     owners = [number for number, found in enumerate(positions) for _ in found]
     shown = [owners.index(number) for number in sorted(set(owners)) if number < _PROMPTS]
-    return Kept(
+    return KeptPositions(
         positions, torch.tensor(scored, dtype=torch.bool), torch.tensor(owners, dtype=torch.int64), shown, n_tokens
     )
 
@@ -80,7 +80,7 @@ class Between:
 
 @torch.no_grad()
 def between(
-    kept: Kept, references: Mapping[str, Side], tokenizer: PreTrainedTokenizerBase, device: torch.device
+    kept: KeptPositions, references: Mapping[str, Side], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> Between:
     """Compare "instruct" and, where it is there, "base"; once for all checkpoints."""
     tokens = {name: _likeliest(*side, kept, tokenizer, device) for name, side in references.items()}
@@ -100,7 +100,7 @@ def divergence(
     states: Tensor,
     references: Mapping[str, Side],
     known: Between,
-    kept: Kept,
+    kept: KeptPositions,
     rows: Sequence[Rendered],
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
@@ -125,7 +125,7 @@ def divergence(
 
 
 def _toward(
-    found: Tensor | None, other: str, between_references: Tensor | None, kept: Kept, seed: int
+    found: Tensor | None, other: str, between_references: Tensor | None, kept: KeptPositions, seed: int
 ) -> dict[str, Any]:
     """One KL of the checkpoint [K], beside the other reference's."""
     n = len(torch.unique(kept.rows[kept.scored]))
@@ -142,7 +142,7 @@ def _toward(
     return {**result, other: measurement(theirs, seed=seed), "reversion": moved}
 
 
-def _per_row(values: Tensor, kept: Kept) -> Floats:
+def _per_row(values: Tensor, kept: KeptPositions) -> Floats:
     """Mean per row with completions."""
     rows, inside = torch.unique(kept.rows[kept.scored], return_inverse=True)
     sums = np.bincount(inside.numpy(), values[kept.scored].double().numpy(), len(rows))
@@ -150,7 +150,7 @@ def _per_row(values: Tensor, kept: Kept) -> Floats:
 
 
 def _likeliest(
-    logits: Logits, states: Tensor, kept: Kept, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    logits: Logits, states: Tensor, kept: KeptPositions, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[list[dict[str, Any]]]:
     """Per shown prompt the likeliest next tokens with their probabilities."""
     if not kept.shown:
@@ -163,7 +163,11 @@ def _likeliest(
 
 
 def _shown(
-    number: int, kept: Kept, rows: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, models: dict[str, Any]
+    number: int,
+    kept: KeptPositions,
+    rows: Sequence[Rendered],
+    tokenizer: PreTrainedTokenizerBase,
+    models: dict[str, Any],
 ) -> dict[str, Any]:
     """One prompt's end, and the next tokens of every model after it."""
     row = int(kept.rows[kept.shown[number]])

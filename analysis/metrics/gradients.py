@@ -6,7 +6,7 @@ framing), and the cosine of rows of like length. Beside each stands what it is w
 flip within matched pairs, and are dealt anew among the other completions. Rows of one completion are one cluster, move
 together, and are compared with each other as matched pairs alone.
 
-The published variant takes the loss over prompts too and shows centred cosines of all pairs of rows. Centring two equal
+The published formulas take the loss over prompts too and show centred cosines of all pairs of rows. Centring two equal
 sets makes their mean cosine negative whatever they are: the null beside it says how much.
 """
 
@@ -46,7 +46,7 @@ _FIXED = "no relabelling keeps the completions together"
 _UNPAIRED = f"fewer than {_FEWEST} different completions stand on the same line of both sets"
 
 
-def gradients(readout: GradientReadout, variant: str = "corrected", seed: int = 0) -> dict[str, Any]:
+def gradients(readout: GradientReadout, formulas: str = "corrected", seed: int = 0) -> dict[str, Any]:
     """{"<set> vs <other set>": {quantity: ...}} for every two sets of one model's reading.
 
     corrected: "uncentred", "centred", "conflict_rate" and "length_matched" (uncentred), each {"within": {set: ...},
@@ -55,13 +55,13 @@ def gradients(readout: GradientReadout, variant: str = "corrected", seed: int = 
     "rows": {set: {"rows", "completions", "without_gradient"}}; rows of the last kind are left out.
 
     Args:
-        readout: of `read_gradients`; for the paper's variant of whole rows.
-        variant: "corrected" or "paper".
+        readout: of `read_gradients`; for the paper's formulas of whole rows.
+        formulas: "corrected" or "paper".
     """
     names = list(dict.fromkeys(readout.sets))
     results: dict[str, Any] = {"rows": {name: _counts(readout, name) for name in names}}
     for first, second in combinations(names, 2):
-        results[f"{first} vs {second}"] = _compare(_Two.of(readout, first, second), variant, seed)
+        results[f"{first} vs {second}"] = _compare(_Two.of(readout, first, second), formulas, seed)
     return results
 
 
@@ -123,20 +123,20 @@ class _Two:
         return left, right
 
 
-def _compare(two: _Two, variant: str, seed: int) -> dict[str, Any]:
+def _compare(two: _Two, formulas: str, seed: int) -> dict[str, Any]:
     """All quantities of two sets."""
     n = len(two.member)
     if min(two.completions()) < _FEWEST:
-        wanted = ("centred",) if variant == "paper" else ("uncentred", "centred", "conflict_rate", "length_matched")
-        absent = {} if variant == "paper" else {"matched_pairs": missing(_FEW, n)}
+        wanted = ("centred",) if formulas == "paper" else ("uncentred", "centred", "conflict_rate", "length_matched")
+        absent = {} if formulas == "paper" else {"matched_pairs": missing(_FEW, n)}
         return {**{name: _everywhere(two, missing(_FEW, n)) for name in wanted}, **absent}
     generator = np.random.default_rng(seed)
     relabelling = Relabelling(two.member, two.clusters)
     drawn = relabelling.draw(_RELABELLINGS, generator) if relabelling.possible else None
     # As published, only a row and itself are no pair.
-    comparable = different(np.arange(n) if variant == "paper" else two.clusters)
+    comparable = different(np.arange(n) if formulas == "paper" else two.clusters)
     centred = _pairs(two, two.gram, comparable, drawn, centred=True)
-    if variant == "paper":
+    if formulas == "paper":
         return {"centred": centred}
     cosine = cosines(two.gram)
     return {

@@ -7,7 +7,7 @@ forgets which set a row is of. Losses are positive, so cosines are high whatever
 within less mean between, beside its null.
 
 The paper fills short rows with the mean of their own set, which makes rows of one set alike by construction. Its
-variant fills in the same way under the null, too, where the gap stays above 0 although the sets make no difference.
+formulas fills in the same way under the null, too, where the gap stays above 0 although the sets make no difference.
 No matrix over rows is formed (`pair_sums.py`).
 """
 
@@ -26,7 +26,7 @@ from ..stats.pair_sums import PairSums
 from ..stats.relabelling import Integers, Relabelling
 from .behavior import NO_BASE
 
-VARIANTS = ("corrected", "paper")
+FORMULAS = ("corrected", "paper")
 # Cosines over fewer shared tokens say little but that losses are positive.
 FEWEST_TOKENS = 8
 _FEWEST_ROWS = 4
@@ -46,7 +46,7 @@ def loss_vectors(
     completions: Mapping[str, Sequence[Hashable]] | None = None,
     *,
     tokens: int = 64,
-    variant: str = "corrected",
+    formulas: str = "corrected",
     seed: int = 0,
 ) -> Results:
     """{"checkpoint" | "instruct" | "base": {"rows", "pairs": {"<set> vs <other>": {...}}, "pca"}}.
@@ -59,13 +59,13 @@ def loss_vectors(
         checkpoint, instruct, base: readings by probe set, the same rows for all models.
         completions: per set a label of each row's completion; rows of one label are one cluster. None: all differ.
         tokens: of a completion that its vector holds, at most.
-        variant: "paper" fills short rows with the mean of their own set.
+        formulas: "paper" fills short rows with the mean of their own set.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"loss_vectors: variant {variant!r} is none of {', '.join(VARIANTS)}")
+    if formulas not in FORMULAS:
+        raise ValueError(f"loss_vectors: formulas {formulas!r} is none of {', '.join(FORMULAS)}")
     models = {"checkpoint": checkpoint, "instruct": instruct, "base": base}
     return {
-        name: missing(NO_BASE) if readings is None else _one_model(readings, completions, tokens, variant, seed)
+        name: missing(NO_BASE) if readings is None else _one_model(readings, completions, tokens, formulas, seed)
         for name, readings in models.items()
     }
 
@@ -90,7 +90,7 @@ def _one_model(
     readings: Mapping[str, Readout],
     completions: Mapping[str, Sequence[Hashable]] | None,
     tokens: int,
-    variant: str,
+    formulas: str,
     seed: int,
 ) -> Results:
     names = list(readings)
@@ -107,12 +107,12 @@ def _one_model(
             vectors.of(names.index(first), names.index(second)),
             (names.index(first), names.index(second)),
             (first, second),
-            variant,
+            formulas,
             np.random.default_rng(seed),
         )
         for first, second in combinations(names, 2)
     }
-    return {"rows": counts, "pairs": pairs, "pca": _pca(vectors, names, variant)}
+    return {"rows": counts, "pairs": pairs, "pca": _pca(vectors, names, formulas)}
 
 
 def _vectors(
@@ -175,7 +175,7 @@ def _filled(vectors: _Vectors, member: Floats) -> Floats:
 
 
 def _compare(
-    vectors: _Vectors, at: tuple[int, int], names: tuple[str, str], variant: str, generator: np.random.Generator
+    vectors: _Vectors, at: tuple[int, int], names: tuple[str, str], formulas: str, generator: np.random.Generator
 ) -> Results:
     """The means over pairs of two sets as measurements."""
     member = (vectors.sets == at[1]).astype(np.float64)
@@ -183,8 +183,8 @@ def _compare(
     if min(len(np.unique(vectors.clusters[member == side])) for side in (0, 1)) < _FEWEST_ROWS:
         absent = missing(_FEW, sum(sides))
         return {"within": dict.fromkeys(names, absent), "between": absent, "gap": absent}
-    pairs = _paper_pairs(vectors, member) if variant == "paper" else _pairs(vectors)
-    null = _relabelled(vectors, member, None if variant == "paper" else pairs, generator)
+    pairs = _paper_pairs(vectors, member) if formulas == "paper" else _pairs(vectors)
+    null = _relabelled(vectors, member, None if formulas == "paper" else pairs, generator)
     value, without = pairs.means(member)[:, 0], pairs.without_each_cluster(member)
     found: dict[str, Measurement] = {}
     for number, name in enumerate(MEANS):
@@ -233,10 +233,10 @@ def _null(value: float, drawn: Floats) -> Measurement:
     }
 
 
-def _pca(vectors: _Vectors, names: Sequence[str], variant: str) -> Results:
+def _pca(vectors: _Vectors, names: Sequence[str], formulas: str) -> Results:
     """Two coordinates of every row that has the tokens used: half of the rows of each set, at least."""
     lengths = vectors.held.sum(1)
-    if variant == "paper":
+    if formulas == "paper":
         losses, used = vectors.losses.copy(), vectors.losses.shape[1]
         for at in range(len(names)):
             inside = vectors.sets == at

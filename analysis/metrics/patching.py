@@ -15,7 +15,7 @@ import numpy as np
 
 from ..passes.patching import PatchCurve, Scores, Window
 from ..stats.intervals import Floats, missing
-from ..stats.summary import fieller, measurement, paired_bootstrap
+from ..stats.summary import fieller, measurement, paired_difference
 
 QUANTITIES = ("loss", "probability")
 _NOT_FINITE = "the patched model's loss is not finite"
@@ -67,7 +67,7 @@ def _window(curve: PatchCurve, patched: Scores, noise: Scores, labels: Sequence[
         ours, random, clean, donor = (_of(run, quantity)[finite] for run in runs)
         result[quantity] = {
             "patched": {**measurement(ours, kept, seed), "null": float(random.mean())},
-            "change": {**paired_bootstrap(ours, clean, kept, seed), "null": float((random - clean).mean())},
+            "change": {**paired_difference(ours, clean, kept, seed), "null": float((random - clean).mean())},
             "toward_donor": _toward(ours - clean, random - clean, donor - clean),
         }
     return result

@@ -1,7 +1,7 @@
 """Family 4, projection (arXiv 2507.03662, section 4.3): how far a checkpoint has moved from instruct toward base.
 
 v_l is the normalised mean of h^instruct - h^base on one half of the rows; everything is read on the other half. The
-paper estimates and reads on the same rows, which separates even noise: variant "paper" does so. Activations are means
+paper estimates and reads on the same rows, which separates even noise: formulas "paper" does so. Activations are means
 over a row's tokens of one role.
 Without base, v_l is the subspace's first direction. Every number that a random direction could give stands beside its
 null: the share of drift inside V beside k / d.
@@ -26,7 +26,7 @@ def projection(
     base: Readout | None,
     subspace: Subspace | None = None,
     seed: int = 0,
-    variant: str = "corrected",
+    formulas: str = "corrected",
 ) -> dict[str, dict[str, Measurement] | dict[str, dict[str, Measurement]]]:
     """{"layers": {l: {quantity: measurement}}, "mean": {"retention", "penalty"}} from readings of the same rows.
 
@@ -41,7 +41,7 @@ def projection(
         return {"layers": {}, "mean": {"retention": missing(_FEW, len(rows)), "penalty": missing(_FEW, len(rows))}}
     shuffled = np.random.default_rng(seed).permutation(rows)
     first, second = shuffled[: len(rows) // 2], shuffled[len(rows) // 2 :]
-    if variant == "paper":
+    if formulas == "paper":
         first = second = rows
     layers, steps, gaps = {}, [], []
     for layer in sorted(instruct.pooled):

@@ -41,7 +41,7 @@ from ..stats.split_spectra import (
 )
 from .behavior import NO_BASE
 
-VARIANTS = ("corrected", "paper")
+FORMULAS = ("corrected", "paper")
 PAIRS = (("checkpoint", "base"), ("instruct", "base"), ("checkpoint", "instruct"))
 _CONSTANT = "the two models' activations differ by one constant, which the centred SVD removes"
 _NULLS = ("random", "shuffled", "ceiling")
@@ -58,7 +58,7 @@ def subspaces(
     rank: int = 2,
     centred: bool = False,
     controls: Sequence[str] = (),
-    variant: str = "corrected",
+    formulas: str = "corrected",
     seed: int = 0,
 ) -> Results:
     """{"layers": {l: {residual: {"sets", "pairs"}}}, "mean": {residual: {set: {other: {"overlap", "beyond"}}}}}.
@@ -71,12 +71,12 @@ def subspaces(
         checkpoint, instruct, base: readings by probe set, at least one, of the same rows for all models.
         rank: components of each set; fewer where its rows span fewer.
         controls: names of sets whose sharing means nothing (benign ones); `beyond` compares with them.
-        variant: "paper" takes the centred SVD of all rows, in-sample and without nulls, of readings that are to be
+        formulas: "paper" takes the centred SVD of all rows, in-sample and without nulls, of readings that are to be
             those at the last token (`Readout.at_last_token`).
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"subspaces: variant {variant!r} is none of {', '.join(VARIANTS)}")
-    paper, size = variant == "paper", max(len(reading.counts) for reading in instruct.values())
+    if formulas not in FORMULAS:
+        raise ValueError(f"subspaces: formulas {formulas!r} is none of {', '.join(FORMULAS)}")
+    paper, size = formulas == "paper", max(len(reading.counts) for reading in instruct.values())
     options = Options(rank, centred or paper, paper, seed, size, tuple(controls))
     models = {"checkpoint": checkpoint, "instruct": instruct, "base": base}
     layers = sorted(set.intersection(*(set(reading.pooled) for reading in instruct.values())))

@@ -23,7 +23,7 @@ def find_output_projection(model: nn.Module, block: int | None = None, override:
     """
     blocks = find_layers(model)
     if block is not None and not 0 <= block < len(blocks):
-        raise UserError(f"--gradient_block {block} is out of range: the model has blocks 0-{len(blocks) - 1}")
+        raise UserError(f"--gradient_layer {block} is out of range: the model has blocks 0-{len(blocks) - 1}")
     chosen = blocks[len(blocks) - 1 if block is None else block]
     linears = _linear_layers(chosen)
     if override is not None:

@@ -4,7 +4,7 @@
 |---|---|
 | a mean or a rate over rows, questions being clusters | `measurement` (`mean_ci`, `rate_ci`, `binomial_ci`, `wilson`) |
 | a cosine, a ratio of spreads, any other statistic | `jackknife_ci` where it is smooth, else `bootstrap_ci` |
-| two arms over the same rows or questions | `paired_bootstrap`, `sign_flip_test` |
+| two arms over the same rows or questions | `paired_difference`, `sign_flip_test` |
 | a ratio of two means, such as reversion | `fieller` |
 | what share of a sum lies in a part of it | `share` |
 | a claim about a method, over seeds | `hierarchical_bootstrap`, `sign_flip_test` with at least 10 seeds |
@@ -35,11 +35,11 @@ from .intervals import (
 from .nulls import holm, permutation_p, permutation_test, permuted_labels, sign_flip_test
 from .power import design_effect, power, sample_size
 from .seeds import hierarchical_bootstrap
-from .summary import fieller, measurement, non_inferiority, paired_bootstrap, share
+from .summary import fieller, measurement, non_inferiority, paired_difference, share
 
 __all__ = [
     "Floats", "Interval", "Measurement", "binomial_ci", "bootstrap_ci", "cluster_codes", "cluster_sums",
     "design_effect", "fieller", "hierarchical_bootstrap", "holm", "jackknife_ci", "mean_ci", "measurement", "missing",
-    "non_inferiority", "paired_bootstrap", "permutation_p", "permutation_test", "permuted_labels", "power",
+    "non_inferiority", "paired_difference", "permutation_p", "permutation_test", "permuted_labels", "power",
     "rate_bounds", "rate_ci", "sample_size", "share", "sign_flip_test", "wilson",
 ]  # fmt: skip

@@ -41,7 +41,9 @@ def measurement(values: ArrayLike, clusters: Clusters | None = None, seed: int =
     return {**result, "ci95": list((rate_ci if as_rate else mean_ci)(array, clusters))}
 
 
-def paired_bootstrap(left: ArrayLike, right: ArrayLike, clusters: Clusters | None = None, seed: int = 0) -> Measurement:
+def paired_difference(
+    left: ArrayLike, right: ArrayLike, clusters: Clusters | None = None, seed: int = 0
+) -> Measurement:
     """Mean difference left - right over the same rows: `mean_ci` of the differences.
 
     Where both arms are answers (0 or 1) the interval also holds that of Newcombe (1998, method 10) on `rate_bounds`: a
@@ -49,7 +51,7 @@ def paired_bootstrap(left: ArrayLike, right: ArrayLike, clusters: Clusters | Non
     """
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape:
-        raise ValueError(f"paired_bootstrap: {first.shape} and {second.shape} values are not pairs")
+        raise ValueError(f"paired_difference: {first.shape} and {second.shape} values are not pairs")
     if not len(first) or not (is_binary(first) and is_binary(second)):
         return _difference(first - second, clusters)
     result = _difference(first - second, clusters)
@@ -91,7 +93,7 @@ def non_inferiority(difference: Measurement, margin: float, higher_is_better: bo
     margin is to be stated before the numbers are seen; no significant loss is not the same as kept.
 
     Args:
-        difference: new - old, from `paired_bootstrap` or another function here. margin: in the same unit, above 0.
+        difference: new - old, from `paired_difference` or another function here. margin: in the same unit, above 0.
     """
     if margin <= 0:
         raise ValueError(f"non_inferiority: the margin is {margin}; write the largest loss that does not matter")

@@ -17,7 +17,7 @@ from .quickstart import PROTECTION_RUNS, quickstart
 def _read(parser: FlagParser, argv: Sequence[str]) -> argparse.Namespace:
     """The flags, with an --output_dir that can be written. Raises UserError."""
     found = parser.read(argv)
-    # Asked for only now: a mistyped --output_dir is to be named, not missed.
+    # AnswerRequest for only now: a mistyped --output_dir is to be named, not missed.
     if found.output_dir is None:
         raise UserError("no --output_dir; write where the lab goes, like --output_dir runs/lab")
     check_writable(found.output_dir, "--output_dir")

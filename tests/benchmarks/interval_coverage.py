@@ -173,19 +173,19 @@ def seeds() -> Iterator[Setting]:
 
 
 def comparisons() -> Iterator[Setting]:
-    """`paired_bootstrap` and `fieller`."""
+    """`paired_difference` and `fieller`."""
     for n in (5, 10, 30):
 
         def paired(g: Generator, n: int = n) -> tuple[float, float, float]:
             shared = 3 * g.normal(size=n)
-            return measured(stats.paired_bootstrap(shared + g.normal(size=n) + 0.5, shared + g.normal(size=n)), 0.5)
+            return measured(stats.paired_difference(shared + g.normal(size=n) + 0.5, shared + g.normal(size=n)), 0.5)
 
         yield Setting("paired difference", f"normal, {n} pairs", paired)
     for n, left, right in ((400, 0.02, 0.01), (400, 0.01, 0.0), (1505, 0.05, 0.03), (1505, 0.01, 0.005)):
 
         def rates(g: Generator, n: int = n, left: float = left, right: float = right) -> tuple[float, float, float]:
             first, second = g.random(n) < left, g.random(n) < right
-            return measured(stats.paired_bootstrap(first, second), left - right)
+            return measured(stats.paired_difference(first, second), left - right)
 
         yield Setting("paired difference", f"{n} answers an arm, {_named(left)} against {_named(right)}", rates, "")
     for n_questions, size in ((10, 200), (24, 50)):
@@ -201,7 +201,7 @@ def comparisons() -> Iterator[Setting]:
             ) -> tuple[float, float, float]:
                 own = g.gamma(1, 1, size=shape[0])[:, None]
                 first, second = g.random(shape) < left * own, g.random(shape) < right * own
-                return measured(stats.paired_bootstrap(first.ravel(), second.ravel(), labels), left - right)
+                return measured(stats.paired_difference(first.ravel(), second.ravel(), labels), left - right)
 
             name = f"{n_questions} questions of {size}, variation 1, {_named(left)} against {_named(right)}"
             yield Setting("paired difference", name, arms, "")

@@ -27,7 +27,7 @@ DEFAULT_FAMILIES = ("behavior", "projection", "choices")
 
 
 @dataclass(frozen=True)
-class Analyzed:
+class AnalysisResult:
     """Where the results are, and what could not be measured ("checkpoint: family: reason")."""
 
     metrics: Path
@@ -53,7 +53,7 @@ def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Mea
         probe_sets=probe_sets(arguments, tokenizer),
         choices=load_choices(choices) if choices else (),
         families=tuple(budget if families is None else families),
-        variant=asked.variant,
+        formulas=asked.formulas,
         subspace=subspace,
         layers=",".join(map(str, sorted(subspace.bases))) if subspace else "all",
         batch_size=asked.analysis_batch_size,
@@ -65,7 +65,7 @@ def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Mea
         references=store,
         store_limit_gb=asked.store_limit_gb,
         control_sets=tuple(asked.control_sets or ()),
-        gradient_block=asked.gradient_block,
+        gradient_layer=asked.gradient_layer,
         gradient_weight=asked.gradient_weight,
         patching_rows=asked.patching_rows,
         load=replace(load_options(arguments), device_map=asked.device_map if spread else None),
@@ -122,10 +122,10 @@ class Analysis:
         for problem in problems({family: line.get(family) for family in self.measurer.families}):
             self._found.setdefault(problem, []).append(name)
 
-    def result(self) -> Analyzed:
+    def result(self) -> AnalysisResult:
         """Each problem once, with the checkpoints it concerns."""
         lines = [f"{', '.join(names)}: {problem}" for problem, names in self._found.items()]
-        return Analyzed(self.arguments.output_dir / VIEW, lines)
+        return AnalysisResult(self.arguments.output_dir / VIEW, lines)
 
 
 def checked(arguments: Arguments) -> tuple[Analysis, dict[str, Path]]:
@@ -143,7 +143,7 @@ def checked(arguments: Arguments) -> tuple[Analysis, dict[str, Path]]:
     return analysis, readable
 
 
-def analyze(arguments: Arguments) -> Analyzed:
+def analyze(arguments: Arguments) -> AnalysisResult:
     """Measures the starting model, base (where named) and every checkpoint into <output_dir>/metrics.
 
     A checkpoint that cannot be read is left out, a family that cannot be computed is null; both are named. Raises
@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
     return report(analyze(build(values)))
 
 
-def report(analyzed: Analyzed) -> int:
+def report(analyzed: AnalysisResult) -> int:
     """Says what was measured and what was not, on the main rank, whose exit code then counts."""
     if not is_main():
         return 0

@@ -40,7 +40,7 @@ _KEPT = "interventions"
 
 
 @dataclass(frozen=True)
-class Intervened:
+class InterventionResult:
     """Where the results are, the table to print, and what could not be measured ("patch: reason")."""
 
     path: Path
@@ -58,7 +58,7 @@ class _Inputs:
     patch_rows: dict[str, PatchRows]
 
 
-def intervene(arguments: Arguments) -> Intervened:
+def intervene(arguments: Arguments) -> InterventionResult:
     """Runs the interventions asked for into <output_dir>/interventions.json, in place of what it held.
 
     Answers under ablation and steering that were read before are kept and not read again.
@@ -81,7 +81,7 @@ def intervene(arguments: Arguments) -> Intervened:
     path = arguments.output_dir / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, found)
-    return Intervened(path, table(found, asked.intervention_class), problems)
+    return InterventionResult(path, table(found, asked.intervention_class), problems)
 
 
 def _checked(arguments: Arguments) -> _Inputs:
@@ -90,15 +90,17 @@ def _checked(arguments: Arguments) -> _Inputs:
     subspace = whole_subspace(arguments, tokenizer, config)
     chosen = arguments.protection
     layers = sorted(subspace.bases)
-    if chosen.penalty_layers is not None:
-        layers = parse_layers(chosen.penalty_layers, config.get_text_config().num_hidden_layers, "--penalty_layers")
-    subspace = subspace.restrict(layers, chosen.penalty_rank or subspace.provenance.rank)
+    if chosen.protection_layers is not None:
+        layers = parse_layers(
+            chosen.protection_layers, config.get_text_config().num_hidden_layers, "--protection_layers"
+        )
+    subspace = subspace.restrict(layers, chosen.protection_rank or subspace.provenance.rank)
     rank = subspace.provenance.rank
     if asked.intervention_directions > rank:
         raise UserError(f"--intervention_directions is {asked.intervention_directions}, but the subspace has {rank}")
-    absent = sorted(set(asked.steering_layers or ()) - set(subspace.bases))
+    absent = sorted(set(asked.intervention_layers or ()) - set(subspace.bases))
     if absent:
-        raise UserError(f"--steering_layers {absent[0]} is none of the subspace's: {sorted(subspace.bases)}")
+        raise UserError(f"--intervention_layers {absent[0]} is none of the subspace's: {sorted(subspace.bases)}")
     if "steer" in asked.interventions and subspace.base_gap is None:
         raise UserError("steering needs a subspace that knows the step away from alignment; build it again")
     rows = _choices(arguments) if {ABLATE, STEER} & set(asked.interventions) else []
@@ -152,7 +154,7 @@ def _tests(arguments: Arguments, subspace: Subspace, kind: str) -> list[Candidat
     layers = sorted(subspace.bases)
     gap = subspace.base_gap
     assert gap is not None  # _checked refuses its absence
-    steered = asked.steering_layers or [layers[len(layers) // 2]]
+    steered = asked.intervention_layers or [layers[len(layers) // 2]]
     steps: dict[int, Tensor] = {layer: (subspace.bases[layer] @ gap[layer])[:, None] for layer in steered}
     return [Candidate(f"mean step, layer {layer}", STEER, {layer: step}) for layer, step in steps.items()]
 

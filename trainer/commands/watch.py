@@ -8,7 +8,7 @@ from ...analysis.errors import UserError
 from ...analysis.files.artifacts import MANIFEST
 from ..config.parsing import Arguments, build, parse_values
 from ..inputs.checkpoint_names import run_checkpoints
-from .analyze import Analysis, Analyzed, report
+from .analyze import Analysis, AnalysisResult, report
 
 CONFIG = "resolved_config.yaml"
 FINAL = "final"
@@ -31,7 +31,7 @@ def watched(flags: Sequence[str]) -> Arguments:
     return build({**given, **_TRAINING_ONLY, "output_dir": str(run), "checkpoints": None})
 
 
-def watch(arguments: Arguments) -> Analyzed:
+def watch(arguments: Arguments) -> AnalysisResult:
     """Measures each whole checkpoint of the run once, and ends when `final` was measured.
 
     What an earlier watch measured is left as it is, so it continues where it was stopped.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ...analysis.flags import option, require, sources
-from ...analysis.measure.plan import PATCHING_ROWS, STORE_LIMIT_GB, VARIANTS
+from ...analysis.measure.plan import FORMULAS, PATCHING_ROWS, STORE_LIMIT_GB
 from ...analysis.measure.registry import FAMILIES
 
 
@@ -23,8 +23,8 @@ class AnalysisArguments:
         "Families that analyze and watch measure. Default: all (choices where --choices_dataset is given).",
         *FAMILIES,
     )
-    variant: str = option(
-        "corrected", "paper follows arXiv 2507.03662 where Holdfast corrects it. Default: corrected.", *VARIANTS
+    formulas: str = option(
+        "corrected", "paper follows arXiv 2507.03662 where Holdfast corrects it. Default: corrected.", *FORMULAS
     )
     probe_sets: dict[str, str] | str | None = option(
         None,
@@ -41,7 +41,7 @@ class AnalysisArguments:
     control_sets: list[str] | None = option(
         None, "Names of probe sets (benign ones) whose sharing of directions means nothing. Default: none."
     )
-    gradient_block: int | None = option(
+    gradient_layer: int | None = option(
         None, "Block whose attention output projection the gradients family differentiates. Default: the last."
     )
     gradient_weight: str | None = option(

@@ -38,7 +38,7 @@ class InterventionArguments:
         "Steps away from alignment, in units of the contrast's mean step; negative ones go toward it, 1 must be among "
         "them. Default: -2 -1 -0.5 0.5 1 2.",
     )
-    steering_layers: list[int] | None = field(
+    intervention_layers: list[int] | None = field(
         default=None,
         metadata={"help": "Layers that are steered, one at a time. Default: the middle one of the subspace's."},
     )

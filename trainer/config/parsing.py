@@ -6,7 +6,6 @@ neither checks types (`max_steps: 2.5`, `.nan`) nor choices, and lets abbreviati
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from trl import TrlParser
 
 from ...analysis.answers.questions import OnceLoader
 from ...analysis.errors import UserError
+from ...analysis.flags import RENAMED, nearest_flag, unknown_flag
 from .analysis import AnalysisArguments
 from .data import DataArguments
 from .deepspeed import find_deepspeed_config
@@ -119,7 +119,7 @@ def parse_given(arguments: Sequence[str] | Mapping[str, Any]) -> tuple[dict[str,
         raise UserError(f"unexpected {rest[0]!r}; flags are written --name value")
     if rest:
         flag = rest[0].split("=")[0]
-        raise UserError(f"unknown flag {flag}; the nearest known one is --{_nearest(parser, flag)}")
+        raise UserError(unknown_flag(flag, _known(parser)))
     if values.deepspeed:
         values.deepspeed = find_deepspeed_config(values.deepspeed)
     named = {*over, *(flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))}
@@ -201,8 +201,11 @@ def _parse_mapping(parser: _Parser, mapping: Mapping[str, Any], source: str, int
         actions.setdefault(action.dest, action)  # the first of `--flag` and `--no_flag` is the one that takes a value
     argv: list[str] = []
     for key, value in mapping.items():
+        if RENAMED.get(key) in actions and key not in actions:
+            raise UserError(f"{source}: {key} is now {RENAMED[key]}; write that")
         if key not in actions or key == "help":
-            raise UserError(f"{source}: unknown key {key}; the nearest known one is {_nearest(parser, key)}")
+            nearest = nearest_flag(key.replace("-", "_"), _known(parser))
+            raise UserError(f"{source}: unknown key {key}; the nearest known one is {nearest}")
         if value in (None, []) and value == actions[key].default:
             setattr(into, key, value)  # no flag can say "nothing" where text is taken
         else:
@@ -233,9 +236,8 @@ def _text(value: object) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _nearest(parser: _Parser, name: str) -> str:
-    known = sorted({action.dest for action in parser._actions} | {"config"})
-    return difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.0)[0]
+def _known(parser: _Parser) -> set[str]:
+    return {action.dest for action in parser._actions} | {"config"}
 
 
 def non_finite(arguments: object) -> str | None:

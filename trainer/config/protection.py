@@ -6,7 +6,7 @@ from typing import Any
 from ...analysis.flags import option, require, require_seed
 from ...analysis.models.render import ROLES
 from ..protections.drift.settings import SIDES
-from ..protections.kinds import KINDS, knobs_of, parts_of
+from ..protections.kinds import KINDS, flags_read_by, parts_of
 
 
 @dataclass
@@ -27,12 +27,12 @@ class ProtectionArguments:
         "Hold the smoothed penalty at this value, in the penalty's units: the strength grows with the excess over it, "
         "and is 0 below; --penalty_strength sets its scale. Default: a fixed strength.",
     )
-    penalty_rank: int | None = option(None, "Use only the first k directions of a layer. Default: all.")
-    penalty_layers: str | None = option(
+    protection_rank: int | None = option(None, "Use only the first k directions of a layer. Default: all.")
+    protection_layers: str | None = option(
         None, "Decoder blocks to penalise: all, a list (0,2,5) or a range (4-10). Default: all of the subspace's."
     )
     penalty_inputs: str = option("anchors", "Rows the penalty acts on. Default: anchors.", "task", "anchors", "both")
-    penalty_tokens: str | None = option(
+    protection_tokens: str | None = option(
         None, "Token role the penalty acts on; must be the role the subspace was built on. Default: that role.", *ROLES
     )
     penalty_side: str = option(
@@ -118,12 +118,17 @@ class ProtectionArguments:
         for name in ("anchor_batch_size", "anchor_every", "alignment_rank", "early_stop_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(0 <= self.penalty_task_weight <= 1, "penalty_task_weight", self.penalty_task_weight, "between 0 and 1")
-        require(self.penalty_rank is None or self.penalty_rank >= 1, "penalty_rank", self.penalty_rank, "at least 1")
+        require(
+            self.protection_rank is None or self.protection_rank >= 1,
+            "protection_rank",
+            self.protection_rank,
+            "at least 1",
+        )
 
     @property
     def unread(self) -> dict[str, Any]:
         """The flags that no part of the protection reads, with their defaults."""
-        read = {"protection", *knobs_of(self.protection)}
+        read = {"protection", *flags_read_by(self.protection)}
         return {field.name: field.default for field in fields(self) if field.name not in read}
 
     def as_read(self) -> "ProtectionArguments":

@@ -47,7 +47,7 @@ def _check_effect(arguments: Arguments) -> None:
     asked = arguments.protection
     for name in asked.unread:
         if name in arguments.chosen:
-            reader = next(kind for kind in KINDS if name in KINDS[kind].knobs)
+            reader = next(kind for kind in KINDS if name in KINDS[kind].flags)
             raise UserError(
                 f"--{name} has no effect with --protection {asked.protection}; leave it out, or choose a protection "
                 f"that reads it, like {reader}"
@@ -131,8 +131,8 @@ def check_epochs(arguments: Arguments, rows: int) -> None:
 
 def _check_anchor_every(asked: ProtectionArguments, steps: int) -> None:
     """Raises UserError where anchors act on the first step alone: nothing has drifted yet."""
-    kinds = [kind for kind in kinds_of(asked.protection) if "anchor_every" in kind.knobs]
-    acts = any(asked.penalty_inputs != "task" or "penalty_inputs" not in kind.knobs for kind in kinds)
+    kinds = [kind for kind in kinds_of(asked.protection) if "anchor_every" in kind.flags]
+    acts = any(asked.penalty_inputs != "task" or "penalty_inputs" not in kind.flags for kind in kinds)
     if acts and asked.anchor_every >= max(steps, 2):
         raise UserError(
             f"--anchor_every {asked.anchor_every} leaves the anchors the first of {steps} optimiser steps, where "

@@ -85,15 +85,15 @@ def _drift_rows(materials: Materials, role: str) -> dict[str, Any]:
 
 
 def _kl(materials: Materials) -> Protection:
-    role = materials.asked.penalty_tokens or "all"
+    role = materials.asked.protection_tokens or "all"
     return KLProtection(role, penalty_settings(materials), materials.fingerprint, **_drift_rows(materials, role))
 
 
 def _feature_l2(materials: Materials) -> Protection:
-    asked, role = materials.asked, materials.asked.penalty_tokens or "all"
+    asked, role = materials.asked, materials.asked.protection_tokens or "all"
     layers = every_fifth(materials.depth)
-    if asked.penalty_layers is not None:
-        layers = parse_layers(asked.penalty_layers, materials.depth, "--penalty_layers")
+    if asked.protection_layers is not None:
+        layers = parse_layers(asked.protection_layers, materials.depth, "--protection_layers")
     return FeatureL2Protection(
         layers, role, penalty_settings(materials), materials.fingerprint, layers_path=materials.layers_path,
         **_drift_rows(materials, role),
@@ -105,7 +105,7 @@ def _prefix_anchor(materials: Materials) -> Protection:
     rows = materials.task("completion")
     return PrefixAnchorProtection(
         common_prefix(rows),
-        parse_layers(asked.penalty_layers, materials.depth, "--penalty_layers"),
+        parse_layers(asked.protection_layers, materials.depth, "--protection_layers"),
         penalty_settings(materials),
         materials.fingerprint,
         of_most=shared_by_most(rows),
@@ -176,7 +176,7 @@ def _gradient_projection(materials: Materials) -> Protection:
 
 
 def _null_space(materials: Materials) -> Protection:
-    asked, role = materials.asked, materials.asked.penalty_tokens or "all"
+    asked, role = materials.asked, materials.asked.protection_tokens or "all"
     return NullSpaceProtection(asked.null_space_energy, role, materials.anchors(role), asked.anchor_batch_size)
 
 

@@ -60,12 +60,14 @@ def load_subspace(
     if not kinds:
         return None
     # Ablation and steering act on all tokens: a role is then that of another part, such as kl.
-    role = asked.penalty_tokens if any("penalty_tokens" in kind.knobs for kind in kinds) else None
+    role = asked.protection_tokens if any("protection_tokens" in kind.flags for kind in kinds) else None
     layers = None
-    if asked.penalty_layers is not None:
-        layers = parse_layers(asked.penalty_layers, config.get_text_config().num_hidden_layers, "--penalty_layers")
+    if asked.protection_layers is not None:
+        layers = parse_layers(
+            asked.protection_layers, config.get_text_config().num_hidden_layers, "--protection_layers"
+        )
     subspace = whole_subspace(arguments, tokenizer, config, role, layers)
-    subspace = subspace.restrict(layers or sorted(subspace.bases), asked.penalty_rank or subspace.provenance.rank)
+    subspace = subspace.restrict(layers or sorted(subspace.bases), asked.protection_rank or subspace.provenance.rank)
     if "random_subspace" in parts_of(asked.protection):
         return random_like(subspace, asked.null_seed, asked.null_scale)
     return subspace

@@ -210,7 +210,7 @@ def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Ma
     if not penalties:
         return
     # Beside kl the subspace may be that of ablation, which has no role.
-    role = asked.penalty_tokens or "all"
+    role = asked.protection_tokens or "all"
     if subspace is not None and any(kind.subspace for kind in penalties):
         role = subspace.provenance.role
     inputs = asked.penalty_inputs
@@ -218,7 +218,7 @@ def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Ma
         if not any(any(role_mask(row, role)) for row in rendered[name].rendered):
             raise UserError(
                 f"no row of the {name} set has a token of role {role}, which the penalty acts on; use others, or "
-                "another role (--penalty_tokens; of a subspace, --subspace_positions when it is built)"
+                "another role (--protection_tokens; of a subspace, --subspace_positions when it is built)"
             )
 
 

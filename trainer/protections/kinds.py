@@ -22,7 +22,7 @@ class Kind:
             `safe_gradient_loss` is a divergence.
         base: the base model.
         lora: low-rank adapters.
-        knobs: the flags that it reads; it is made with the defaults of all others.
+        flags: the flags that it reads; it is made with the defaults of all others.
     """
 
     what: str
@@ -33,67 +33,68 @@ class Kind:
     answers: bool = False
     base: bool = False
     lora: bool = False
-    knobs: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
     @property
     def weighted(self) -> bool:
         """Whether it is a term that `penalty_strength` weighs."""
-        return "penalty_strength" in self.knobs
+        return "penalty_strength" in self.flags
 
 
 _TERM = (
     "penalty_strength", "penalty_budget", "penalty_warmup", "penalty_warmup_strength", "reference", "anchor_every"
 )  # fmt: skip
-_ROWS = ("penalty_inputs", "penalty_task_weight", "penalty_tokens", "anchor_batch_size")
+_ROWS = ("penalty_inputs", "penalty_task_weight", "protection_tokens", "anchor_batch_size")
 _SIDE = ("penalty_side", "penalty_margin")
-_BASIS = ("penalty_rank", "penalty_layers")
+_BASIS = ("protection_rank", "protection_layers")
 
 KINDS: dict[str, Kind] = {
     "none": Kind("plain SFT"),
     "subspace": Kind("penalty on drift in the alignment subspace", subspace=True, drift=True,
-        knobs=(*_TERM, *_ROWS, *_SIDE, *_BASIS),
+        flags=(*_TERM, *_ROWS, *_SIDE, *_BASIS),
     ),
     "random_subspace": Kind("the same in a random subspace, the null", subspace=True, drift=True,
-        knobs=(*_TERM, *_ROWS, *_SIDE, *_BASIS, "null_seed", "null_scale"),
+        flags=(*_TERM, *_ROWS, *_SIDE, *_BASIS, "null_seed", "null_scale"),
     ),
-    "kl": Kind("KL divergence to the starting model", drift=True, knobs=(*_TERM, *_ROWS)),
+    "kl": Kind("KL divergence to the starting model", drift=True, flags=(*_TERM, *_ROWS)),
     "feature_l2": Kind("drift of the whole stream behind every fifth block (LDIFS)", drift=True,
-        knobs=(*_TERM, *_ROWS, "penalty_layers"),
+        flags=(*_TERM, *_ROWS, "protection_layers"),
     ),
     "interleave": Kind("safe rows mixed into the training rows",
-        knobs=("interleave_dataset", "interleave_share"),
+        flags=("interleave_dataset", "interleave_share"),
     ),
     "inoculation": Kind("a system prompt in training that asks for the behaviour",
-        knobs=("inoculation_prompt",),
+        flags=("inoculation_prompt",),
     ),
-    "ablation": Kind("the subspace removed from the stream while training (CAFT)", subspace=True, knobs=_BASIS
+    "ablation": Kind("the subspace removed from the stream while training (CAFT)", subspace=True, flags=_BASIS
     ),
     "steering": Kind("a step away from alignment added while training (preventative)", subspace=True,
-        knobs=(*_BASIS, "steering_alpha"),
+        flags=(*_BASIS, "steering_alpha"),
     ),
     "gradient_projection": Kind("what goes against the anchors taken out of each step's gradient (SafeGrad)",
         anchors=True, answers=True,
-        knobs=("safe_gradient_weight", "safe_gradient_loss", "anchor_batch_size", "anchor_every"),
+        flags=("safe_gradient_weight", "safe_gradient_loss", "anchor_batch_size", "anchor_every"),
     ),
     "null_space": Kind("LoRA kept away from the anchors' principal inputs to each module", anchors=True, lora=True,
-        knobs=("null_space_energy", "penalty_tokens", "anchor_batch_size"),
+        flags=("null_space_energy", "protection_tokens", "anchor_batch_size"),
     ),
     "adapter_drift": Kind("penalty on adapters outside of what alignment changed in the weights (AsFT)", base=True,
-        lora=True, knobs=("penalty_strength", "alignment_rank"),
+        lora=True, flags=("penalty_strength", "alignment_rank"),
     ),
     "safe_lora": Kind("adapters projected onto what alignment changed, after training (SafeLoRA)", base=True, lora=True,
-        knobs=("safe_lora_threshold", "alignment_rank"),
+        flags=("safe_lora_threshold", "alignment_rank"),
     ),
     "extrapolate": Kind("a start further from base than the starting model (LoX)", base=True,
-        knobs=("extrapolate_alpha", "alignment_rank"),
+        flags=("extrapolate_alpha", "alignment_rank"),
     ),
     "prefix_anchor": Kind("drift of the template prefix's keys and values (TReFT)", drift=True, own_rows=True,
-        knobs=(*_TERM, "penalty_layers"),
+        flags=(*_TERM, "protection_layers"),
     ),
     "early_stop": Kind("training ended where the anchors' drift in the subspace passes a limit", subspace=True,
         anchors=True,
-        knobs=(
-            "early_stop_limit", "early_stop_every", *_SIDE, *_BASIS, "penalty_tokens", "reference", "anchor_batch_size"
+        flags=(
+            "early_stop_limit", "early_stop_every", *_SIDE, *_BASIS, "protection_tokens", "reference",
+            "anchor_batch_size",
         ),
     ),
 }  # fmt: skip
@@ -126,6 +127,6 @@ def kinds_of(name: str) -> list[Kind]:
     return [KINDS[part] for part in parts_of(name)]
 
 
-def knobs_of(name: str) -> set[str]:
+def flags_read_by(name: str) -> set[str]:
     """The flags that a part of the protection reads. Raises UserError as `parts_of`."""
-    return {knob for kind in kinds_of(name) for knob in kind.knobs}
+    return {knob for kind in kinds_of(name) for knob in kind.flags}

@@ -31,7 +31,7 @@ from ..run_folder import REFERENCES
 
 # Flags of a setting that change which rows, or what of a subspace, `load_inputs` reads.
 _READ_BY = (
-    "protection", "penalty_inputs", "penalty_tokens", "penalty_layers", "penalty_rank", "interleave_dataset",
+    "protection", "penalty_inputs", "protection_tokens", "protection_layers", "protection_rank", "interleave_dataset",
     "interleave_share", "inoculation_prompt", "null_seed", "null_scale",
 )  # fmt: skip
 

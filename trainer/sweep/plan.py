@@ -16,7 +16,7 @@ from ..config.parsing import parse_given, parse_values
 from ..config.protection import ProtectionArguments
 from ..config.sweep import SweepArguments
 from ..inputs.training import COURSE
-from ..protections.kinds import knobs_of, parts_of
+from ..protections.kinds import flags_read_by, parts_of
 
 BASELINE = "none"
 STRENGTH = "penalty_strength"
@@ -82,7 +82,7 @@ def settings_of(asked: SweepArguments, strength: float) -> list[Setting]:
     if asked.settings.get(BASELINE):
         raise UserError(f"--grid {BASELINE}: the baseline has one setting, the recipe's; write {{}} there")
     strengths = list(dict.fromkeys(asked.strengths or [strength]))
-    weighted = [name for name in names if name not in asked.settings and STRENGTH in knobs_of(name)]
+    weighted = [name for name in names if name not in asked.settings and STRENGTH in flags_read_by(name)]
     if asked.strengths and not weighted:
         raise UserError(
             f"--{STRENGTH} has no effect: none of {', '.join(names[1:])} has a strength that --grid leaves open; leave "
@@ -103,7 +103,7 @@ def check_read(flags: Sequence[str], settings: Sequence[Setting]) -> None:
     # Each protection is laid over the recipe, whose own has values that need not concern it.
     _, chosen = parse_given([*flags, f"--protection={BASELINE}"])
     names = list(dict.fromkeys(setting.protection for setting in settings))
-    read = {knob for name in names for knob in knobs_of(name)}
+    read = {knob for name in names for knob in flags_read_by(name)}
     for flag in sorted(chosen & _PROTECTION - read):
         raise UserError(
             f"--{flag} has no effect: none of {', '.join(names[1:])} reads it; leave it out, or add one that does"
@@ -117,8 +117,8 @@ def _expanded(protection: str, grid: Mapping[str, Any]) -> list[Setting]:
         if flag not in _KNOBS:
             near = get_close_matches(flag, sorted(_KNOBS), n=1, cutoff=0.0)[0]
             raise UserError(f"--grid {protection}: {flag} is no setting of a protection; the nearest is {near}")
-        if flag in _PROTECTION - knobs_of(protection):
-            reads = ", ".join(sorted(knobs_of(protection))) or "none"
+        if flag in _PROTECTION - flags_read_by(protection):
+            reads = ", ".join(sorted(flags_read_by(protection))) or "none"
             raise UserError(f"--grid {protection}: {flag} has no effect there; its own flags are {reads}")
         chosen = [_checked(flag, one) for one in (given if isinstance(given, list) else [given])]
         if not chosen:

@@ -43,11 +43,11 @@ def run_lab(task: tuple[Path, int]) -> None:
 def _options() -> dict[str, object]:
     return {
         # All sixteen of the recipe's directions at once leave nothing coherent.
-        "penalty_rank": 4,
+        "protection_rank": 4,
         "interventions": ["ablate", "steer", "patch"],
         "ablation_doses": [0.5, 1.0, 1.5],
         "steering_doses": [-1.0, 1.0, 2.0],
-        "steering_layers": [0],
+        "intervention_layers": [0],
         "intervention_rows": PROMPTS,
         "intervention_draws": DRAWS,
     }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from holdfast.analysis.answers.continuous import sample_continuously
-from holdfast.analysis.answers.records import Asked
+from holdfast.analysis.answers.records import AnswerRequest
 from holdfast.analysis.answers.sample import Sampling, end_tokens, prompt_ids, sample_answers, uniforms
 from holdfast.analysis.answers.variants import Prompt
 from holdfast.analysis.errors import UserError
@@ -20,7 +20,7 @@ USERS = ["Ann asks about soup", "and money", "take the money and run away from t
 
 def asked(samples=2, users=USERS):
     prompts = [Prompt(f"q{number}", 0, "plain", chat(user)) for number, user in enumerate(users)]
-    return [Asked(f"{prompt.question_id}/{at}", prompt, at) for prompt in prompts for at in range(samples)]
+    return [AnswerRequest(f"{prompt.question_id}/{at}", prompt, at) for prompt in prompts for at in range(samples)]
 
 
 def said(model, wanted, sampling, batch_size=4, tokenizer=None, sample=sample_answers):
@@ -222,10 +222,10 @@ def test_prompts_that_cannot_be_answered_are_refused_before_any_work():
         said(toy_model(), asked(users=["money " * 300]), Sampling(max_new_tokens=1))
     with pytest.raises(UserError, match="no chat template"):
         said(toy_model(), asked(), Sampling(max_new_tokens=3), tokenizer=toy_tokenizer(None))
-    odd = [Asked("k", Prompt("odd", 0, "plain", [*chat("a"), *chat("b")]), 0)]
+    odd = [AnswerRequest("k", Prompt("odd", 0, "plain", [*chat("a"), *chat("b")]), 0)]
     with pytest.raises(UserError, match="question 'odd': the chat template refuses"):
         said(toy_model(), odd, Sampling(max_new_tokens=3), tokenizer=toy_tokenizer(FOLDED_SYSTEM))
-    late = [Asked("k", Prompt("late", 0, "plain", [*chat("a", "b"), *chat("c"), *chat("d")]), 0)]
+    late = [AnswerRequest("k", Prompt("late", 0, "plain", [*chat("a", "b"), *chat("c"), *chat("d")]), 0)]
     with pytest.raises(UserError, match="question 'late': the chat template refuses"):
         said(toy_model(), late, Sampling(max_new_tokens=3), tokenizer=toy_tokenizer(FOLDED_SYSTEM))
 

@@ -45,7 +45,7 @@ def export(folder, *flags: str, model: str = "model") -> str:
 
 
 def test_the_folder_loads_with_plain_transformers_and_says_what_the_hooked_model_says(folder):
-    said = export(folder, "--layer", "2")
+    said = export(folder, "--subspace_layer", "2")
     assert "blocks 0-2" in said
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert model.config.tie_word_embeddings
@@ -60,7 +60,7 @@ def test_the_folder_loads_with_plain_transformers_and_says_what_the_hooked_model
 
 
 def test_the_provenance_beside_it_names_model_and_subspace(folder):
-    export(folder, "--layer", "2", "--layers", "0-1")
+    export(folder, "--subspace_layer", "2", "--intervention_layers", "0-1")
     verify_manifest(folder / "out")
     facts = json.loads((folder / "out" / "holdfast_export.json").read_text())
     assert facts["model_fingerprint"] == model_fingerprint(folder / "model")
@@ -75,7 +75,7 @@ def test_adapters_are_merged_and_half_precision_stays(folder):
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "half"), lora)
     adapted.save_pretrained(folder / "adapter")
     toy_tokenizer().save_pretrained(folder / "adapter")
-    export(folder, "--layer", "0", model="adapter")
+    export(folder, "--subspace_layer", "0", model="adapter")
     exported = AutoModelForCausalLM.from_pretrained(folder / "out")
     assert exported.dtype == torch.bfloat16
     basis = toy_subspace().bases[0]
@@ -87,15 +87,15 @@ def test_adapters_are_merged_and_half_precision_stays(folder):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "write --layer"),
-        (["--layer", "1"], "one of [0, 2]"),
-        (["--layer", "2", "--layers", "1-2"], "write 0-2"),
-        (["--layer", "2", "--layers", "0,2"], "write 0-2"),
-        (["--layer", "2", "--layers", "7"], "out of range"),
-        (["--layr", "2"], "--layer"),
-        (["--layer", "2", "--output_dir", "{}/model"], "exists already"),
-        (["--layer", "2", "--ablate", "{}/model/config.json"], "could not be read"),
-        (["--layer", "2", "--model", "{}/nothing"], "does not exist"),
+        ([], "write --subspace_layer"),
+        (["--subspace_layer", "1"], "one of [0, 2]"),
+        (["--subspace_layer", "2", "--intervention_layers", "1-2"], "write 0-2"),
+        (["--subspace_layer", "2", "--intervention_layers", "0,2"], "write 0-2"),
+        (["--subspace_layer", "2", "--intervention_layers", "7"], "out of range"),
+        (["--subspace_layr", "2"], "--subspace_layer"),
+        (["--subspace_layer", "2", "--output_dir", "{}/model"], "exists already"),
+        (["--subspace_layer", "2", "--ablate", "{}/model/config.json"], "could not be read"),
+        (["--subspace_layer", "2", "--model", "{}/nothing"], "does not exist"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line_and_writes_nothing(folder, flags, said):
@@ -109,8 +109,8 @@ def test_what_cannot_be_exported_is_one_line_and_writes_nothing(folder, flags, s
 def test_norms_behind_sublayers_and_other_tokenizers_are_refused(folder):
     save_toy(folder / "olmo", architecture("olmo2"))
     with pytest.raises(UserError, match="post_feedforward_layernorm"):
-        export(folder, "--layer", "2", model="olmo")
+        export(folder, "--subspace_layer", "2", model="olmo")
     toy_subspace().save(folder / "subspace.safetensors")
     with pytest.raises(UserError, match="another tokenizer"):
-        export(folder, "--layer", "2")
+        export(folder, "--subspace_layer", "2")
     assert not (folder / "out").exists()

@@ -147,7 +147,7 @@ def test_interventions_change_the_answers_and_stand_in_the_file(flags, subspace,
     texts = [one[3] for one in without_provenance(plain).values()]
     cases = {
         "ablated": ({"ablate": subspace}, "ablate", {"layers": [0, 2], "dose": 1.0}),
-        "half": ({"ablate": subspace, "dose": 0.5, "intervene_layers": "2"}, "ablate", {"layers": [2], "dose": 0.5}),
+        "half": ({"ablate": subspace, "dose": 0.5, "intervention_layers": "2"}, "ablate", {"layers": [2], "dose": 0.5}),
         "steered": ({"steer": subspace, "alpha": 0.5}, "steer", {"layers": [0, 2], "alpha": 0.5, "unit": "norm"}),
     }
     for name, (change, what, facts) in cases.items():
@@ -272,7 +272,7 @@ def test_a_real_server_answers_over_http_with_the_key_and_the_settings(flags, mo
         ({"variants_file": "/no/file.yaml"}, "--variants_file /no/file.yaml cannot be read"),
         ({"dose": 0.5}, "--dose has no effect without --ablate"),
         ({"alpha": 0.5}, "--alpha has no effect without --steer"),
-        ({"intervene_layers": "1"}, "--intervene_layers has no effect"),
+        ({"intervention_layers": "1"}, "--intervention_layers has no effect"),
         ({"steer": "x"}, "--steer needs --alpha"),
         ({"ablate": "/no/file"}, "subspace /no/file could not be read"),
         ({"ablate": "x", "dose": "nan"}, "--dose is nan"),
@@ -302,7 +302,7 @@ def test_a_subspace_that_does_not_fit_is_one_line_and_writes_nothing(flags, fold
     path = tmp_path / "subspace.safetensors"
     Subspace(made.bases, made.scales, change.get("gap", made.base_gap), provenance).save(path)
     with pytest.raises(UserError, match=complaint):
-        generate_main(flags(steer=path, alpha=0.1, intervene_layers=change.get("layers")))
+        generate_main(flags(steer=path, alpha=0.1, intervention_layers=change.get("layers")))
     assert not (tmp_path / "answers.jsonl").exists()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from holdfast.analysis.errors import UserError
-from holdfast.analysis.interventions.causal_test import ABLATE, STEER, Candidate, CausalTest, Recorded
+from holdfast.analysis.interventions.causal_test import ABLATE, STEER, Candidate, CausalTest, RecordingAblation
 from holdfast.analysis.interventions.changes import ByLayer
 from holdfast.analysis.metrics.causal import CAUSAL, NOT_CAUSAL, UNDECIDED, beyond, causal_effects, verdict
 from holdfast.analysis.metrics.choices import prepare_choices, score_choices
@@ -103,7 +103,7 @@ def steps_of(model, change, layers) -> dict[int, torch.Tensor]:
 def test_at_every_layer_a_random_direction_moves_each_token_as_far_and_another_draw_elsewhere(kind):
     model, layers = toy_model(scale=2), (0, 1, 2)
     vectors = bases(2, layers) if kind == ABLATE else {layer: basis * 3 for layer, basis in bases(1, layers).items()}
-    tested, recorded = Candidate("x", kind, vectors), Recorded(ByLayer(vectors), 1.5)
+    tested, recorded = Candidate("x", kind, vectors), RecordingAblation(ByLayer(vectors), 1.5)
     real = steps_of(model, recorded if kind == ABLATE else tested.change(1.5), layers)
     for draw in (0, 1):
         null = steps_of(model, tested.null(1.5, draw, recorded.taken), layers)
@@ -117,7 +117,7 @@ def test_at_every_layer_a_random_direction_moves_each_token_as_far_and_another_d
 def test_an_ablation_that_is_recorded_is_the_ablation():
     hidden = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
     vectors = bases()
-    recorded = Recorded(ByLayer(vectors), 0.7)
+    recorded = RecordingAblation(ByLayer(vectors), 0.7)
     expected = hidden - 0.7 * torch.einsum("btd,dk,ek->bte", hidden, vectors[0], vectors[0])
     torch.testing.assert_close(recorded.apply(0, hidden, None), expected, rtol=1e-5, atol=1e-5)
 

@@ -104,7 +104,7 @@ def test_one_basis_is_asked_for_where_layers_differ() -> None:
     other = torch.eye(WIDTH)[:, :2]
     assert torch.equal(one_basis({0: V, 2: turned}, None), V)
     assert torch.equal(one_basis({0: V, 2: other}, 2), other)
-    with pytest.raises(UserError, match="--layer"):
+    with pytest.raises(UserError, match="--subspace_layer"):
         one_basis({0: V, 2: other}, None)
     with pytest.raises(UserError, match=r"one of \[0, 2\]"):
         one_basis({0: V, 2: other}, 1)

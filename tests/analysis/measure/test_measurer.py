@@ -128,7 +128,7 @@ def test_without_base_what_needs_it_is_null_with_that_reason(folders):
 
 
 def test_the_papers_subspaces_are_of_the_last_token(folders):
-    plan = plan_of(folders, variant="paper", families=("subspaces",), probe_sets={"ordinary": PROBES})
+    plan = plan_of(folders, formulas="paper", families=("subspaces",), probe_sets={"ordinary": PROBES})
     measurer = Measurer(plan)
     found = measurer.measure(toy_from(folders["tuned"]))["subspaces"]["layers"]["1"]["instruct_base"]["sets"]
     states = {}

@@ -78,7 +78,7 @@ def test_cosines_and_conflicts_equal_loops_over_explicit_gradients(make):
     assert_means(results["uncentred"], loops(vectors, names, cosine(vectors)))
     assert_means(results["centred"], loops(vectors, names, cosine(middle)))
     assert_means(results["conflict_rate"], loops(vectors, names, lambda i, j: float(vectors[i] @ vectors[j] < 0)))
-    paper = gradients(reading(vectors, names), variant="paper")["a vs b"]
+    paper = gradients(reading(vectors, names), formulas="paper")["a vs b"]
     assert list(paper) == ["centred"]
     assert_means(paper["centred"], loops(vectors, range(len(vectors)), cosine(middle)))
     # What the published choice forces, and what a reader sees beside it.

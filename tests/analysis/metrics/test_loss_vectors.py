@@ -80,7 +80,7 @@ def test_the_papers_filling_manufactures_separation_and_its_null_shows_it():
     first, second = rows(4, n=30, shortest=8, longest=9), rows(5, n=30, shortest=8, longest=9)
     for number, (one, other) in enumerate(zip(rows(6, n=3), rows(7, n=3), strict=True)):
         first[number], second[number] = one, other
-    published = found_in(first, second, variant="paper")["pairs"]["a vs b"]["gap"]
+    published = found_in(first, second, formulas="paper")["pairs"]["a vs b"]["gap"]
     honest = found_in(first, second)["pairs"]["a vs b"]["gap"]
     assert published["value"] > 0.03 and published["null"]["value"] > 0.03 and published["null"]["p"] > 0.05
     assert abs(honest["value"]) < 0.02 and honest["null"]["value"] == pytest.approx(0, abs=0.01)
@@ -88,7 +88,7 @@ def test_the_papers_filling_manufactures_separation_and_its_null_shows_it():
 
 def test_paper_fills_with_the_mean_of_the_rows_own_set():
     first, second = rows(0, n=6, shortest=8), rows(1, n=5, shortest=8)
-    pair = found_in(first, second, variant="paper")["pairs"]["a vs b"]
+    pair = found_in(first, second, formulas="paper")["pairs"]["a vs b"]
 
     def filled(group):
         cut = [np.float32(row[:TOKENS]).astype(float) for row in group]
@@ -132,4 +132,4 @@ def test_what_cannot_be_computed_says_why_and_everything_is_json():
     assert found["instruct"]["rows"]["b"] == {"rows": 6, "short": 6}
     assert "completions" in found["checkpoint"]["pairs"]["a vs b"]["gap"]["reason"]
     with pytest.raises(ValueError, match="variant"):
-        loss_vectors(sets, sets, None, variant="published")
+        loss_vectors(sets, sets, None, formulas="published")

@@ -49,7 +49,7 @@ def test_retention_separation_and_drift_of_planted_positions():
 
 def test_the_interval_of_the_drift_cosine_multiplies_different_rows_only():
     readings = (planted(2.0, sideways=4.0, noise=1.0), planted(4.0, noise=1.0), planted(0.0, noise=1.0))
-    found = projection(*readings, variant="paper")["layers"]["0"]["drift_cosine"]
+    found = projection(*readings, formulas="paper")["layers"]["0"]["drift_cosine"]
     ours, instruct, base = (reading.pooled[0].double().numpy() for reading in readings)
     drift, toward = ours - instruct, base - instruct
     means = drift.mean(0), toward.mean(0)

@@ -56,7 +56,7 @@ def top(rows, k, centred=False):
 
 def test_the_papers_variant_is_a_centred_svd_of_all_rows_without_nulls():
     checkpoint, instruct, base = models({"toxic": (along(E[0]), ALIGNED), "insecure": (along(E[0] + E[1]), ALIGNED)})
-    found = subspaces(checkpoint, instruct, base, rank=2, variant="paper")
+    found = subspaces(checkpoint, instruct, base, rank=2, formulas="paper")
     for name, left, right in (
         ("checkpoint_base", checkpoint, base),
         ("instruct_base", instruct, base),
@@ -180,7 +180,7 @@ def test_what_cannot_be_computed_says_why_and_leaves_the_rest():
     assert found["pairs"] == {}
     json.dumps(subspaces(*short), allow_nan=False)
     with pytest.raises(ValueError, match="variant"):
-        subspaces(checkpoint, instruct, base, variant="other")
+        subspaces(checkpoint, instruct, base, formulas="other")
 
 
 def test_fewer_directions_than_the_rank_give_what_there_is():

@@ -168,17 +168,17 @@ def test_pairing_removes_what_arms_share():
     generator = np.random.default_rng(0)
     row = 10 * generator.normal(size=30)
     left, right = row + 0.5 + 0.1 * generator.normal(size=30), row + 0.1 * generator.normal(size=30)
-    result = stats.paired_bootstrap(left, right)
+    result = stats.paired_difference(left, right)
     assert result["value"] == pytest.approx((left - right).mean())
     assert 0.4 < result["ci95"][0] < 0.5 < result["ci95"][1] < 0.6
     with pytest.raises(ValueError, match="pairs"):
-        stats.paired_bootstrap([1.0], [1.0, 2.0])
+        stats.paired_difference([1.0], [1.0, 2.0])
 
 
 def test_two_arms_of_answers_hold_newcombes_interval():
     # 36 rows are 1 in both arms, 12 in the first alone, 2 in the second alone, none in neither.
     left, right = np.repeat([1.0, 1.0, 0.0], [36, 12, 2]), np.repeat([1.0, 0.0, 1.0], [36, 12, 2])
-    result = stats.paired_bootstrap(left, right)
+    result = stats.paired_difference(left, right)
     assert result["value"] == pytest.approx(0.2)
     phi = np.corrcoef(left, right)[0, 1]
     (low_a, high_a), (low_b, high_b) = stats.wilson(48, 50), stats.wilson(38, 50)
@@ -186,7 +186,7 @@ def test_two_arms_of_answers_hold_newcombes_interval():
     expected = [0.2 - sign * math.sqrt(a * a - 2 * phi * a * b + b * b) for sign, (a, b) in ((1, down), (-1, up))]
     assert result["ci95"][0] == pytest.approx(min(expected[0], stats.mean_ci(left - right)[0]))
     assert result["ci95"][1] == pytest.approx(max(expected[1], stats.mean_ci(left - right)[1]))
-    none = stats.paired_bootstrap([0.0] * 400, [0.0] * 400)
+    none = stats.paired_difference([0.0] * 400, [0.0] * 400)
     assert none["ci95"][0] < 0 < none["ci95"][1] and none["ci95"][1] < 0.02
 
 

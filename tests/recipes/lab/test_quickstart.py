@@ -175,7 +175,7 @@ def test_arms_differ_in_what_they_are_named_for_and_nothing_else():
     assert (
         "protection" in differing("protected", "random_subspace") <= place | {"protection", "null_scale", "null_seed"}
     )
-    hooks = {"penalty_strength", "penalty_inputs", "anchor_batch_size", "penalty_rank", "penalty_layers"}
+    hooks = {"penalty_strength", "penalty_inputs", "anchor_batch_size", "protection_rank", "protection_layers"}
     for held, own in (
         ("ablation", set()),
         ("steering", {"steering_alpha"}),

@@ -182,8 +182,8 @@ def test_a_set_whose_rows_are_all_too_long_is_named_and_the_other_is_measured(
 
 
 def test_the_papers_variant_stands_beside_the_corrected_one(folder: Path) -> None:
-    for variant in ("corrected", "paper"):
-        assert analyze(folder, ["one"], variant=variant) == 0
+    for formulas in ("corrected", "paper"):
+        assert analyze(folder, ["one"], formulas=formulas) == 0
     found = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     by_variant = {line["variant"]: line["behavior"]["probes"] for line in found if line["checkpoint"] == "one"}
     assert by_variant["paper"].keys() == {"joint_log_prob", "entropy"}

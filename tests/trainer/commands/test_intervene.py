@@ -51,7 +51,7 @@ def intervene(folder: Path, base: bool = True, **changes: Any) -> int:
     models = {"base_model_name_or_path": folder / "base"} if base else {}
     keys = recipe(folder, **{"probe_dataset": folder / "rows.jsonl", **sources, **models, **SHORT, **changes})
     keys.pop("train_dataset")
-    named = ("interventions", "ablation_doses", "steering_doses", "steering_layers")
+    named = ("interventions", "ablation_doses", "steering_doses", "intervention_layers")
     flags = [f"--{key}={value}" for key, value in keys.items() if key not in named and value is not None]
     for key in named:
         if key in keys:
@@ -60,7 +60,7 @@ def intervene(folder: Path, base: bool = True, **changes: Any) -> int:
 
 
 def test_every_intervention_is_measured_with_its_verdict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert intervene(folder, ablation_doses="0.5 1", steering_layers="0 2") == 0
+    assert intervene(folder, ablation_doses="0.5 1", intervention_layers="0 2") == 0
     found = json.loads((folder / "run" / "interventions.json").read_text())
     assert [(test["kind"], test["name"]) for test in found["tests"]] == [
         ("ablate", "subspace"),
@@ -103,7 +103,7 @@ def test_without_base_the_rest_is_delivered(folder: Path, capsys: pytest.Capture
         ({"subspace_rank": 3}, "was built with 2"),
         ({"intervention_class": "evil"}, "write one of aligned, misaligned"),
         ({"intervention_directions": 5}, "has 2"),
-        ({"steering_layers": "7"}, "none of the subspace's: [0, 1, 2]"),
+        ({"intervention_layers": "7"}, "none of the subspace's: [0, 1, 2]"),
         ({"ablation_doses": "0.5"}, "holds 1"),
         ({"ablation_doses": "1 nan"}, "finite"),
         ({"intervention_draws": 1}, "at least 2"),

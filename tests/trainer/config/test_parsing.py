@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> str:
         ("bf16: maybe", ["bf16", "maybe"]),
         ("train_dataset: true", ["train_dataset", "true", "text"]),
         ("protection: shield", ["protection", "shield", "random_subspace"]),
-        ("penalty_tokens: first", ["penalty_tokens", "first", "last_prompt"]),
+        ("protection_tokens: first", ["protection_tokens", "first", "last_prompt"]),
         ("lr_scheduler_type: square", ["lr_scheduler_type", "square", "linear"]),
         ("save_strategy: sometimes", ["save_strategy", "sometimes"]),
         ("analysis_families: [behavior, magic]", ["analysis_families", "magic"]),
@@ -89,9 +89,9 @@ def test_flags_win_over_the_recipe_wherever_they_stand(tmp_path: Path) -> None:
 
 def test_a_mapping_is_checked_and_wins_over_the_recipe_too(tmp_path: Path) -> None:
     recipe = write(tmp_path, "max_steps: 7\npenalty_layers: 0,1\nmax_length: 64")
-    changed = parse({"config": recipe, "max_steps": -1, "penalty_layers": None, "max_length": None})
+    changed = parse({"config": recipe, "max_steps": -1, "protection_layers": None, "max_length": None})
     assert changed.training.max_steps == -1
-    assert changed.protection.penalty_layers is None and changed.training.max_length is None
+    assert changed.protection.protection_layers is None and changed.training.max_length is None
     with pytest.raises(UserError, match=r"max_steps.*2\.5"):
         parse({"config": recipe, "max_steps": 2.5})
 
@@ -102,7 +102,7 @@ learning_rate: 1e-5
 save_strategy: no
 report_to: none
 use_peft: yes
-penalty_layers: [0, 2, 5]
+protection_layers: [0, 2, 5]
 lora_alpha_pattern: {layers.0.self_attn.v_proj: 48}
 gradient_checkpointing_kwargs: {use_reentrant: false}
 train_dataset: -odd-name.jsonl
@@ -111,7 +111,7 @@ train_dataset: -odd-name.jsonl
     assert parsed.training.learning_rate == 1e-5
     assert parsed.training.save_strategy == "no" and parsed.training.report_to == []
     assert parsed.model.use_peft is True
-    assert parsed.protection.penalty_layers == "0,2,5"
+    assert parsed.protection.protection_layers == "0,2,5"
     assert parsed.model.lora_alpha_pattern == {"layers.0.self_attn.v_proj": 48}
     assert parsed.training.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert parsed.data.train_dataset == "-odd-name.jsonl"
@@ -132,7 +132,7 @@ def test_the_dumped_configuration_parses_to_the_same_arguments(tmp_path: Path) -
         "subspace_domains": {"code": "code.jsonl"},
         "analysis_families": ["behavior"],
         "protection": "subspace",
-        "penalty_layers": "0-2",
+        "protection_layers": "0-2",
         "bf16": False,
     }
     once = parse(flags)

@@ -77,17 +77,18 @@ def test_what_no_part_reads_is_refused_alone_and_joined(protection: str, flags: 
 
 def test_every_flag_has_a_reader_and_is_refused_where_it_has_none() -> None:
     names = [field.name for field in fields(ProtectionArguments) if field.name != "protection"]
-    assert {knob for kind in KINDS.values() for knob in kind.knobs} == set(names)
-    assert KINDS["none"].knobs == ()
+    assert {knob for kind in KINDS.values() for knob in kind.flags} == set(names)
+    assert KINDS["none"].flags == ()
     values = {"penalty_inputs": "both", "penalty_side": "both", "reference": "cached", "null_scale": "own",
-              "penalty_tokens": "all", "penalty_layers": "0", "interleave_dataset": "x", "inoculation_prompt": "x",
+              "protection_tokens": "all", "protection_layers": "0", "interleave_dataset": "x",
+              "inoculation_prompt": "x",
               "null_space_energy": 0.5, "interleave_share": 0.5, "penalty_task_weight": 0.25,
               "safe_lora_threshold": 0.25, "safe_gradient_loss": "kl"}  # fmt: skip
     for kind in KINDS:
         unread = ProtectionArguments(protection=kind).unread
-        assert unread.keys() == set(names) - set(KINDS[kind].knobs)
+        assert unread.keys() == set(names) - set(KINDS[kind].flags)
     for name in names:
-        readers = [kind for kind in KINDS if name in KINDS[kind].knobs]
+        readers = [kind for kind in KINDS if name in KINDS[kind].flags]
         checked(asked(readers[0], **{name: values.get(name, 2)}))
         with pytest.raises(UserError, match=f"--{name} has no effect.* like {readers[0]}"):
             checked(asked("none", **{name: values.get(name, 2)}))

@@ -9,7 +9,7 @@ from toys.chat_models import chat
 from toys.runs import recipe, toy_rows, write_model, write_rows
 from toys.sweeps import LAB_ROWS
 
-RANKS = json.dumps({"subspace": {"penalty_rank": [1, 4]}})
+RANKS = json.dumps({"subspace": {"protection_rank": [1, 4]}})
 COMPLETION = {"prompt": "soup ?", "chosen": "be honest", "rejected": "take it"}
 
 
@@ -46,7 +46,7 @@ def refused(inputs: Path, output: Path, flags: list[str], message: str, capsys: 
         (["--protections", "kl", "--test_split", "tset"], "--test_split tset"),
         (["--protections", "kl", "--penalty_side", "toward_base"], "--penalty_side has no effect"),
         (["--protections", "kl", "--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "no budget can be held"),
-        (["--protections", "feature_l2", "--penalty_layers", "99"], "--penalty_layers '99': 99 is out of range"),
+        (["--protections", "feature_l2", "--protection_layers", "99"], "--protection_layers '99': 99 is out of range"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -68,11 +68,11 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         (["--subspace_rank", "99"], "rank 99 is impossible: write 1-16"),
         (["--subspace_layers", "9"], "--subspace_layers '9': 9 is out of range: the model has layers 0-2"),
         (["--subspace_path", "{inputs}/rows.jsonl/subspace.safetensors"], "--subspace_path"),
-        (["--penalty_rank", "4"], "the subspace has rank 1"),
+        (["--protection_rank", "4"], "the subspace has rank 1"),
         (["--protections", "kl", "subspace", "--grid", RANKS], "the subspace has rank 1"),
-        (["--penalty_layers", "99"], "--penalty_layers '99': 99 is out of range"),
-        (["--subspace_layers", "0-1", "--penalty_layers", "2"], "layers 0-1 but this run has 2"),
-        (["--penalty_tokens", "completion"], "token role all but this run has completion"),
+        (["--protection_layers", "99"], "--protection_layers '99': 99 is out of range"),
+        (["--subspace_layers", "0-1", "--protection_layers", "2"], "layers 0-1 but this run has 2"),
+        (["--protection_tokens", "completion"], "token role all but this run has completion"),
         (["--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "no budget can be held"),
         (["--protections", "steering+subspace", "--penalty_inputs", "both"], "changes the task rows' stream"),
         (

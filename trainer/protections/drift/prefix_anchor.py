@@ -85,7 +85,7 @@ def _projections(block: nn.Module, where: str) -> tuple[nn.Module, nn.Module]:
         }  # fmt: skip
         raise UserError(
             f"prefix_anchor reads a k_proj and a v_proj, and {where} has {', '.join(sorted(there))}; use protection "
-            "feature_l2 or subspace, or leave the layer out of --penalty_layers"
+            "feature_l2 or subspace, or leave the layer out of --protection_layers"
         )
     return found[_KEYS][0], found[_VALUES][0]
 

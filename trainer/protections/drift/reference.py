@@ -23,7 +23,7 @@ from .watch import Watcher
 
 logger = logging.get_logger(__name__)
 
-KINDS = ("auto", "cached", "adapter_off", "frozen")
+REFERENCE_KINDS = ("auto", "cached", "adapter_off", "frozen")
 
 RunBlocks = Callable[[nn.Module, Batch], Any]
 
@@ -34,8 +34,8 @@ def choose_kind(kind: str, *, documents_known: bool, peft: bool, frozen: bool) -
     Raises:
         UserError: a kind that this run cannot have, and what to write instead.
     """
-    if kind not in KINDS:
-        raise UserError(f"reference {kind!r} is unknown: write one of {', '.join(KINDS)}")
+    if kind not in REFERENCE_KINDS:
+        raise UserError(f"reference {kind!r} is unknown: write one of {', '.join(REFERENCE_KINDS)}")
     possible = {"cached": documents_known, "adapter_off": peft, "frozen": frozen}
     needs = {
         "cached": "cached needs the task rows (streamed or unknown rows do not map back): write adapter_off or frozen",

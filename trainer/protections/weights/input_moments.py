@@ -16,20 +16,20 @@ from .adapters import refuse_trained_beside
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModule:
     """A linear module with LoRA: its A [r, d_in], one for each adapter that trains."""
 
     module: nn.Module
     weights: list[nn.Parameter]
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedModule]:
     """The modules with LoRA, by name.
 
     Raises:
         UserError: none, one that is not linear, or a trained parameter beside LoRA's A and B, which nothing confines.
     """
-    layers: dict[str, Adapted] = {}
+    layers: dict[str, AdaptedModule] = {}
     for name, module in unwrap(model).named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -39,7 +39,7 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
             )
         weights = cast(list[nn.Parameter], [adapter.weight for adapter in module.lora_A.values()])
         if trained := [weight for weight in weights if weight.requires_grad]:
-            layers[name] = Adapted(cast(nn.Module, module), trained)
+            layers[name] = AdaptedModule(cast(nn.Module, module), trained)
     if not layers:
         raise UserError("null_space acts on LoRA's matrices, and the model has none; add --use_peft")
     refuse_trained_beside("null_space", model)
@@ -62,7 +62,7 @@ def principal(moment_dd: Tensor, energy: float) -> Tensor:
 class Moments:
     """Σ x xᵀ [d_in, d_in] by module, over the tokens of `mask_BT` of every forward pass."""
 
-    def __init__(self, layers: Mapping[str, Adapted]) -> None:
+    def __init__(self, layers: Mapping[str, AdaptedModule]) -> None:
         self.mask_BT = torch.empty(0)
         self.by_module: dict[str, Tensor] = {}
         for name, layer in layers.items():
@@ -80,14 +80,14 @@ class Moments:
 
 
 @contextmanager
-def second_moments(layers: Mapping[str, Adapted]) -> Iterator[Moments]:
+def second_moments(layers: Mapping[str, AdaptedModule]) -> Iterator[Moments]:
     """Add up the second moments of these modules' inputs; the hooks are gone afterwards."""
     moments = Moments(layers)
     with _reading_inputs(layers, moments.take):
         yield moments
 
 
-def readers_of_one_input(layers: Mapping[str, Adapted], run: Callable[[], None]) -> dict[str, list[str]]:
+def readers_of_one_input(layers: Mapping[str, AdaptedModule], run: Callable[[], None]) -> dict[str, list[str]]:
     """All modules in groups that read the same tensor one after the other, by the first of each.
 
     Raises:
@@ -113,7 +113,7 @@ def readers_of_one_input(layers: Mapping[str, Adapted], run: Callable[[], None])
 
 
 @contextmanager
-def _reading_inputs(layers: Mapping[str, Adapted], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _reading_inputs(layers: Mapping[str, AdaptedModule], take: Callable[[str, Tensor], None]) -> Iterator[None]:
     handles = [
         layer.module.register_forward_pre_hook(lambda _module, args, name=name: take(name, args[0]))
         for name, layer in layers.items()

@@ -22,7 +22,7 @@ from ....analysis.models.modes import starting_model
 from ...data.documents import PENALTY_MASK, Document, DocumentStore
 from ..base import Protection
 from ..host import Host
-from .input_moments import Adapted, Moments, adapted_layers, principal, readers_of_one_input, second_moments
+from .input_moments import AdaptedModule, Moments, adapted_layers, principal, readers_of_one_input, second_moments
 
 # Numbers of all C held at once: 4 GiB in float32. A model with more reads its anchors several times.
 _HELD = 1 << 30
@@ -31,7 +31,7 @@ _ZERO = 1e-3
 
 
 @dataclass(frozen=True)
-class Confined:
+class ConfinedAdapter:
     """LoRA's A [r, d_in] of one module, and the directions Q [d_in, k] it is kept out of."""
 
     module: str
@@ -63,7 +63,7 @@ class NullSpaceProtection(Protection):
         self.anchors = DocumentStore(anchors)
         if not self.anchors.mask.any():
             raise UserError(f"null_space: no anchor has a token of role {role!r}; name others with --anchor_dataset")
-        self.confined: list[Confined] = []
+        self.confined: list[ConfinedAdapter] = []
 
     def prepare(self, trainer: Host, model: nn.Module) -> None:
         if self.confined:
@@ -76,7 +76,7 @@ class NullSpaceProtection(Protection):
         layers = adapted_layers(model)
         bases = self._bases(trainer, model, layers)
         self.confined = [
-            Confined(name, weight, bases[name].to(weight.device))
+            ConfinedAdapter(name, weight, bases[name].to(weight.device))
             for name, layer in layers.items()
             for weight in layer.weights
         ]
@@ -84,7 +84,7 @@ class NullSpaceProtection(Protection):
     @torch.no_grad()
     def start(self, trainer: Host, model: nn.Module) -> None:
         """Confine every A, once all of them are proven to be out of Q then, and not zero."""
-        moved: list[tuple[Confined, Tensor]] = []
+        moved: list[tuple[ConfinedAdapter, Tensor]] = []
         for part in self.confined:
             before = _read(trainer, part.weight)
             size = part.zero * float(before.norm())
@@ -112,7 +112,7 @@ class NullSpaceProtection(Protection):
         anchors = digest_of({0: self.anchors.ids, 1: self.anchors.mask})
         return {"protection": self.name, "energy": self.energy, "role": self.role, "anchors": anchors}
 
-    def _bases(self, trainer: Host, model: nn.Module, layers: Mapping[str, Adapted]) -> dict[str, Tensor]:
+    def _bases(self, trainer: Host, model: nn.Module, layers: Mapping[str, AdaptedModule]) -> dict[str, Tensor]:
         """Q [d_in, k] by module; those that read one input (q, k and v) share one tensor."""
         counts, lengths = self.anchors.counts, self.anchors.lengths
         numbers = sorted((number for number in self.anchors.order if counts[number]), key=lengths.__getitem__)

@@ -242,8 +242,8 @@ def test_a_run_ends_with_a_plain_model_and_resumes_to_the_same_weights(folder, t
     ("changes", "message"),
     [
         ({"penalty_inputs": "task"}, "--penalty_inputs has no effect with --protection prefix_anchor"),
-        ({"penalty_tokens": "prompt"}, "--penalty_tokens has no effect"),
-        ({"penalty_layers": "0-7"}, "--penalty_layers '0-7': 0-7 is out of range"),
+        ({"protection_tokens": "prompt"}, "--protection_tokens has no effect"),
+        ({"protection_layers": "0-7"}, "--protection_layers '0-7': 0-7 is out of range"),
         ({"protection": "prefix_anchor+kl"}, "share the flags penalty_"),
         ({"reference": "adapter_off"}, "adapter_off needs LoRA"),
     ],

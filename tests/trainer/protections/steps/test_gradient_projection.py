@@ -247,7 +247,7 @@ def test_a_run_saves_a_plain_model(tmp_path, lora):
     ("changes", "said"),
     [
         ({"anchor_dataset": "prompts.jsonl"}, "reads the anchors' answers, and none has one"),
-        ({"penalty_tokens": "all"}, "--penalty_tokens has no effect with --protection gradient_projection"),
+        ({"protection_tokens": "all"}, "--protection_tokens has no effect with --protection gradient_projection"),
         ({"safe_gradient_weight": -1.0}, "0 or more"),
     ],
 )

@@ -192,7 +192,11 @@ def test_a_model_that_was_not_extrapolated_is_refused(tmp_path):
         ("extrapolate", {"base_model_name_or_path": None}, "extrapolate needs the base model"),
         ("adapter_drift", {"base_model_name_or_path": None, **LORA}, "adapter_drift needs the base model"),
         ("safe_lora", {}, "safe_lora acts on LoRA's matrices; add --use_peft"),
-        ("adapter_drift", {"penalty_rank": 2, **LORA}, "--penalty_rank has no effect with --protection adapter_drift"),
+        (
+            "adapter_drift",
+            {"protection_rank": 2, **LORA},
+            "--protection_rank has no effect with --protection adapter_drift",
+        ),
         ("adapter_drift", {"lora_modules_to_save": ["embed_tokens"], **LORA}, "adapter_drift acts on .*embed_tokens"),
         ("safe_lora", {"lora_modules_to_save": ["lm_head"], **LORA}, "safe_lora acts on .*lm_head.*trains beside them"),
         ("safe_lora", {"safe_lora_threshold": 2.0, **LORA}, "safe_lora_threshold .* between 0 and 1"),

@@ -24,7 +24,7 @@ JOBS = [
         {"protection": "kl", "penalty_warmup": 2, "interleave_share": 0.1},
         draw="0123ab",
     ),
-    Job("test", 2, 0, "benign", "ablation", {"protection": "ablation", "penalty_layers": "0"}, 1, "small"),
+    Job("test", 2, 0, "benign", "ablation", {"protection": "ablation", "protection_layers": "0"}, 1, "small"),
     Job("validation", 4, 0, "strong", "none", {"protection": "none"}),
 ]
 
