@@ -123,8 +123,8 @@ def _last_layer(layers: str, depth: int) -> int:
     if chosen != list(range(len(chosen))):
         raise UserError(
             f"--intervention_layers {layers} cannot be written into weights: what an earlier block wrote into the "
-            f"subspace passes the later ones untouched; write 0-{chosen[-1]}, or use the ablation at run time (holdfast "
-            "intervene)"
+            f"subspace passes the later ones untouched; write 0-{chosen[-1]}, or use the ablation at run time "
+            "(holdfast intervene)"
         )
     return chosen[-1]
 

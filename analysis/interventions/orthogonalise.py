@@ -51,8 +51,8 @@ def one_basis(bases: Mapping[int, Tensor], layer: int | None) -> Tensor:
     for other in others:
         if other.shape != first.shape or float((other - first @ (first.T @ other)).abs().max()) > _SAME:
             raise UserError(
-                "the subspace differs from layer to layer, and weights hold one for all: write --subspace_layer with the "
-                f"layer whose basis is meant, one of {sorted(bases)}"
+                "the subspace differs from layer to layer, and weights hold one for all: write --subspace_layer with "
+                f"the layer whose basis is meant, one of {sorted(bases)}"
             )
     return first
 
