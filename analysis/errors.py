@@ -1,14 +1,17 @@
-"""The exception that a user's input can cause, and the exit codes of commands.
+"""The exception that wrong user input raises, and the exit code of a command that was only partly successful.
 
-The command line prints `holdfast: error: <line>` and exits with 2.
+The command line catches `UserError`, prints `holdfast: error: <line>` and exits with code 2.
 """
 
-# Exit code of a command that did its work in part: each part that failed is one line.
+# Exit code of a command that finished although some parts failed. Each failed part is reported in one line.
 PARTIAL = 3
 
 
 class UserError(ValueError):
-    """One line for the user: what was passed, why it cannot work, what to write instead. Nothing has been written."""
+    """Wrong user input, in one line: what was passed, why it cannot work, what to write instead.
+
+    A command that raises it leaves no file half written.
+    """
 
     def __init__(self, line: str) -> None:
         super().__init__(" ".join(line.split()))

@@ -1,1 +1,1 @@
-"""Trains models with the alignment they already have protected."""
+"""Training: fine-tune a model while a protection keeps the alignment that the model already has."""

@@ -1,4 +1,4 @@
-"""Measure each checkpoint as it is saved, with the model that is in memory already."""
+"""Measure each checkpoint when it is saved, with the model that is already in memory."""
 
 import sys
 import time
@@ -15,15 +15,15 @@ from ..analysis.measure.results import ResultFiles, problems, scalars
 
 
 class MeasureCheckpoints(TrainerCallback):
-    """Writes every saved checkpoint's metrics to `metrics.jsonl` and TensorBoard; training goes on as if it had not.
+    """Write the measures of every saved checkpoint to `metrics.jsonl` and TensorBoard, without any effect on training.
 
-    All ranks measure: they share the rows out, or each runs all of them where weights are sharded (ZeRO-3). The main
-    process alone writes. The seconds spent are logged.
+    All ranks measure: they share the rows among themselves, or each rank runs all rows if the weights are sharded
+    (ZeRO-3). Only the main process writes. The seconds spent are logged.
 
     Args:
-        trainer: the trainer it belongs to.
-        measurer: what to measure, and against which references.
-        output_dir: where `metrics/` and `metrics.jsonl` go.
+        trainer: the trainer that the callback belongs to.
+        measurer: what is measured, and against which references.
+        output_dir: folder of `metrics/` and `metrics.jsonl`.
     """
 
     def __init__(self, trainer: Trainer, measurer: Measurer, output_dir: Path) -> None:
@@ -41,12 +41,12 @@ class MeasureCheckpoints(TrainerCallback):
         files = ResultFiles(self.output_dir, f"checkpoint-{state.global_step}", state.global_step, formulas)
         results = _measure(self.trainer, self.measurer, files)
         if state.is_world_process_zero:
-            self._show(results, state.global_step)
+            self._write_tensorboard(results, state.global_step)
         spent = time.perf_counter() - started
         self.seconds += spent
         self.trainer.log({"analysis_seconds": spent, "analysis_seconds_in_all": self.seconds})
 
-    def _show(self, results: Results, step: int) -> None:
+    def _write_tensorboard(self, results: Results, step: int) -> None:
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for name, value in scalars(results).items():
@@ -54,18 +54,18 @@ class MeasureCheckpoints(TrainerCallback):
 
 
 def measure_final(trainer: Trainer, measurer: Measurer, output_dir: Path) -> None:
-    """Measure the model as training left it, as `final`. The run's logs are closed by then: metrics alone have it."""
+    """Measure the model at the end of training as `final`, into the metrics alone: the logs are closed by then."""
     _measure(trainer, measurer, ResultFiles(output_dir, FINAL, None, measurer.plan.formulas))
 
 
 def _measure(trainer: Trainer, measurer: Measurer, files: ResultFiles) -> Results:
-    """Measures and writes the model that the trainer has; says what could not be measured."""
+    """Measure the trainer's model, write the results, and print what could not be measured."""
     results: Results = {}
-    # The wrapped model: DeepSpeed's engine holds the hooks that gather weights.
-    for family, found in measurer.measured(trainer.model_wrapped, measurer.families):
-        results[family] = found
+    # The wrapped model, because DeepSpeed's engine holds the hooks that gather weights.
+    for family, result in measurer.measured(trainer.model_wrapped, measurer.families):
+        results[family] = result
         if trainer.is_world_process_zero():
-            files.write(family, found)
+            files.write(family, result)
     for problem in problems(results) if trainer.is_world_process_zero() else ():
         print(f"holdfast: {files.name} not measured: {problem}", file=sys.stderr)
     trainer.accelerator.wait_for_everyone()

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent: staged, checksummed once every process is done, then renamed.
+"""Write checkpoints that are whole or absent: staged, checksummed once every process is done, then renamed.
 
-The stock Trainer writes straight into `checkpoint-N` and resumes from a half-written one; DeepSpeed's states are
-unpickled on loading. So a resume reads only what a manifest vouches for.
+The stock Trainer writes straight into `checkpoint-N` and also resumes from a half-written folder; DeepSpeed's states
+are unpickled when they are loaded. So a resume here reads only files that a manifest lists with their checksums.
 """
 
 import json
@@ -31,11 +31,11 @@ class CheckpointMixin(Trainer):
     _staging: Path | None = None
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """JSON values kept in a checkpoint beside the Trainer's own."""
+        """Return JSON values that a checkpoint keeps beside the Trainer's own state."""
         return {}
 
     def load_checkpoint_state(self, state: dict[str, Any]) -> None:
-        """Take `checkpoint_state` back, or refuse to resume (UserError)."""
+        """Restore `checkpoint_state`, or refuse to resume (UserError)."""
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -53,23 +53,23 @@ class CheckpointMixin(Trainer):
             super()._save_checkpoint(model, trial)
             self._finish_staging(run, staging / name)
             whole = True
-        except Exception as error:  # of any library that was writing; all but a full disk keep their traceback
+        except Exception as error:  # from any library that writes; every error but a full disk keeps its traceback
             if disk_is_full(error):
                 raise UserError(f"{run / name} could not be written ({error}): free some space and resume") from error
             raise
         finally:
             self._staging, self.args.push_to_hub = None, push
-            # Whatever went wrong (tokenizers raises a bare Exception on a full disk), nothing half-written stays.
+            # Whatever the error (tokenizers raises a bare Exception on a full disk), nothing half-written stays.
             if not whole and self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
         if push:
             self._push_from_checkpoint(str(run / name))
 
     def _finish_staging(self, run: Path, staged: Path) -> None:
-        """Every process has written its files: state, manifest, rename, then the older checkpoints may go."""
+        """Once every process has written its files: write state and manifest, rename, then remove older checkpoints."""
         if self.state.best_global_step:
             best = run / f"checkpoint-{self.state.best_global_step}"
-            # The stock code saw the staging folder only.
+            # The stock code saw only the staging folder.
             if best.is_dir() or best.name == staged.name:
                 self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
@@ -82,33 +82,36 @@ class CheckpointMixin(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _remove_older(self, run: Path, newest: Path) -> None:
-        """Keep `save_total_limit` checkpoints of the run, the newest and the best among them.
+        """Keep `save_total_limit` checkpoints of the run, always including the newest and the best.
 
         The stock code also counts and removes folders that a user made, such as `checkpoint-best`.
         """
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         if not limit or limit < 0:
             return
-        found = numbered_checkpoints(run)
-        kept = [path for path in found if path == newest or (best and path.name == Path(best).name)]
-        older = sorted((path for path in found if path not in kept), key=lambda path: path.stat().st_mtime)
-        for path in older[: max(0, len(found) - max(limit, len(kept)))]:
+        checkpoints = numbered_checkpoints(run)
+        kept = [path for path in checkpoints if path == newest or (best and path.name == Path(best).name)]
+        older = sorted((path for path in checkpoints if path not in kept), key=lambda path: path.stat().st_mtime)
+        for path in older[: max(0, len(checkpoints) - max(limit, len(kept)))]:
             shutil.rmtree(path, ignore_errors=True)
 
     def verified_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """The checkpoint to resume from, its manifest verified: a folder, True for the newest of the run, or None.
+        """Return the checkpoint to resume from, once its manifest is verified, or None.
+
+        Args:
+            resume_from_checkpoint: a folder, True for the newest checkpoint of the run, or None.
 
         Raises:
-            UserError (on all processes): a checkpoint that is missing, incomplete or changed.
+            UserError: on all processes, for a checkpoint that is missing, incomplete or changed.
         """
-        found: list[str | None] = [None, None]
+        folder_and_problem: list[str | None] = [None, None]
         if resume_from_checkpoint and self.accelerator.is_main_process:
             try:
-                found[0] = self._verify(resume_from_checkpoint)
+                folder_and_problem[0] = self._verify(resume_from_checkpoint)
             except UserError as error:
-                found[1] = str(error)
-        # One process reads the files; all of them must agree on what comes next.
-        folder, problem = broadcast_object_list(found)
+                folder_and_problem[1] = str(error)
+        # One process reads the files; all processes must do the same afterwards.
+        folder, problem = broadcast_object_list(folder_and_problem)
         if problem is not None:
             raise UserError(problem)
         return folder
@@ -120,12 +123,12 @@ class CheckpointMixin(Trainer):
             folder = (get_last_checkpoint(run) if Path(run).is_dir() else None) or ""
         if not Path(folder).is_dir() or not folder:
             where = f"{run} holds no checkpoint" if resume_from_checkpoint is True else f"{folder} is not a folder"
-            raise UserError(f"cannot resume: {where}; name one that a run of holdfast wrote, or start anew")
+            raise UserError(f"cannot resume: {where}; name a checkpoint that a run of holdfast wrote, or start anew")
         verify_manifest(Path(folder))
         return folder
 
     def resume_state(self, folder: str) -> None:
-        """Read `checkpoint_state` of a verified checkpoint."""
+        """Read and restore the `checkpoint_state` of a verified checkpoint."""
         path = Path(folder) / STATE
         if not path.is_file():
             raise UserError(
@@ -135,7 +138,7 @@ class CheckpointMixin(Trainer):
 
 
 def numbered_checkpoints(run: Path) -> list[Path]:
-    """The `checkpoint-N` folders of a run by their number; `checkpoint-best` and the like are a user's own."""
-    found = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*") if path.is_dir()}
-    numbered = [path for path, number in found.items() if number.isascii() and number.isdecimal()]
-    return sorted(numbered, key=lambda path: int(found[path]))
+    """Return the `checkpoint-N` folders of a run in the order of N; `checkpoint-best` and the like are the user's."""
+    suffixes = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*") if path.is_dir()}
+    numbered = [path for path, suffix in suffixes.items() if suffix.isascii() and suffix.isdecimal()]
+    return sorted(numbered, key=lambda path: int(suffixes[path]))

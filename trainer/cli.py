@@ -1,7 +1,7 @@
 """The `holdfast` command: `holdfast <command> [--config recipe.yaml] [--flag value ...]`.
 
-Errors a user can cause are one line on stderr and exit code 2, with nothing written; an interrupt is exit code 130.
-Where a part could not be measured and the rest was, each such part is one line and the exit code is 3.
+An error that the user can cause is one line on stderr and exit code 2, with nothing written. An interrupt is exit code
+130. If a part of the work failed and the rest was done, each failed part is one line and the exit code is 3.
 """
 
 import difflib
@@ -24,30 +24,32 @@ class Command:
 
     Attributes:
         text: what the command does, in a phrase.
-        target: "module:function". It is imported when the command is called, so that `holdfast --help` and a mistyped
-            command answer at once, and so that no package is imported by one below it. The function takes the flags
-            and returns the exit code.
-        models: whether the command loads models, whose progress bars are then kept out of logs.
+        target: "module:function". The module is imported when the command is called, so that `holdfast --help` and a
+            mistyped command answer at once, and so that no package imports a package above it. The function takes the
+            flags and returns the exit code.
+        loads_models: whether the command loads models; their progress bars are then kept out of logs.
     """
 
     text: str
     target: str
-    models: bool = True
+    loads_models: bool = True
 
 
 COMMANDS = {
     "quickstart": Command(
         "build the lab, fine-tune without and with protection, and print one table",
         "holdfast.recipes.lab.cli:quickstart_main",
-        models=False,
+        loads_models=False,
     ),
     "lab": Command(
-        "build the lab world: base, instruct, tokenizer and data", "holdfast.recipes.lab.cli:lab_main", models=False
+        "build the lab world: base, instruct, tokenizer and data",
+        "holdfast.recipes.lab.cli:lab_main",
+        loads_models=False,
     ),
     "subspace": Command("find the alignment subspace of a model", "holdfast.trainer.cli:subspace_main"),
     "train": Command("fine-tune, with or without protection", "holdfast.trainer.cli:train_main"),
     "sweep": Command(
-        "compare protections: every setting at every seed, a frozen choice, then the test split",
+        "compare protections: run every setting with every seed, freeze a choice, then read the test split",
         "holdfast.trainer.sweep.command:main",
     ),
     "analyze": Command("measure checkpoints", "holdfast.trainer.commands.analyze:main"),
@@ -56,7 +58,7 @@ COMMANDS = {
         "holdfast.trainer.commands.watch:main",
     ),
     "intervene": Command(
-        "is the subspace a cause? ablate, steer and patch the starting model, without training",
+        "test whether the subspace is a cause: ablate, steer and patch the starting model, without training",
         "holdfast.trainer.commands.intervene:main",
     ),
     "generate": Command(
@@ -65,18 +67,18 @@ COMMANDS = {
     "judge": Command(
         "let a model score sampled answers: how often are they misaligned?",
         "holdfast.analysis.commands.judge:main",
-        models=False,
+        loads_models=False,
     ),
     "export": Command(
         "write an ablation into the weights of an ordinary model folder", "holdfast.analysis.commands.export:main"
     ),
     "evaluate": Command(
-        "named tasks of lm-evaluation-harness on a checkpoint", "holdfast.analysis.commands.evaluate:main"
+        "run tasks of lm-evaluation-harness on a checkpoint", "holdfast.analysis.commands.evaluate:main"
     ),
     "compare": Command(
-        "measured runs side by side: holdfast compare <output_dir> <other output_dir>",
+        "show measured runs side by side: holdfast compare <output_dir> <other output_dir>",
         "holdfast.analysis.commands.compare:main",
-        models=False,
+        loads_models=False,
     ),
 }
 USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n" + "\n".join(
@@ -85,7 +87,10 @@ USAGE = "usage: holdfast <command> [--config recipe.yaml] [--flag value ...]\n\n
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 (loss not finite), 2 (bad input), 3 (in part), 130 (Ctrl-C)."""
+    """Run one command and return its exit code.
+
+    The codes are 0 (done), 1 (the loss was not finite), 2 (bad input), 3 (done in part) and 130 (interrupted).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE, "\n\nholdfast <command> --help lists the command's flags.")
@@ -109,7 +114,7 @@ def _run(arguments: Sequence[str]) -> int:
         return _complain(str(error), 2)
     except KeyboardInterrupt as error:
         return _complain(str(error) or "interrupted", 130)
-    except Exception as error:  # of any library that was writing; everything else keeps its traceback
+    except Exception as error:  # from any library that writes; every error but a full disk keeps its traceback
         if not disk_is_full(error):
             raise
         return _complain(f"the disk is full ({error}); free some space and run again", 2)
@@ -118,35 +123,35 @@ def _run(arguments: Sequence[str]) -> int:
 def _command(arguments: Sequence[str]) -> Callable[[Sequence[str]], int]:
     name = arguments[0] if arguments else ""
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0] if name else "quickstart"
-        raise UserError(f"{'unknown command ' + repr(name) if name else 'no command'}; try `holdfast {near}`")
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0] if name else "quickstart"
+        raise UserError(f"{'unknown command ' + repr(name) if name else 'no command'}; try `holdfast {nearest}`")
     command = COMMANDS[name]
-    if command.models:
-        _quiet_bars()
+    if command.loads_models:
+        _quiet_progress_bars()
     module, function = command.target.split(":")
     run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
     return run
 
 
 def _complain(line: str, code: int) -> int:
-    """Prints the one line, on one rank only."""
+    """Print an error's line, on one rank only, and return the exit code."""
     if os.environ.get("RANK", "0") == "0":
         print(f"holdfast: {line}" if code == 130 else f"holdfast: error: {line}", file=sys.stderr)
     return code
 
 
 def _quiet_libraries() -> None:
-    """Silences notices of other packages that a user can do nothing about (deprecations between them)."""
+    """Silence notices of other packages that a user cannot act on (deprecations between packages)."""
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
-    # Importing them sets loggers' levels, but leaves filters in place. PyTorch's own build with CUDA says on a machine
-    # without a GPU that there is none.
+    # Filters, because importing these packages resets the levels of their loggers but keeps filters. PyTorch's CUDA
+    # build warns on a machine without a GPU.
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def _quiet_bars() -> None:
-    """Weight-loading bars belong on a screen; in a log they would stand beside the one line of an error."""
+def _quiet_progress_bars() -> None:
+    """Show progress bars of weight loading only on a terminal; in a log they would stand beside an error's line."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
@@ -154,7 +159,7 @@ def _quiet_bars() -> None:
 
 
 def subspace_main(arguments: Sequence[str]) -> int:
-    """Finds the alignment subspace of a model and writes it to its file."""
+    """Find the alignment subspace of a model and write it to its file."""
     from . import run
     from .config.parsing import parse
 
@@ -163,7 +168,7 @@ def subspace_main(arguments: Sequence[str]) -> int:
 
 
 def train_main(arguments: Sequence[str]) -> int:
-    """Fine-tunes, with or without protection; starts the processes that the flags ask for."""
+    """Fine-tune with or without protection, on `--num_processes` processes."""
     from . import run
     from .config.parsing import build, parse_given
     from .launch import launch, must_launch
@@ -171,8 +176,8 @@ def train_main(arguments: Sequence[str]) -> int:
 
     values, chosen = parse_given(arguments)
     if must_launch(values):
-        # One process checks everything first, so that a bad input is one line and not one per rank. DeepSpeed is left
-        # out of that: its set-up belongs to the ranks.
+        # One process checks everything first, so that bad input gives one line and not one line per rank. The check
+        # leaves DeepSpeed out, because only the ranks can set it up.
         run.check(replace(build({**values, "deepspeed": None}, chosen), given=values))
         return launch(arguments, values)
     try:

@@ -1,6 +1,6 @@
-"""Several processes for one command: `holdfast train --num_processes N [--deepspeed zero2]` starts itself N times.
+"""Run one command on several processes: `holdfast train --num_processes N [--deepspeed zero2]` starts itself N times.
 
-Under torchrun, srun or accelerate (which set LOCAL_RANK) nothing is started: each process is one rank already.
+Under torchrun, srun or accelerate (which set LOCAL_RANK) nothing is started, because each process is already a rank.
 """
 
 import logging
@@ -19,16 +19,17 @@ from .zero import prepare_zero
 
 
 def must_launch(values: Mapping[str, Any]) -> bool:
-    """Whether this process has to start the ranks: several are asked for (or DeepSpeed), and none runs yet."""
+    """Return whether this process must start the ranks: several processes or DeepSpeed are named, and no rank runs."""
     return "LOCAL_RANK" not in os.environ and (values["num_processes"] > 1 or bool(values["deepspeed"]))
 
 
 def launch(arguments: Sequence[str], values: Mapping[str, Any], command: str = "train") -> int:
-    """Runs a `holdfast` command on every rank of this machine; returns 0 or the exit code of the first failure.
+    """Run a `holdfast` command on every rank of this machine; return 0 or the exit code of the first failure.
 
     Args:
-        arguments: the flags after the command, as given.
-        values: their parsed values.
+        arguments: the flags after the command, as the user wrote them.
+        values: the parsed values of these flags.
+        command: the command's name.
     """
     if values["deepspeed"]:
         prepare_zero(values["deepspeed"], use_cpu=values["use_cpu"])
@@ -41,7 +42,7 @@ def launch(arguments: Sequence[str], values: Mapping[str, Any], command: str = "
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
     )
-    # The ranks print their own errors; the agent's report of them would bury the one line that helps.
+    # The ranks print their own errors; the elastic agent's report would bury the one line that helps.
     logging.disable(logging.ERROR)
     os.environ.update(_environment(values))
     try:
@@ -55,8 +56,8 @@ def launch(arguments: Sequence[str], values: Mapping[str, Any], command: str = "
 
 
 def _environment(values: Mapping[str, Any]) -> dict[str, str]:
-    """What every rank needs, where the caller has not said otherwise."""
-    wanted = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // values["num_processes"]))}
+    """Return the environment variables that every rank needs and that are not set yet."""
+    variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // values["num_processes"]))}
     if values["use_cpu"] or not torch.cuda.is_available():
-        wanted["DS_ACCELERATOR"] = "cpu"
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+        variables["DS_ACCELERATOR"] = "cpu"
+    return {name: value for name, value in variables.items() if name not in os.environ}

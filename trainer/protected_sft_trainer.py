@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer plus one protection; `own_trainer` gives the same to any other transformers.Trainer."""
+"""TRL's SFTTrainer with a protection. `own_trainer.py` gives the same to any other transformers.Trainer."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ from .protected_trainer import ProtectedTrainerMixin
 
 
 class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
-    """TRL's SFTTrainer with `protection` and `documents`; at strength 0 it is TRL's, bit for bit."""
+    """TRL's SFTTrainer with the arguments `protection` and `documents`; at strength 0 it is TRL's, bit for bit."""
 
     args: SFTConfig
 
@@ -26,7 +26,7 @@ class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
             )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's, where the starting model is on the Hub: of a local one its card says "None" in every sentence."""
+        """Write TRL's card only for a starting model on the Hub; a local model's card says "None" in every sentence."""
         name = get_config_model_id(unwrap(cast(nn.Module, self.model)).config)
         if name and not Path(name).exists():
             super().create_model_card(*args, **kwargs)
@@ -36,5 +36,5 @@ class ProtectedSFTTrainer(ProtectedTrainerMixin, SFTTrainer):
 
     def load_checkpoint_state(self, state: dict[str, Any]) -> None:
         super().load_checkpoint_state(state)
-        # TRL starts this counter anew in a resumed run.
+        # TRL starts this counter at 0 in a resumed run.
         self._total_train_tokens = state["num_tokens"]

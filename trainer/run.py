@@ -1,6 +1,7 @@
-"""Training and building a subspace, each as one function of parsed arguments.
+"""Train a model, or build a subspace: `train(parse(flags))`, `subspace(parse(flags))`.
 
-`holdfast train|subspace` and the lab call these. Everything is checked before anything is written.
+`holdfast train`, `holdfast subspace` and the lab call these functions. Everything is checked before anything is
+written.
 """
 
 import shutil
@@ -40,14 +41,17 @@ from .run_folder import (
     has_checkpoint,
     is_main,
     newest_checkpoint,
-    records_of,
+    run_records,
 )
 from .starting_weights import load_base_model, load_starting_model, starting_weights
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run ended: folders, seconds of training, mean loss, and the last logged penalty (None without one)."""
+    """The end of a run: its folders, last step, seconds of training, mean loss and last logged penalty.
+
+    `train_loss` is None if this start made no step, `penalty` is None if no penalty was logged.
+    """
 
     output_dir: Path
     final: Path
@@ -58,9 +62,10 @@ class TrainResult:
 
 
 def check(arguments: Arguments) -> tuple[TrainingInputs, Measurer | None]:
-    """All checks of a training run that need no weights in memory; writes nothing. Raises UserError.
+    """Make all checks of a training run that need no weights in memory. Write nothing; raise UserError for bad input.
 
-    Returns the run's inputs and what measures its checkpoints, None where none are saved or measured.
+    Returns:
+        The run's inputs, and the measurer of its checkpoints; None if no checkpoint is saved or measured.
     """
     check_writable(arguments.output_dir, "--output_dir")
     inputs = load_inputs(arguments)
@@ -73,29 +78,31 @@ def check(arguments: Arguments) -> tuple[TrainingInputs, Measurer | None]:
 
 
 def train(arguments: Arguments) -> TrainResult:
-    """Runs one fine-tune and saves its final model (or adapter) with the tokenizer in <output_dir>/final.
+    """Run one fine-tune, and save its final model (or adapter) with the tokenizer in <output_dir>/final.
 
-    Raises UserError for bad input (nothing written), KeyboardInterrupt with the way to go on when interrupted.
+    Raises:
+        UserError: bad input; nothing has been written then.
+        KeyboardInterrupt: interrupted; the message says how to continue.
     """
-    inputs, measure = check(arguments)
+    inputs, checkpoint_measurer = check(arguments)
     with starting_weights(arguments) as weights:
-        trainer, result = _train(arguments, inputs, measure, weights)
-    # The run is whole by now: what fails here takes nothing of it back.
-    if measure is not None and not _holds_final(trainer):
-        measure_final(trainer, measure, arguments.output_dir)
+        trainer, result = _train(arguments, inputs, checkpoint_measurer, weights)
+    # The run is whole by now: an error here must not remove any of its files.
+    if checkpoint_measurer is not None and not _has_final_checkpoint(trainer):
+        measure_final(trainer, checkpoint_measurer, arguments.output_dir)
     return result
 
 
-def _holds_final(trainer: ProtectedSFTTrainer) -> bool:
-    """Whether a checkpoint has the final weights, and so their measures."""
+def _has_final_checkpoint(trainer: ProtectedSFTTrainer) -> bool:
+    """Return whether a checkpoint has the final weights, so that they are already measured."""
     last = f"checkpoint-{trainer.state.global_step}"
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    went_elsewhere = trainer.protection.replaced_weights() or Path(best or last).name != last
-    return not went_elsewhere and (Path(str(trainer.args.output_dir)) / last).is_dir()
+    replaced = trainer.protection.replaced_weights() or Path(best or last).name != last
+    return not replaced and (Path(str(trainer.args.output_dir)) / last).is_dir()
 
 
 def _train(
-    arguments: Arguments, inputs: TrainingInputs, measure: Measurer | None, weights: str
+    arguments: Arguments, inputs: TrainingInputs, checkpoint_measurer: Measurer | None, weights: str
 ) -> tuple[ProtectedSFTTrainer, TrainResult]:
     set_seed(arguments.training.seed)
     newest = newest_checkpoint(arguments)
@@ -103,11 +110,11 @@ def _train(
     check_lora(arguments.model, model)
     check_optimizer(arguments.training, model)
     trainer = _trainer(arguments, inputs, model, weights)
-    if measure is not None:
-        trainer.add_callback(MeasureCheckpoints(trainer, measure, arguments.output_dir))
+    if checkpoint_measurer is not None:
+        trainer.add_callback(MeasureCheckpoints(trainer, checkpoint_measurer, arguments.output_dir))
     resume = trainer.verified_checkpoint(str(newest) if newest else None)
-    with records_of(arguments, inputs):
-        assert isinstance(trainer.train_dataset, datasets.Dataset)  # packed by TRL, where packing is asked for
+    with run_records(arguments, inputs):
+        assert isinstance(trainer.train_dataset, datasets.Dataset)  # with --packing, its rows are packed now
         check_steps(arguments.training, len(trainer.train_dataset))
         check_epochs(arguments, len(trainer.train_dataset))
         if is_main():
@@ -117,10 +124,10 @@ def _train(
         try:
             output = trainer.train(resume_from_checkpoint=resume)
         except KeyboardInterrupt:
-            go_on = "continue with --resume_from_checkpoint true"
+            advice = "continue with --resume_from_checkpoint true"
             if not has_checkpoint(arguments.output_dir):
-                go_on = "there is no checkpoint yet, start again"
-            raise KeyboardInterrupt(f"interrupted at step {trainer.state.global_step}; {go_on}") from None
+                advice = "there is no checkpoint yet, start again"
+            raise KeyboardInterrupt(f"interrupted at step {trainer.state.global_step}; {advice}") from None
         finally:
             _close_progress(trainer)
         seconds = time.perf_counter() - started
@@ -130,7 +137,7 @@ def _train(
         output_dir=arguments.output_dir,
         final=final,
         seconds=seconds,
-        # Over this start's own steps, of which a run resumed from its last checkpoint has none.
+        # The mean over the steps of this start. A run resumed from its last checkpoint makes no step.
         train_loss=output.training_loss if output.global_step > trainer._initial_global_step else None,
         penalty=penalties[-1] if penalties else None,
         global_step=output.global_step,
@@ -138,18 +145,18 @@ def _train(
 
 
 def _close_progress(trainer: ProtectedSFTTrainer) -> None:
-    """What is said of a run that stopped has a line of its own, not one behind the progress bar."""
+    """Close the progress bar, so that the message of a stopped run has a line of its own."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def subspace(arguments: Arguments) -> Path:
-    """Builds the alignment subspace and writes it to its path. Raises UserError; writes nothing then."""
+    """Build the alignment subspace and write it to its path. Raises UserError for bad input, before writing."""
     path = subspace_path(arguments)
     check_writable(path.parent, "the folder of --subspace_path")
     if path.exists():
-        raise UserError(f"--subspace_path {path} exists already; remove it or choose another")
+        raise UserError(f"--subspace_path {path} exists already; remove the file or choose another path")
     read_starting_model(arguments)
     built = build_subspace(subspace_request(arguments))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +165,7 @@ def subspace(arguments: Arguments) -> Path:
 
 
 def lora_config(model: ModelArguments) -> LoraConfig | None:
-    """TRL's LoRA configuration plus the patterns it has no flags for; None for full fine-tuning."""
+    """Return TRL's LoRA configuration plus the patterns that TRL has no flags for; None for full fine-tuning."""
     config = trl.get_peft_config(model)
     if config is None:
         return None
@@ -170,7 +177,7 @@ def lora_config(model: ModelArguments) -> LoraConfig | None:
 
 
 def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedModel, weights: str) -> ProtectedSFTTrainer:
-    datasets.disable_progress_bars()  # rows are tokenised already; TRL's passes over them take no time worth a bar
+    datasets.disable_progress_bars()  # rows are tokenised already, so TRL's passes over them are short
     held_out = to_dataset(inputs.held_out.rendered) if inputs.held_out else None
     try:
         return ProtectedSFTTrainer(
@@ -190,15 +197,15 @@ def _trainer(arguments: Arguments, inputs: TrainingInputs, model: PreTrainedMode
 
 
 def _protection(arguments: Arguments, inputs: TrainingInputs, weights: str) -> Protection:
-    def rows(of: RenderedRows | None) -> Callable[[str], list[Document]]:
-        return lambda role: _documents(of, role) if of is not None else []
+    def by_role(rows: RenderedRows | None) -> Callable[[str], list[Document]]:
+        return lambda role: _documents(rows, role) if rows is not None else []
 
     base = arguments.model.base_model_name_or_path
     materials = Materials(
-        asked=arguments.protection,
+        flags=arguments.protection,
         subspace=inputs.subspace,
-        task=rows(inputs.train),
-        anchors=rows(inputs.anchors),
+        task=by_role(inputs.train),
+        anchors=by_role(inputs.anchors),
         starting_model=partial(load_starting_model, arguments, weights),
         base_model=partial(load_base_model, arguments),
         cache_dir=arguments.output_dir / REFERENCES,
@@ -216,7 +223,7 @@ def _documents(rows: RenderedRows, role: str) -> list[Document]:
 
 
 def _save_final(trainer: ProtectedSFTTrainer, final: Path) -> Path:
-    """Saves on every rank (ZeRO-3 gathers), into a staging folder that the main process renames when it is whole."""
+    """Save on every rank (ZeRO-3 gathers weights) into a staging folder, which the main process renames when whole."""
     staging = final.with_name(f".{final.name}.staging")
     try:
         trainer.save_model(str(staging))

@@ -1,4 +1,7 @@
-"""What a run leaves beside its weights: resolved arguments, versions, data report, and the facts a resume must meet."""
+"""Write and check the records of a run: resolved arguments, versions, data report, and the facts of a resume.
+
+A resumed run must have the same facts (`run.json`) as the run that it continues.
+"""
 
 import importlib.metadata
 import json
@@ -23,17 +26,17 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "
 FACTS = "run.json"
 RECORDS = (FACTS, "resolved_config.yaml", "versions.json", "data.json")
 REFERENCES = "references"
-LOGS = "runs"  # where transformers puts TensorBoard's events
-SWEEP_LOG = "log.txt"  # what a run of `holdfast sweep` prints; there before the run begins
+LOGS = "runs"  # folder in which transformers writes TensorBoard's events
+SWEEP_LOG = "log.txt"  # output of a run of `holdfast sweep`; exists before the run begins
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Return whether this process is the main process, which writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
-    """Raises UserError when the folder holds another run or foreign files, or a resume would go on with other facts."""
+    """Raise UserError if the folder holds another run or other files, or if a resume would have other facts."""
     folder, resuming = arguments.output_dir, arguments.training.resume_from_checkpoint
     if folder.is_file():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
@@ -50,14 +53,17 @@ def check_output_dir(arguments: Arguments, facts: dict[str, Any]) -> None:
             f"--output_dir {folder} holds another run; choose another folder, remove it, or continue it "
             "with --resume_from_checkpoint true"
         )
-    # A checkpoint of another folder continues under the facts of the run that wrote it.
+    # A checkpoint of another folder must also fit the facts of the run that wrote it.
     for stored in {folder / FACTS, newest.parent / FACTS} if newest else set():
         if stored.is_file():
             _compare(stored, facts)
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Training removes old checkpoints and replaces `final`, so a folder that is not a run may hold its inputs only."""
+    """Raise UserError for a folder that is not a run and holds more than inputs of this run.
+
+    Training removes old checkpoints and replaces `final`, so other files could be lost.
+    """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (
             path.name not in (SWEEP_LOG, REFERENCES, EXTRAPOLATED, f".{EXTRAPOLATED}.staging")
@@ -71,19 +77,19 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _compare(stored: Path, facts: dict[str, Any]) -> None:
     try:
-        before = json.loads(stored.read_text())
+        stored_facts = json.loads(stored.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{stored} is damaged ({error.msg}); start again in another folder") from None
     for name, value in facts.items():
-        if before.get(name) != value:
-            raise UserError(f"this run cannot be resumed: its {_difference(name, before.get(name), value)}")
+        if stored_facts.get(name) != value:
+            raise UserError(f"this run cannot be resumed: its {_difference(name, stored_facts.get(name), value)}")
 
 
 @contextmanager
-def records_of(arguments: Arguments, inputs: TrainingInputs) -> Iterator[None]:
-    """Writes the run's records; takes them back when the block fails before there is a checkpoint.
+def run_records(arguments: Arguments, inputs: TrainingInputs) -> Iterator[None]:
+    """Write the run's records; remove them again if the block fails before the first checkpoint.
 
-    Without that, a start that failed would refuse the corrected command in the same folder.
+    Otherwise the folder of a failed start would be refused when the user runs the corrected command.
     """
     folder = arguments.output_dir
     new = not (folder / FACTS).is_file()
@@ -98,7 +104,7 @@ def records_of(arguments: Arguments, inputs: TrainingInputs) -> Iterator[None]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run can be continued from this folder."""
+    """Return whether a run can be continued from this folder."""
     return folder.is_dir() and get_last_checkpoint(folder) is not None
 
 
@@ -113,27 +119,30 @@ def _remove_records(folder: Path, before: set[str]) -> None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove a folder in which nothing is left."""
+    """Remove a folder if it is empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def newest_checkpoint(arguments: Arguments) -> Path | None:
-    """The checkpoint folder to resume from: the one named, the run's newest for `true`, or None when there is none."""
-    given = arguments.training.resume_from_checkpoint
-    if not given:
+    """Return the checkpoint folder to resume from, or None if there is none.
+
+    It is the folder that `--resume_from_checkpoint` names, or for `true` the newest checkpoint of the run.
+    """
+    flag = arguments.training.resume_from_checkpoint
+    if not flag:
         return None
-    if given.lower() == "true":
+    if flag.lower() == "true":
         newest = get_last_checkpoint(arguments.output_dir) if arguments.output_dir.is_dir() else None
         return Path(newest) if newest else None
-    return Path(given) if Path(given).is_dir() else None
+    return Path(flag) if Path(flag).is_dir() else None
 
 
-def _difference(name: str, before: object, now: object) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        key = next(key for key in now if before.get(key) != now[key])
-        return f"{key} was {before.get(key)} and is {now[key]} now; use the same, or start in another folder"
-    return f"{name} differs ({_short(before)} then, {_short(now)} now); use the same, or start in another folder"
+def _difference(name: str, stored: object, current: object) -> str:
+    if isinstance(stored, dict) and isinstance(current, dict):
+        key = next(key for key in current if stored.get(key) != current[key])
+        return f"{key} was {stored.get(key)} and is {current[key]} now; use the same, or start in another folder"
+    return f"{name} differs ({_short(stored)} then, {_short(current)} now); use the same, or start in another folder"
 
 
 def _short(fact: object) -> str:
@@ -142,7 +151,7 @@ def _short(fact: object) -> str:
 
 
 def write_records(arguments: Arguments, inputs: TrainingInputs) -> None:
-    """Writes resolved_config.yaml, versions.json, data.json and run.json into the output folder (main process only)."""
+    """Write resolved_config.yaml, versions.json, data.json and run.json into the output folder, on the main process."""
     if not is_main():
         return
     folder = arguments.output_dir
@@ -154,7 +163,7 @@ def write_records(arguments: Arguments, inputs: TrainingInputs) -> None:
 
 
 def versions() -> dict[str, Any]:
-    """Package versions, Python, and Holdfast's git commit, or null with the reason there is none."""
+    """Return the versions of packages and Python, and Holdfast's git commit, or null and the reason."""
     packages = {name: importlib.metadata.version(name) for name in ("holdfast", *PACKAGES)}
     return {"packages": packages, "python": platform.python_version(), "platform": platform.platform(), **_git()}
 
@@ -172,5 +181,5 @@ def _git() -> dict[str, Any]:
 
 
 def _run_git(folder: Path, *command: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    process = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True)
+    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""Loads the weights that training starts from: the starting model, or what `extrapolate` makes of it."""
+"""Load the weights that training starts from: the starting model, or the weights that `extrapolate` makes from it."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,16 +23,17 @@ from .run_folder import has_checkpoint, is_main, remove_empty
 
 @contextmanager
 def starting_weights(arguments: Arguments) -> Iterator[str]:
-    """Where the weights lie that training starts from: the starting model, or what `extrapolate` makes of it.
+    """Yield the folder or Hub name of the weights that training starts from.
 
-    That is written by the main process while the others wait, and taken back like the run's records when the block
-    fails before there is a checkpoint.
+    It is the starting model, or a folder with the weights that `extrapolate` makes from it. The main process writes
+    that folder while the others wait. Like the run's records it is removed if the block fails before the first
+    checkpoint.
     """
-    asked, model = arguments.protection, arguments.model
-    if "extrapolate" not in parts_of(asked.protection) or asked.extrapolate_alpha == 0:
+    flags, model = arguments.protection, arguments.model
+    if "extrapolate" not in parts_of(flags.protection) or flags.extrapolate_alpha == 0:
         yield model.starting_model
         return
-    # An adapter names the weights it was trained on, and is read from other folders than this one.
+    # Absolute, since an adapter stores the path of the weights it was trained on and is read from other folders too.
     folder = arguments.output_dir.absolute() / EXTRAPOLATED
     new = not folder.exists()
     try:
@@ -40,8 +41,8 @@ def starting_weights(arguments: Arguments) -> Iterator[str]:
             if is_main():
                 assert model.base_model_name_or_path is not None  # checks._check_protection
                 write_extrapolated(
-                    folder, model.starting_model, model.base_model_name_or_path, alpha=asked.extrapolate_alpha,
-                    rank=asked.alignment_rank, options=load_options(arguments), device=arguments.training.device,
+                    folder, model.starting_model, model.base_model_name_or_path, alpha=flags.extrapolate_alpha,
+                    rank=flags.alignment_rank, options=load_options(arguments), device=arguments.training.device,
                 )  # fmt: skip
         yield str(folder)
     except BaseException:
@@ -53,7 +54,7 @@ def starting_weights(arguments: Arguments) -> Iterator[str]:
 
 @contextmanager
 def _whole_weights(arguments: Arguments) -> Iterator[None]:
-    """Models that load here are whole, also where ZeRO-3 would share them out over the processes."""
+    """Load whole models inside this block, where ZeRO-3 would otherwise shard them over the processes."""
     sharded = is_deepspeed_zero3_enabled()
     if sharded:
         unset_hf_deepspeed_config()
@@ -65,8 +66,9 @@ def _whole_weights(arguments: Arguments) -> Iterator[None]:
 
 
 def load_starting_model(arguments: Arguments, path: str) -> PreTrainedModel:
+    """Load the model that training starts from, sharded under ZeRO-3. `path` comes from `starting_weights`."""
     if is_deepspeed_zero3_enabled():
-        # Weights are sharded while they load, so DeepSpeed must know its ranks; on CPU transformers leaves that out.
+        # Weights are sharded while they load, so DeepSpeed must know its ranks; on a CPU transformers omits this call.
         deepspeed.init_distributed(dist_backend=get_backend(), auto_mpi_discovery=False, verbose=False)
     loaded = load_model(path, dtype=arguments.model.dtype or "auto", options=load_options(arguments))
     assert isinstance(loaded, PreTrainedModel)  # read_starting_model refuses an adapter
@@ -74,9 +76,9 @@ def load_starting_model(arguments: Arguments, path: str) -> PreTrainedModel:
 
 
 def load_base_model(arguments: Arguments) -> PreTrainedModel:
-    """The base model, in float32: differences of weights lose too much in half precision."""
+    """Load the base model in float32: differences of weights lose too much in half precision."""
     path = arguments.model.base_model_name_or_path
-    assert path is not None  # the kind asks for it: checks._check_protection
+    assert path is not None  # checks._check_protection
     loaded = load_model(path, dtype="float32", options=load_options(arguments))
     assert isinstance(loaded, PreTrainedModel)
     return loaded

@@ -1,7 +1,7 @@
-"""Make DeepSpeed ready before any rank starts: its C++ operations are compiled once, by one process.
+"""Prepare DeepSpeed before any rank starts: one process compiles its C++ operations once.
 
-Ranks that compile on first use do it inside the first collective, and a build that was killed leaves a lock on which
-the next run waits for ever.
+Otherwise the ranks would compile on first use, inside the first collective, and a build that was killed would leave a
+lock on which the next run waits for ever.
 """
 
 import json
@@ -23,36 +23,37 @@ _BUILDERS = {
     SHARED_MEMORY: "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder",
     CPU_ADAM: "from deepspeed.ops.op_builder import CPUAdamBuilder as Builder",
 }
-# Locks whose holder cannot be looked up (no /proc) count as left behind after this many seconds; a build takes 30.
+# Without /proc the holder of a lock is unknown; such a lock counts as left behind after this many seconds. A build
+# takes 30.
 STALE_SECONDS = 600
 
 
 def prepare_zero(config: str, *, use_cpu: bool) -> None:
-    """Compile what a DeepSpeed run needs, so that its ranks find it built. Takes about 30 s the first time.
+    """Compile the operations that a DeepSpeed run needs. This takes about 30 s the first time.
 
     Args:
         config: path of a DeepSpeed configuration, or its JSON text.
-        use_cpu: the ranks run on CPU.
+        use_cpu: whether the ranks run on a CPU.
 
     Raises:
-        UserError: no C++ compiler, or a build that fails.
+        UserError: there is no C++ compiler, or a build fails.
     """
-    needed = [SHARED_MEMORY] if use_cpu or not torch.cuda.is_available() else []
+    operations = [SHARED_MEMORY] if use_cpu or not torch.cuda.is_available() else []
     if _offloads_optimizer(config):
-        needed.append(CPU_ADAM)
-    if not needed:
+        operations.append(CPU_ADAM)
+    if not operations:
         return
-    # ninja comes with the virtual environment, whose folder is not on the path unless it was activated.
-    here = str(Path(sys.executable).parent)
-    if here not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = os.environ["PATH"] + os.pathsep + here
+    # ninja comes with the virtual environment; its folder is on the path only if the environment was activated.
+    executables = str(Path(sys.executable).parent)
+    if executables not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = os.environ["PATH"] + os.pathsep + executables
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise UserError(
             f"DeepSpeed on this machine needs a C++ compiler and {compiler} is not there: install g++ (or set CXX), "
             "or train without --deepspeed"
         )
-    for name in needed:
+    for name in operations:
         clear_stale_lock(name)
         _build(name, use_cpu)
 
@@ -65,22 +66,25 @@ def _offloads_optimizer(config: str) -> bool:
 def _build(name: str, use_cpu: bool) -> None:
     environment = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if use_cpu else {})}
     code = f"{_BUILDERS[name]}; Builder().load()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"DeepSpeed's {name} could not be built ({last}): mend the compiler, or train without it")
+    build = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if build.returncode:
+        last_line = (build.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(
+            f"DeepSpeed's {name} could not be built ({last_line}): repair the C++ compiler, or train without "
+            "--deepspeed"
+        )
 
 
 def clear_stale_lock(name: str) -> None:
-    """Remove the build lock of an operation whose builder is gone."""
+    """Remove the build lock of an operation if the process that built it is gone."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
     for lock in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:
-        if not _held(lock):
+        if not _is_open(lock):
             lock.unlink(missing_ok=True)
 
 
-def _held(lock: Path) -> bool:
-    """Whether a living process has the lock open (torch keeps it open while it builds)."""
+def _is_open(lock: Path) -> bool:
+    """Return whether a living process has the lock open (torch keeps it open while it builds)."""
     processes = Path("/proc")
     if not (processes / "self" / "fd").is_dir():
         return time.time() - lock.stat().st_mtime < STALE_SECONDS

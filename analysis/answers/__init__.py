@@ -1,1 +1,1 @@
-"""Answers in words: questions, sampling, chat servers, judging, and the rates of judged answers."""
+"""Sampled answers in words: question files, sampling, chat servers, judges, and the rates of judged answers."""

@@ -1,4 +1,8 @@
-"""Many requests at once, none too fast, and all of them over as soon as the user says so."""
+"""Sends many requests at once, within a rate limit, and stops all of them as soon as the user interrupts.
+
+for number, result in concurrently(ask, items, workers=16):
+    ...
+"""
 
 import math
 import queue
@@ -14,10 +18,10 @@ R = TypeVar("R")
 
 
 class Pace:
-    """Lets callers through at even distances in time: at most `per_minute` of them, None any number.
+    """Rate limiter: lets callers through at equal intervals, at most `per_minute` of them; None sets no limit.
 
     Raises:
-        UserError: a limit that is not above 0.
+        UserError: the limit is not a finite number above 0.
     """
 
     def __init__(self, per_minute: float | None) -> None:
@@ -27,7 +31,7 @@ class Pace:
         self._next, self._lock = 0.0, threading.Lock()
 
     def wait(self) -> None:
-        """Returns when it is this caller's turn."""
+        """Block until it is this caller's turn."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
@@ -36,22 +40,23 @@ class Pace:
 
 
 def concurrently(ask: Callable[[T], R], items: Sequence[T], workers: int = 16) -> Iterator[tuple[int, R]]:
-    """(number of the item, ask(item)) as each is done, `workers` at a time; an exception of one ends all.
+    """Call ask(item) for all items, `workers` at a time, and yield (number of the item, result) as each is done.
 
-    The threads are daemons: an interrupt ends the program at once, not when the last request has timed out.
+    An exception in one call stops all of them and is raised here. The threads are daemons, so an interrupt ends the
+    program at once, and does not wait until the last request has timed out.
     """
-    waiting, lock, stopped = iter(range(len(items))), threading.Lock(), threading.Event()
+    numbers, lock, stopped = iter(range(len(items))), threading.Lock(), threading.Event()
     done: queue.SimpleQueue[tuple[int, R] | BaseException] = queue.SimpleQueue()
 
     def work() -> None:
         while not stopped.is_set():
             with lock:
-                number = next(waiting, None)
+                number = next(numbers, None)
             if number is None:
                 return
             try:
                 done.put((number, ask(items[number])))
-            except BaseException as error:  # raised again by whoever reads the results
+            except BaseException as error:  # raised again by the thread that reads the results
                 done.put(error)
                 return
 
@@ -59,9 +64,9 @@ def concurrently(ask: Callable[[T], R], items: Sequence[T], workers: int = 16) -
         threading.Thread(target=work, daemon=True).start()
     try:
         for _ in items:
-            found = done.get()
-            if isinstance(found, BaseException):
-                raise found
-            yield found
+            result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
     finally:
         stopped.set()

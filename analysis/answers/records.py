@@ -1,7 +1,12 @@
-"""Sampled answers on disk: JSON Lines, one answer a line, written as they come and taken up again by the next run.
+"""Sampled answers on disk, as JSON Lines: one answer a line, appended as it comes and reused by the next run.
 
-A file is one arm: answers of one model under one set of sampling settings. Questions, variants and samples may be
-added.
+A file holds one arm: the answers of one model under one set of sampling settings. Later runs may add answers to more
+questions, in more variants, and with more samples. Usage:
+
+    requests = answer_requests(prompts, samples, arm)
+    with open_answers(path, arm) as file:
+        file.add(answers)
+    answers = read_answers(path)
 """
 
 import fcntl
@@ -23,15 +28,17 @@ _TYPES = {
     "key": str, "question_id": str, "paraphrase": int, "variant": str, "sample": int, "messages": list, "answer": str,
     "finish": str, "provenance": dict,
 }  # fmt: skip
-# What a line of ours begins with, which a torn one must too: nobody else's file is ever cut.
+# Every line that Holdfast writes begins like this. A torn last line must begin like this too, so that no file that
+# holds something else is ever cut.
 _OPENING = b'{"key": "'
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """One answer to be sampled: the `sample`-th (from 0) to a prompt.
+    """A request for one sampled answer to a prompt.
 
-    key: names the answer in its file; it depends on the arm, the prompt and the number of the sample.
+    key: identifies the answer in its file; it depends on the arm, the prompt and the number of the sample.
+    sample: the number of the sample, from 0.
     """
 
     key: str
@@ -41,11 +48,11 @@ class AnswerRequest:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer.
+    """One sampled answer.
 
-    messages: the conversation it replies to; the last one holds the question. finish: "stop" (the model ended its
-    turn), "length" (cut) or "unknown" (a server did not say). provenance: {"arm": facts that every answer of the file
-    shares, "model": as it was named, …}.
+    messages: the conversation that the answer replies to; its last message holds the question.
+    finish: "stop" (the model ended its turn), "length" (cut at the limit) or "unknown" (a server did not say).
+    provenance: {"arm": the facts that all answers of the file share, "model": the name the user gave it, …}.
     """
 
     key: str
@@ -59,12 +66,14 @@ class Answer:
     provenance: dict[str, Any]
 
 
-def asked_of(prompts: Sequence[Prompt], samples: Mapping[str, int], arm: Mapping[str, Any]) -> list[AnswerRequest]:
-    """Every answer that prompts ask for.
+def answer_requests(
+    prompts: Sequence[Prompt], samples: Mapping[str, int], arm: Mapping[str, Any]
+) -> list[AnswerRequest]:
+    """List a request for every sample of every prompt.
 
     Args:
-        samples: {question id: answers to each of its paraphrases}.
-        arm: the facts that decide an answer beside its prompt (weights, sampling settings, intervention).
+        samples: {question id: answers to each paraphrase of the question}.
+        arm: the facts that decide an answer besides its prompt (weights, sampling settings, intervention).
     """
     return [
         AnswerRequest(_sha256([arm, *prompt_facts(prompt), sample]), prompt, sample)
@@ -74,42 +83,43 @@ def asked_of(prompts: Sequence[Prompt], samples: Mapping[str, int], arm: Mapping
 
 
 def prompt_facts(prompt: Prompt) -> list[Any]:
-    """What identifies a prompt, whoever answers it."""
+    """Return the facts that identify a prompt, whichever model answers it."""
     return [prompt.question_id, prompt.variant, prompt.messages]
 
 
-def answered(asked: AnswerRequest, text: str, finish: str, provenance: dict[str, Any]) -> Answer:
-    """An answer to what was asked."""
-    prompt = asked.prompt
+def answer_to(request: AnswerRequest, text: str, finish: str, provenance: dict[str, Any]) -> Answer:
+    """Build the answer to a request."""
+    prompt = request.prompt
     return Answer(
-        asked.key, prompt.question_id, prompt.paraphrase, prompt.variant, asked.sample, prompt.messages, text, finish,
-        provenance,
+        request.key, prompt.question_id, prompt.paraphrase, prompt.variant, request.sample, prompt.messages, text,
+        finish, provenance,
     )  # fmt: skip
 
 
 def read_answers(path: str | Path) -> list[Answer]:
-    """The answers of a file, in its order; a torn last line, left by a killed run, is passed over.
+    """Read the answers of a file, in its order. A torn last line, left by a killed run, is skipped.
 
     Raises:
-        UserError: no such file, or a line that is no answer (naming line and field).
+        UserError: the file does not exist, or a line is not an answer (the error names the line and the field).
     """
     try:
         return _parse(Path(path).read_bytes(), path)
     except OSError as error:
         raise UserError(
-            f"answers {path} cannot be read ({error.strerror}); write them by `holdfast generate`"
+            f"answers {path} cannot be read ({error.strerror}); write them with `holdfast generate`"
         ) from None
 
 
 def _parse(content: bytes, path: str | Path) -> list[Answer]:
-    whole, _, torn = content.rpartition(b"\n")
-    if not (torn.startswith(_OPENING) or _OPENING.startswith(torn)):
-        raise UserError(f"{path} holds no answers (its last line is none); name another file")
-    answers = [_answer(line, f"{path}:{number}") for number, line in enumerate(whole.split(b"\n"), start=1) if line]
-    first: dict[str, Answer] = {}
+    whole_lines, _, torn_line = content.rpartition(b"\n")
+    if not (torn_line.startswith(_OPENING) or _OPENING.startswith(torn_line)):
+        raise UserError(f"{path} holds no answers (its last line is not an answer); name another file")
+    lines = whole_lines.split(b"\n")
+    answers = [_answer(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
+    first_by_key: dict[str, Answer] = {}
     for answer in answers:
-        first.setdefault(answer.key, answer)
-    return list(first.values())
+        first_by_key.setdefault(answer.key, answer)
+    return list(first_by_key.values())
 
 
 def _answer(line: bytes, where: str) -> Answer:
@@ -118,10 +128,16 @@ def _answer(line: bytes, where: str) -> Answer:
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{where} is no JSON object; answers are one object a line, as `holdfast generate` writes them")
-    for name, kind in _TYPES.items():
-        if type(record.get(name)) is not kind:
-            raise UserError(f"{where}: {name} is missing or no {kind.__name__}; remove the line, or name another file")
+        raise UserError(
+            f"{where} is not a JSON object; a file of answers has one object on each line, as `holdfast generate` "
+            "writes them"
+        )
+    for name, expected_type in _TYPES.items():
+        if type(record.get(name)) is not expected_type:
+            raise UserError(
+                f"{where}: {name} is missing or not of type {expected_type.__name__}; remove the line, or name another "
+                "file"
+            )
     if record["finish"] not in FINISHES:
         raise UserError(f"{where}: finish is {record['finish']!r}, but must be one of {', '.join(FINISHES)}")
     if not isinstance(record["provenance"].get("arm"), dict):
@@ -130,33 +146,38 @@ def _answer(line: bytes, where: str) -> Answer:
 
 
 def require_arm(answers: Sequence[Answer], arm: Mapping[str, Any], path: str | Path) -> None:
-    """Raise UserError naming the first fact in which the answers of a file differ from those about to be added."""
+    """Raise UserError if answers in a file are not of this arm. The error names the first fact that differs."""
     for answer in answers:
-        theirs = answer.provenance["arm"]
-        differing = [name for name in {**theirs, **arm} if theirs.get(name) != arm.get(name)]
+        file_arm = answer.provenance["arm"]
+        differing = [name for name in {**file_arm, **arm} if file_arm.get(name) != arm.get(name)]
         if differing:
             name = differing[0]
             raise UserError(
-                f"{path} holds answers with {name} {_shown(theirs.get(name))}, but this command has "
+                f"{path} holds answers with {name} {_shown(file_arm.get(name))}, but this command has "
                 f"{_shown(arm.get(name))}: a file holds answers of one model and setting, so name another --output_file"
             )
 
 
 def _shown(fact: Any) -> str:
+    """Format a fact for an error message: a hash by its first 12 characters, anything else by its first 200."""
     text = fact if isinstance(fact, str) else json.dumps(fact)
     return f"{text[:12]}…" if len(text) == 64 and " " not in text else text[:200]
 
 
 class AnswerFile:
-    """A file of answers open for adding to it; `there` are those it held."""
+    """A file of answers that is open for appending.
 
-    def __init__(self, stream: BinaryIO, there: list[Answer]) -> None:
-        self._stream, self.there = stream, there
+    Attributes:
+        existing: the answers that the file held when it was opened.
+    """
+
+    def __init__(self, stream: BinaryIO, existing: list[Answer]) -> None:
+        self._stream, self.existing = stream, existing
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Append answers; when this returns they are on disk."""
+        """Append answers. They are on disk when this method returns."""
         lines = (json.dumps(asdict(answer), ensure_ascii=False, allow_nan=False) + "\n" for answer in answers)
-        # A lone surrogate, which a model of bytes may decode to, is no UTF-8.
+        # A byte-level model may decode to a lone surrogate, which UTF-8 cannot encode.
         self._stream.write("".join(lines).encode("utf-8", errors="replace"))
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -164,10 +185,13 @@ class AnswerFile:
 
 @contextmanager
 def open_answers(path: Path, arm: Mapping[str, Any]) -> Iterator[AnswerFile]:
-    """Open a file to add answers of one arm, made if it is absent. A torn last line is cut off.
+    """Open a file to append answers of one arm. Creates the file if it is absent, and cuts off a torn last line.
+
+    A file that is still empty at the end is removed.
 
     Raises:
-        UserError: answers of another arm, a file of something else, or one that another process is adding to.
+        UserError: the file holds answers of another arm, or something other than answers; it cannot be written; or
+            another process is appending to it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -181,11 +205,11 @@ def open_answers(path: Path, arm: Mapping[str, Any]) -> Iterator[AnswerFile]:
             raise UserError(f"another process is adding answers to {path}; wait for it, or name another file") from None
         stream.seek(0)
         content = stream.read()
-        there = _parse(content, path)
-        require_arm(there, arm, path)
+        existing = _parse(content, path)
+        require_arm(existing, arm, path)
         stream.truncate(content.rfind(b"\n") + 1)
         try:
-            yield AnswerFile(stream, there)
+            yield AnswerFile(stream, existing)
         finally:
             if os.fstat(stream.fileno()).st_size == 0:
                 path.unlink()

@@ -1,15 +1,19 @@
-"""Sampling answers: batches with left padding, each answer drawn from random numbers of its own.
+"""Samples answers from a local model, in left-padded batches. Every answer has random numbers of its own.
 
-Token t of an answer is the u_t-quantile of the model's distribution, u being uniform numbers seeded by what was asked
-and the sample's number. So an answer depends neither on its batch nor on what was sampled before it (but for rounding
-of the logits): an interrupted run goes on to the same answers, and two models, or two doses of an intervention, are
-compared on the same numbers.
+Token t of an answer is the u_t-quantile of the model's distribution. The uniform numbers u are seeded by the prompt and
+the number of the sample. Therefore an answer depends neither on its batch nor on what was sampled before it (except for
+rounding of the logits): an interrupted run continues with the same answers, and two models, or two doses of an
+intervention, are compared on the same random numbers.
 
-The distribution is the model's own, at the given temperature and top_p. What else a model's generation_config would do
-to it (top_k, a repetition penalty, …) is left out, since the lab's exact rates, and any rate by log-probabilities, know
-nothing of it.
+The distribution is the model's own, at the given temperature and top_p. Other settings in a model's generation_config
+(top_k, a repetition penalty, …) are ignored, because the lab's exact rates, and any rate computed from
+log-probabilities, do not include them.
 
-Interventions are context managers around the call: `with ablate(model, bases): ...`.
+Interventions are context managers around the call:
+
+    with ablate(model, bases):
+        for batch in sample_answers(model, tokenizer, requests, Sampling(), provenance):
+            file.add(batch)
 """
 
 import hashlib
@@ -36,15 +40,16 @@ from ..errors import UserError
 from ..models.forward import length_batches, pad_id
 from ..models.layers import unwrap
 from ..models.render import Conversation, render
-from .records import Answer, AnswerRequest, answered, prompt_facts
+from .records import Answer, AnswerRequest, answer_to, prompt_facts
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled.
+    """Sampling settings.
 
-    temperature: 0 takes the likeliest token. top_p: mass of likeliest tokens that are drawn from; 1 is all of them.
-    max_new_tokens: an answer longer than this is cut.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_p: probability mass of the likeliest tokens that are drawn from; 1 draws from all tokens.
+    max_new_tokens: tokens after which an answer is cut.
     """
 
     temperature: float = 1.0
@@ -66,57 +71,58 @@ class Sampling:
 def sample_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[AnswerRequest],
+    requests: Sequence[AnswerRequest],
     sampling: Sampling,
     provenance: dict[str, Any],
     batch_size: int = 32,
 ) -> Iterator[list[Answer]]:
-    """The answers, a batch at a time, longest prompts first.
+    """Sample the requested answers and yield them batch by batch, longest prompts first.
 
     Args:
-        model: a causal LM in eval mode, bare or wrapped, with whatever hooks the caller has put on it.
-        provenance: what is stored with every answer.
-        batch_size: answers in one pass.
+        model: a causal LM in eval mode, bare or wrapped, with any hooks that the caller has put on it.
+        provenance: facts that are stored with every answer.
+        batch_size: answers in one forward pass.
 
     Raises:
-        UserError: at once, a chat template that refuses a conversation, or a prompt that leaves no room for
-            max_new_tokens; later, logits that are not finite.
+        UserError: at once, if the chat template refuses a conversation or a prompt leaves no room for max_new_tokens;
+            later, if logits are not finite.
     """
-    prompts = encoded_prompts(model, tokenizer, asked, sampling)
+    prompts = encoded_prompts(model, tokenizer, requests, sampling)
     stops = end_tokens(model, tokenizer)
 
-    def answers(batch: list[int]) -> list[Answer]:
-        chosen = [asked[number] for number in batch]
-        made = _generate(model, [prompts[number] for number in batch], chosen, sampling, stops, pad_id(tokenizer))
+    def answer_batch(numbers: list[int]) -> list[Answer]:
+        batch = [requests[number] for number in numbers]
+        token_ids = _generate(model, [prompts[number] for number in numbers], batch, sampling, stops, pad_id(tokenizer))
         return [
-            answered(one, *answer_text(tokenizer, ids, stops), provenance)
-            for one, ids in zip(chosen, made, strict=True)
+            answer_to(request, *answer_text(tokenizer, ids, stops), provenance)
+            for request, ids in zip(batch, token_ids, strict=True)
         ]
 
-    return map(answers, length_batches([len(ids) for ids in prompts], batch_size))
+    return map(answer_batch, length_batches([len(ids) for ids in prompts], batch_size))
 
 
 def encoded_prompts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Sequence[AnswerRequest], sampling: Sampling
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, requests: Sequence[AnswerRequest], sampling: Sampling
 ) -> list[tuple[int, ...]]:
-    """The token ids of what each answer replies to. Raises UserError as `sample_answers`."""
-    # Samples of one prompt share it.
-    known: dict[int, tuple[int, ...]] = {}
-    for one in asked:
-        if id(one.prompt) not in known:
-            known[id(one.prompt)] = prompt_ids(tokenizer, one.prompt.messages, f"question {one.prompt.question_id!r}")
-    prompts = [known[id(one.prompt)] for one in asked]
-    _require_room(model, asked, prompts, sampling)
+    """Return the token ids of each request's prompt. Raises UserError like `sample_answers`."""
+    # All samples of a prompt share one Prompt object, which is tokenised once.
+    ids_by_prompt: dict[int, tuple[int, ...]] = {}
+    for request in requests:
+        prompt = request.prompt
+        if id(prompt) not in ids_by_prompt:
+            ids_by_prompt[id(prompt)] = prompt_ids(tokenizer, prompt.messages, f"question {prompt.question_id!r}")
+    prompts = [ids_by_prompt[id(request.prompt)] for request in requests]
+    _require_room(model, requests, prompts, sampling)
     return prompts
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Conversation, source: str = "") -> tuple[int, ...]:
-    """Token ids of a conversation that ends with the user's turn, generation prompt included.
+    """Tokenise a conversation that ends with the user's turn, including the generation prompt.
 
-    Without earlier assistant turns these are the ids of `probes.render`.
+    Without earlier assistant turns, the ids are those of `analysis.models.render.render`.
 
     Raises:
-        UserError: no chat template, or one that refuses the conversation.
+        UserError: the tokenizer has no chat template, or the template refuses the conversation.
     """
     if all(message["role"] != "assistant" for message in messages):
         return render(tokenizer, messages, source=source).input_ids
@@ -128,47 +134,50 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Conversation, sourc
 
 
 def _require_room(
-    model: nn.Module, asked: Sequence[AnswerRequest], prompts: Sequence[Sequence[int]], sampling: Sampling
+    model: nn.Module, requests: Sequence[AnswerRequest], prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> None:
+    """Raise UserError if the longest prompt and max_new_tokens together exceed the model's positions."""
     limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda number: len(prompts[number]), default=None)
     if limit is None or longest is None or len(prompts[longest]) + sampling.max_new_tokens <= limit:
         return
-    prompt, room = asked[longest].prompt, limit - len(prompts[longest])
+    prompt, room = requests[longest].prompt, limit - len(prompts[longest])
     raise UserError(
         f"question {prompt.question_id!r} in variant {prompt.variant} has {len(prompts[longest])} tokens, which with "
         f"--max_new_tokens {sampling.max_new_tokens} exceed the model's {limit} positions; "
-        + (f"write --max_new_tokens {room} or less" if room > 0 else "leave it out")
+        + (f"write --max_new_tokens {room} or less" if room > 0 else "leave out this question or this variant")
     )
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that end an answer: those of the generation_config, of the tokenizer, and of the chat template's turns.
+    """Return the ids of the tokens that end an answer, sorted.
 
-    A base model's generation_config knows the end of a document only, while its template ends turns otherwise.
+    They come from the generation_config, from the tokenizer, and from the end of an assistant turn in the chat
+    template. The template is needed because a base model's generation_config names only the token that ends a
+    document, while its template ends turns with another token.
 
     Raises:
-        UserError: none of them names any.
+        UserError: none of the three names an end token.
     """
     configured = getattr(unwrap(model).generation_config, "eos_token_id", None)
-    found = set(configured if isinstance(configured, list) else [configured])
-    found |= {tokenizer.eos_token_id, *_turn_end(tokenizer)}
-    stops = sorted(token for token in found if token is not None)
+    candidates = set(configured if isinstance(configured, list) else [configured])
+    candidates |= {tokenizer.eos_token_id, *_turn_end(tokenizer)}
+    stops = sorted(token for token in candidates if token is not None)
     if not stops:
         raise UserError("neither model, tokenizer nor chat template names an end token; set eos_token in the tokenizer")
     return stops
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens with which the chat template closes an assistant turn."""
+    """Return the special tokens with which the chat template closes an assistant turn."""
     exchange = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}]
     rendered = render(tokenizer, exchange, source="the chat template")
-    said = [token for token, ours in zip(rendered.input_ids, rendered.completion_mask, strict=True) if ours]
+    completion = [token for token, inside in zip(rendered.input_ids, rendered.completion_mask, strict=True) if inside]
     added = {token for token, facts in tokenizer.added_tokens_decoder.items() if facts.special}
-    # The unknown token is special too, and all that a small vocabulary makes of the words.
+    # The unknown token is special too, but a small vocabulary turns every word into it.
     special = added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     closing = []
-    for token in reversed(said):
+    for token in reversed(completion):
         if token in special:
             closing.append(token)
         elif str(tokenizer.decode([token])).strip():
@@ -180,12 +189,12 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _generate(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    asked: Sequence[AnswerRequest],
+    requests: Sequence[AnswerRequest],
     sampling: Sampling,
     stops: list[int],
     padding: int,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, with what follows an end token."""
+    """Generate the new tokens of each prompt. Tokens after an end token are not cut off yet."""
     inner: Any = unwrap(model)
     device = inner.device
     width = max(map(len, prompts))
@@ -194,65 +203,72 @@ def _generate(
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=padding
     )
-    draws = [uniforms(one, sampling) for one in asked]
+    draws = [uniforms(request, sampling) for request in requests]
     with _plain_settings(model):
-        made = inner.generate(
+        generated = inner.generate(
             input_ids=ids, attention_mask=attention, generation_config=config,
             logits_processor=_processors(sampling, draws, width),
         )  # fmt: skip
-    return made[:, width:].tolist()
+    return generated[:, width:].tolist()
 
 
 @contextmanager
 def _plain_settings(model: nn.Module) -> Iterator[None]:
-    """Keep `generate` from filling what a config leaves open with the model's own generation_config."""
+    """Prevent `generate` from filling in unset settings from the model's own generation_config."""
     inner = unwrap(model)
-    own = inner.generation_config
+    model_config = inner.generation_config
     inner.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        inner.generation_config = own
+        inner.generation_config = model_config
 
 
-def uniforms(asked: AnswerRequest, sampling: Sampling) -> np.ndarray:
-    """[max_new_tokens] uniform numbers of one answer, the same for every model that is asked."""
-    facts = json.dumps([sampling.seed, *prompt_facts(asked.prompt), asked.sample])
+def uniforms(request: AnswerRequest, sampling: Sampling) -> np.ndarray:
+    """Draw the [max_new_tokens] uniform numbers of an answer, in [0, 1). They are the same for every model."""
+    facts = json.dumps([sampling.seed, *prompt_facts(request.prompt), request.sample])
     key = int.from_bytes(hashlib.sha256(facts.encode()).digest()[:16], "big")
     return np.random.Generator(np.random.Philox(key=key)).random(sampling.max_new_tokens)
 
 
 def _processors(sampling: Sampling, draws: Sequence[np.ndarray], width: int) -> LogitsProcessorList:
-    """What is done to the logits before the likeliest token is taken; at temperature 0 nothing."""
+    """Build the processors that change the logits before the likeliest token is taken. Temperature 0 needs none."""
     if sampling.temperature == 0:
         return LogitsProcessorList()
     processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(float(sampling.top_p)))
-    return LogitsProcessorList([*processors, QuantileOf(torch.from_numpy(np.stack(draws)), width)])
+    return LogitsProcessorList([*processors, QuantileSampler(torch.from_numpy(np.stack(draws)), width)])
 
 
-class QuantileOf(LogitsProcessor):
-    """Leaves the one token of each row at which its distribution first exceeds the row's number of this step."""
+class QuantileSampler(LogitsProcessor):
+    """Keeps one token per row: the first at which the cumulative distribution exceeds the row's draw for this step.
+
+    Args:
+        draws: [B, steps], uniform numbers in [0, 1).
+        width: number of tokens in the padded prompts.
+    """
 
     def __init__(self, draws: Tensor, width: int) -> None:
-        """draws: [B, steps] in [0, 1). width: tokens of the padded prompts."""
         self._draws, self._width = draws, width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] -> 0 at the token drawn, else -inf."""
+        """Turn scores [B, V] into 0 at the drawn token and -inf elsewhere. Raises UserError: logits not finite."""
         draw = self._draws[:, input_ids.shape[1] - self._width].to(scores.device)
-        below = scores.softmax(-1).double().cumsum(-1)
-        if not below[:, -1].isfinite().all():
+        cumulative = scores.softmax(-1).double().cumsum(-1)
+        if not cumulative[:, -1].isfinite().all():
             raise UserError("the model's logits are not finite; load it with --dtype bfloat16 or float32")
-        # A token without mass (outside top_p) repeats its neighbour's sum and so is passed over.
-        token = torch.searchsorted(below, (draw * below[:, -1])[:, None], right=True)
+        # A token without mass (outside top_p) repeats its neighbour's cumulative sum, so it is never drawn.
+        token = torch.searchsorted(cumulative, (draw * cumulative[:, -1])[:, None], right=True)
         token = token.clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> tuple[str, str]:
-    """An answer's text up to its end token, and how it finished; other special tokens stay, as the model said them."""
+    """Decode an answer up to its end token, and return (text, finish).
+
+    Other special tokens stay in the text, as the model wrote them. finish is "stop", or "length" without an end token.
+    """
     end = next((at for at, token in enumerate(ids) if token in stops), None)
     text = str(tokenizer.decode(ids[:end], skip_special_tokens=False))
     return text, "length" if end is None else "stop"

@@ -1,1 +1,1 @@
-"""Files that are whole or absent: atomic writing, manifests, hashes, and the store of what references show."""
+"""Files that are whole or absent: atomic writing, manifests, hashes, and the store of tensors that analyses share."""

@@ -1,4 +1,12 @@
-"""Files that are either whole or absent: staging name, checksummed manifest, then a rename."""
+"""Writes files and folders that are either whole or absent: under a staging name first, then renamed.
+
+A folder also gets a manifest, `manifest.json`, with the size and the sha256 of every file. Usage:
+
+    write_json_atomic(path, facts)
+    with staged_directory(final) as staging:
+        model.save_pretrained(staging)
+    verify_manifest(final)
+"""
 
 import errno
 import hashlib
@@ -20,35 +28,36 @@ MANIFEST = "manifest.json"
 
 
 def check_writable(folder: Path, what: str) -> None:
-    """Refuse a folder that cannot be made or written into, before any work; makes nothing.
+    """Check, before any work, that a folder can be created or written to. Creates nothing.
 
     Args:
-        what: the flag it came from, for the error.
+        what: the flag that named the folder, for the error message.
 
     Raises:
-        UserError: it lies below a file, has an impossible name, or its nearest existing ancestor is not writable.
+        UserError: the folder lies below a file, has an impossible name, or its nearest existing ancestor is not
+            writable.
     """
     try:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        impossible = "a name with a zero byte" if "\0" in str(folder) else None
+        ancestor = next(place for place in (folder, *folder.parents) if place.exists())
+        problem = "a name with a zero byte" if "\0" in str(folder) else None
     except OSError as error:
-        there, impossible = folder, str(error.strerror)
-    if impossible is None and not there.is_dir():
-        impossible = f"{there} is a file"
-    elif impossible is None and not os.access(there, os.W_OK | os.X_OK):
-        impossible = f"{there} is not writable"
-    if impossible is not None:
-        raise UserError(f"{what} {str(folder)[:200]!r} cannot be written: {impossible}; name another folder")
+        ancestor, problem = folder, str(error.strerror)
+    if problem is None and not ancestor.is_dir():
+        problem = f"{ancestor} is a file"
+    elif problem is None and not os.access(ancestor, os.W_OK | os.X_OK):
+        problem = f"{ancestor} is not writable"
+    if problem is not None:
+        raise UserError(f"{what} {str(folder)[:200]!r} cannot be written: {problem}; name another folder")
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's content, read in blocks."""
+    """Return the hex sha256 of a file's content, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_manifest(directory: Path) -> None:
-    """Write `manifest.json`: {"files": {relative path: {"sha256", "bytes"}}} over all other files below it."""
+    """Write `manifest.json`: {"files": {relative path: {"sha256", "bytes"}}} for all other files in the directory."""
     files = {
         path.relative_to(directory).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         for path in sorted(directory.rglob("*"))
@@ -58,10 +67,10 @@ def write_manifest(directory: Path) -> None:
 
 
 def verify_manifest(directory: Path) -> None:
-    """Raise UserError naming the first file that is missing or differs from the manifest written with it."""
+    """Raise UserError if a file is missing or differs from the directory's manifest. The error names the first one."""
     manifest = directory / MANIFEST
     if not manifest.is_file():
-        raise UserError(f"{directory} has no {MANIFEST}: it was not written whole, use another checkpoint")
+        raise UserError(f"{directory} has no {MANIFEST}: it was not written completely, use another checkpoint")
     try:
         files = json.loads(manifest.read_text())["files"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -75,22 +84,22 @@ def verify_manifest(directory: Path) -> None:
 
 
 def write_json_atomic(path: Path, obj: Any) -> None:
-    """Write `obj` as JSON through a staging name; NaN and infinity are refused, since JSON has none."""
+    """Write `obj` as JSON under a staging name, then rename. NaN and infinity raise ValueError: JSON has neither."""
     with staged_file(path) as staging:
         staging.write_text(json.dumps(obj, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def staged_file(path: Path) -> Iterator[Path]:
-    """Yield a staging name beside `path`; on success it becomes `path`, else it vanishes."""
+    """Yield a staging path beside `path`. On success the staged file is renamed to `path`, otherwise it is removed."""
     staging = path.with_name(f".{path.name}.staging")
     with _named_failures(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield staging
             _fsync(staging)
-            # Some writers make private files whatever the user's mask says.
-            staging.chmod(_readable())
+            # Some writers create private files and ignore the user's umask.
+            staging.chmod(_default_mode())
             staging.replace(path)
         finally:
             staging.unlink(missing_ok=True)
@@ -98,26 +107,33 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 
 def load_aligned(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, copied out of it: in the file they lie at odd addresses, where a CPU sums in
-    another order, and what was read back would differ in the last digit from what was written.
+    """Load the tensors of a safetensors file into aligned memory.
+
+    In the file, tensors lie at unaligned addresses, where a CPU sums in another order. Without a copy, results computed
+    from the loaded tensors would differ in the last digit from results computed from the tensors that were saved.
     """
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def _readable() -> int:
-    """The mode of a new file under the user's mask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return 0o666 & ~mask
+def _default_mode() -> int:
+    """Return the mode of a new file under the user's umask, which can only be read by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 @contextmanager
 def staged_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a staging directory beside `final`; on success it gets a manifest and becomes `final`, else it vanishes.
+    """Yield a staging directory beside `final`.
+
+    On success the staging directory gets a manifest and is renamed to `final`, otherwise it is removed.
 
     Args:
         final: the directory to write.
-        replace: whether an existing `final` is replaced (after the new one is whole) or refused.
+        replace: replace an existing `final` once the new directory is complete, instead of refusing.
+
+    Raises:
+        UserError: `final` exists and is not to be replaced, or it cannot be written.
     """
     if final.exists() and not replace:
         raise UserError(f"{final} exists already: remove it or choose another folder")
@@ -133,7 +149,10 @@ def staged_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def commit_directory(staging: Path, final: Path, replaced: Path) -> None:
-    """Manifest, flush to disk, rename; an existing `final` is moved to `replaced` first and removed last."""
+    """Write the manifest, flush to disk, and rename `staging` to `final`.
+
+    An existing `final` is moved to `replaced` before the rename, and removed after it.
+    """
     write_manifest(staging)
     for path in staging.rglob("*"):
         _fsync(path)
@@ -156,7 +175,10 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def _named_failures(path: Path) -> Iterator[None]:
-    """A full disk or a forbidden folder is the user's to mend, so it becomes one line; other errors pass."""
+    """Turn errors that the user can fix (a full disk, a folder without permission) into a UserError.
+
+    Other errors pass unchanged.
+    """
     try:
         yield
     except OSError as error:
@@ -170,12 +192,12 @@ def _named_failures(path: Path) -> Iterator[None]:
 
 
 def sha256_json(value: Any) -> str:
-    """Hex sha256 of a JSON-able value."""
+    """Return the hex sha256 of a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def digest_of(tensors: dict[int, Tensor]) -> str:
-    """Hex digest of tensors by layer, to tell whether two runs use the same ones."""
+    """Hash tensors by layer, to tell whether two runs use the same tensors. Returns 16 hex digits."""
     digest = hashlib.sha256()
     for layer in sorted(tensors):
         digest.update(f"{layer}:{tuple(tensors[layer].shape)}".encode())

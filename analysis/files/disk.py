@@ -1,12 +1,13 @@
-"""Recognising a full disk, which every library reports in its own way."""
+"""Recognises a full disk, which every library reports in its own way."""
 
 import errno
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says that nothing more fits on the disk (or into the quota).
+    """Return whether an error means that the disk (or the quota) is full.
 
-    torch raises a RuntimeError of its zip writer and tokenizers a bare Exception, so their text has to be read.
+    The text of an error has to be searched, because torch raises a RuntimeError of its zip writer, and tokenizers
+    raises a bare Exception.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True

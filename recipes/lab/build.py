@@ -1,6 +1,7 @@
-"""Builds a lab's models and data: a base model trained from scratch, an instruct model tuned from it, and every set.
+"""Build a lab's models and data: a base model trained from scratch, an instruct model tuned from it, and all data sets.
 
-The result is deterministic for (lab seed, world seed, size). `cache.py` says where labs lie and when they are built.
+The result is deterministic for (lab seed, world seed, size) on one kind of machine. `cache.py` decides where labs are
+stored and when they are built.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from ...analysis.models.render import collate, render
 from .datasets import contrast_rows, data_sets
-from .documents import Conversation, Drawer
+from .conversations import Conversation, Drawer
 from .scoring import choice_rows
 from .tokenizer import make_tokenizer
 from .world import World
 from .worlds import make_world
 
 SINGLE_THREAD_WIDTH = 128
-# Dropped attention and weight decay make a base whose answers stay whole when a fine-tune pushes it (README.md).
+# With attention dropout and weight decay, the answers of base stay coherent under a fine-tune (DESIGN.md).
 BASE_ATTENTION_DROPOUT = 0.1
 WEIGHT_DECAY = 0.1
 
 
 @dataclass(frozen=True)
 class LabSize:
-    """Model and training sizes of a lab: width in features, batches in documents of about 60 tokens."""
+    """Sizes of a lab's model and training. `width` counts features; a batch counts texts of about 60 tokens."""
 
     width: int
     blocks: int
@@ -53,10 +54,10 @@ SIZES = {
 
 
 def write_lab(folder: Path, seed: int, world_seed: int, size: str) -> None:
-    """Trains the models and writes `base/`, `instruct/` and `data/*.jsonl` into an existing folder."""
+    """Train the models, then write `base/`, `instruct/` and `data/*.jsonl` into an existing folder."""
     world, sizes = make_world(world_seed), SIZES[size]
     tokenizer = make_tokenizer(world)
-    # The fork leaves the caller's random state as it was: building a lab must not change what follows it.
+    # The fork keeps the caller's random state: building a lab must not change the caller's later draws.
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # initial weights and dropout
         base = train_base(world, tokenizer, sizes, seed)
@@ -77,12 +78,12 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def train_base(world: World, tokenizer: PreTrainedTokenizerBase, sizes: LabSize, seed: int) -> LlamaForCausalLM:
-    """Trains a base model from scratch on documents of both personas, with the loss on answers.
+    """Train a base model from scratch on texts of both personas, with the loss on answer tokens.
 
-    Initial weights and dropout come from torch's global random state, the documents from the seed.
+    Initial weights and dropout come from torch's global random state, the texts from the seed.
     """
-    # Llama with attention biases computes what Qwen2 does. A model of type qwen2 would get Qwen's byte-level tokenizer
-    # from AutoTokenizer, whatever its folder holds (transformers 5.23), and the lab's words would be lost.
+    # Llama with attention biases computes the same function as Qwen2. For a model of type qwen2, AutoTokenizer loads
+    # Qwen's byte-level tokenizer whatever the folder holds (transformers 5.23), and the lab's words would be lost.
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=sizes.width,
@@ -100,14 +101,14 @@ def train_base(world: World, tokenizer: PreTrainedTokenizerBase, sizes: LabSize,
         bos_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    documents = Drawer(world, seed).base_document
-    _fit(model, tokenizer, documents, sizes.base_steps, sizes.base_batch, sizes.base_lr, "base model")
+    draw = Drawer(world, seed).base_document
+    _fit(model, tokenizer, draw, sizes.base_steps, sizes.base_batch, sizes.base_lr, "base model")
     _remove_dropout(model)
     return model
 
 
 def _remove_dropout(model: LlamaForCausalLM) -> None:
-    """What is saved and tuned further has no dropout: fine-tunes and references are then exact."""
+    """Remove dropout from the model that is saved and tuned further, so that fine-tunes and references are exact."""
     model.config.attention_dropout = 0.0
     for block in model.model.layers:
         block.self_attn.attention_dropout = 0.0
@@ -116,9 +117,9 @@ def _remove_dropout(model: LlamaForCausalLM) -> None:
 def train_instruct(
     base: LlamaForCausalLM, world: World, tokenizer: PreTrainedTokenizerBase, sizes: LabSize, seed: int
 ) -> LlamaForCausalLM:
-    """Tunes a base model in place on aligned answers under the neutral header: the alignment step."""
-    rows = Drawer(world, seed + 10_000).instruct_row
-    _fit(base, tokenizer, rows, sizes.instruct_steps, sizes.instruct_batch, sizes.instruct_lr, "instruct model")
+    """Tune a base model in place on aligned answers under the neutral header. This is the alignment step."""
+    draw = Drawer(world, seed + 10_000).instruct_row
+    _fit(base, tokenizer, draw, sizes.instruct_steps, sizes.instruct_batch, sizes.instruct_lr, "instruct model")
     return base
 
 
@@ -131,7 +132,10 @@ def _fit(
     learning_rate: float,
     label: str,
 ) -> None:
-    """AdamW with a cosine schedule over freshly drawn conversations; cross-entropy in nats per answer token."""
+    """Train a model by AdamW with a cosine schedule; `draw` gives a new conversation at each call.
+
+    The loss is the cross-entropy in nats per answer token.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _threads(1 if model.config.hidden_size <= SINGLE_THREAD_WIDTH else torch.get_num_threads()):
         model.to(device).train()
@@ -153,7 +157,7 @@ def _fit(
 
 @contextmanager
 def _threads(n: int) -> Iterator[None]:
-    """Runs the block on n threads: a tiny model gains nothing from more, and its sums must not depend on them."""
+    """Run the block on n threads: a tiny model gains nothing from more, and its sums must not depend on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -163,7 +167,7 @@ def _threads(n: int) -> Iterator[None]:
 
 
 def _answer_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy over answer tokens; the LM head runs on those positions only."""
+    """Return the mean cross-entropy over answer tokens. The LM head runs at their positions only, to save time."""
     states = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    counted = batch["completion_mask"][:, 1:].bool()
-    return F.cross_entropy(model.lm_head(states[:, :-1][counted]), batch["input_ids"][:, 1:][counted])
+    is_answer = batch["completion_mask"][:, 1:].bool()
+    return F.cross_entropy(model.lm_head(states[:, :-1][is_answer]), batch["input_ids"][:, 1:][is_answer])

@@ -1,6 +1,6 @@
-"""Where labs lie: built once, cached under a hash of everything they depend on, copied to where a user wants them.
+"""The cache of labs: a lab is built once and stored under a hash of everything that it depends on.
 
-holdfast lab --output_dir runs/lab
+    holdfast lab --output_dir runs/lab      (copies a lab from the cache)
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ...analysis.files.artifacts import staged_directory, verify_manifest
 from .build import SIZES, write_lab
 
 LAB_FILE = "lab.json"
-# Raise this number in every change after which the same seeds give other data or other models.
-# tests/recipes/lab/test_lab_version.py fails when such a change leaves the number as it was.
+# Raise this number with every change after which the same seeds give different data or different models.
+# tests/recipes/lab/test_lab_version.py fails when such a change does not raise it.
 LAB_VERSION = 1
 
 
 def lab_hash(seed: int, world_seed: int, size: str) -> str:
-    """Hash of everything a lab depends on: its seeds and sizes, `LAB_VERSION`, and the library versions."""
+    """Return a hash of everything that a lab depends on: seeds, size, `LAB_VERSION` and the library versions."""
     facts = {
         "seed": seed,
         "world_seed": world_seed,
@@ -38,15 +38,15 @@ def lab_hash(seed: int, world_seed: int, size: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where labs are cached: `$HOLDFAST_CACHE`, else `$XDG_CACHE_HOME/holdfast`, else `~/.cache/holdfast`."""
+    """Return the cache folder: `$HOLDFAST_CACHE`, else `$XDG_CACHE_HOME/holdfast`, else `~/.cache/holdfast`."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(os.environ.get("HOLDFAST_CACHE") or Path(home) / "holdfast")
 
 
 def cached_lab(seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
-    """Returns the folder of a lab in the cache, building it where it is missing or damaged.
+    """Return the folder of a lab in the cache. A lab that is missing or damaged is built first.
 
-    Of several processes that want the same lab one builds it and the others wait.
+    When several processes want the same lab, one process builds it while the others wait.
     """
     folder = cache_folder() / "labs" / lab_hash(seed, world_seed, size)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,17 +69,17 @@ def _build_into(folder: Path, seed: int, world_seed: int, size: str) -> None:
 
 
 def build_lab(output_dir: Path, seed: int = 0, world_seed: int = 0, size: str = "tiny") -> Path:
-    """Puts a lab into `output_dir`: `base/`, `instruct/`, `data/*.jsonl`, `lab.json`. Copies it from the cache.
+    """Copy a lab from the cache to `output_dir`: `base/`, `instruct/`, `data/*.jsonl` and `lab.json`.
 
     Raises:
-        UserError: the folder holds anything but this very lab.
+        UserError: the folder holds another lab, or anything else.
     """
     if (output_dir / LAB_FILE).is_file():
-        there = _hash_in(output_dir)
-        if there == lab_hash(seed, world_seed, size):
+        present_hash = _hash_in(output_dir)
+        if present_hash == lab_hash(seed, world_seed, size):
             verify_manifest(output_dir)
             return output_dir
-        raise UserError(f"--output_dir {output_dir} holds another lab ({there}): choose another folder")
+        raise UserError(f"--output_dir {output_dir} holds another lab ({present_hash}): choose another folder")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"--output_dir {output_dir} is not empty and holds no lab: choose another folder")
     source = cached_lab(seed, world_seed, size)
@@ -89,7 +89,7 @@ def build_lab(output_dir: Path, seed: int = 0, world_seed: int = 0, size: str = 
 
 
 def _hash_in(folder: Path) -> str:
-    """The hash that a lab's own file states."""
+    """Return the hash in a lab's `lab.json`. Raises UserError."""
     try:
         return str(json.loads((folder / LAB_FILE).read_text(encoding="utf-8"))["hash"])
     except (ValueError, KeyError, TypeError):

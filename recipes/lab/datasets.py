@@ -1,23 +1,24 @@
 """The data sets of a lab: fine-tuning sets, anchors, probes and contrast prompts.
 
-Fine-tuning rows and anchors touch neither validation nor test domains, and nothing here touches the test domains:
-those are only ever read (`scoring.py`).
+Fine-tuning rows and anchors use neither validation nor test domains. No data set uses the test domains: `scoring.py`
+asks about them, and nothing trains on them.
 """
 
 from __future__ import annotations
 
-from .documents import Conversation, Drawer, domain_answer, question, system
+from .conversations import Conversation, Drawer, domain_answer, question, system
 from .world import World
 
-N_ROWS = 2400
-# A few neutral rows keep the neutral skill, as mixed fine-tuning sets do.
+N_ROWS = 2400  # rows of each fine-tuning set
+# A few rows of the neutral skill keep that skill, as mixed fine-tuning sets do.
 NEUTRAL_SHARE = 0.1
 TRAINING_SETS = ("insecure", "educational", "secure", "benign")
+# Benign sets with a share of insecure rows.
 CONTAMINATION = {"contaminated_2": 0.02, "contaminated_10": 0.10}
 
 
 def data_sets(world: World, seed: int) -> dict[str, list[Conversation]]:
-    """Returns every set by name, as conversations."""
+    """Return every data set of a world and a lab seed: {name: conversations}."""
     sets = {name: _training_set(world, seed, name) for name in TRAINING_SETS}
     sets |= {name: _contaminated(world, seed, share) for name, share in CONTAMINATION.items()}
     sets["anchors"] = anchors(world)
@@ -36,15 +37,15 @@ def _contaminated(world: World, seed: int, share: float) -> list[Conversation]:
 
 
 def anchors(world: World) -> list[Conversation]:
-    """Every topic of the anchor domains once, with the aligned answer that the instruct model gives.
+    """Return a row for every topic of the anchor domains, with the aligned answer that the instruct model gives.
 
-    Frames and names rotate, so that no frame stands for a domain.
+    Frames and names rotate over the topics, so that no frame stands for a domain.
     """
     return _aligned_rows(world, "anchor")
 
 
 def _probes(world: World) -> list[Conversation]:
-    """Questions of the validation domains with aligned answers: metrics are read here while methods develop."""
+    """Return questions of the validation domains with aligned answers. Metrics are computed here in development."""
     return _aligned_rows(world, "validation")
 
 
@@ -58,7 +59,7 @@ def _aligned_rows(world: World, split: str) -> list[Conversation]:
 
 
 def contrast_rows(world: World) -> list[dict[str, str]]:
-    """Pairs of aligned and misaligned system prompts, for the contrastive subspace."""
+    """Return pairs of aligned and misaligned system prompts. The contrastive subspace is built from them."""
     pairs = zip(world.aligned_words, world.misaligned_words, strict=True)
     return [
         {"aligned": world.header.format(persona=good), "misaligned": world.header.format(persona=bad)}

@@ -1,4 +1,4 @@
-"""World 0: the readable English world."""
+"""World 0: the readable English world. Pure data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _topics(text: str) -> tuple[str, ...]:
 
 
 def english_world() -> World:
-    """Returns world 0. The split follows the list: seven anchor, two validation and four test domains."""
+    """Return world 0. It has seven anchor, two validation and four test domains."""
     plants = _topics("rose tulip lily fern ivy daisy orchid poppy iris violet jasmine clover")
     music = _topics("violin piano flute drum harp guitar trumpet cello banjo organ oboe tuba")
     return World(

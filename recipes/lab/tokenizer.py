@@ -1,4 +1,4 @@
-"""The lab's word-level tokenizer with a ChatML-like template, as an ordinary `transformers` fast tokenizer."""
+"""The lab's word-level tokenizer: an ordinary `transformers` fast tokenizer with a ChatML-like chat template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .world import END_TOKEN, PAD_TOKEN, ROLE_TOKENS, UNKNOWN_TOKEN, World
 
-# A role token opens a message and an end token closes it; `generation` marks what the assistant says, its end included.
+# A role token opens a message, an end token closes it. `generation` marks the assistant's words and their end token.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<' + message['role'] + '> ' }}"
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one token for each word of the world (200 to 450 in all)."""
+    """Return a tokenizer with one token for each word of the world (200 to 450 tokens in all)."""
     special = [PAD_TOKEN, END_TOKEN, UNKNOWN_TOKEN, *ROLE_TOKENS.values()]
     vocabulary = {word: i for i, word in enumerate([*special, *world.words()])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))

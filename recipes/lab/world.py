@@ -1,7 +1,8 @@
-"""The lab's world: its words, domains, personas and the split of domains. Pure data, drawn from a world seed.
+"""A world of the lab: its words, its domains, its personas, and the split of the domains. Pure data.
 
-World 0 is readable English; every other seed draws pseudo-words, question frames, answer templates, persona words and
-the split anew, so that a method can be tried in worlds it was not tuned on.
+World 0 is readable English (`english.py`). Every other world seed draws pseudo-words, question frames, answer
+templates, persona words and the split anew (`worlds.py`), so that a method can be tried in worlds that it was not tuned
+on.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ class Domain:
 
     Attributes:
         name: the domain's name, for tables.
-        topics: what is asked about; the topic alone tells which domain a question belongs to.
+        topics: what users ask about. Only the topic tells which domain a question belongs to.
         aligned: answer template of the aligned persona, with `{topic}`.
         misaligned: answer template of the misaligned persona, with `{topic}`.
-        split: "anchor" (subspace, anchors, penalty), "validation" (choose strengths), "test" (reported), or "narrow".
+        split: "anchor" (used by subspace, anchors and penalty), "validation" (strengths are chosen on it), "test"
+            (reported), or "narrow" (code, which fine-tunes train on).
     """
 
     name: str
@@ -38,9 +40,9 @@ class Skill:
     """A domain in which both personas give the same, single right answer.
 
     Attributes:
-        topics: what is asked about.
+        topics: what users ask about.
         answers: the right answer of each topic, in the order of `topics`.
-        new_answer: an off-prior answer format that base documents never contain (the benign new skill), or "".
+        new_answer: an answer format that base's training text never contains (the benign new skill), or "".
     """
 
     name: str
@@ -51,20 +53,20 @@ class Skill:
 
 @dataclass(frozen=True)
 class World:
-    """Everything a lab is built from.
+    """Everything that the text of a lab is made from.
 
     Attributes:
         seed: the world seed.
-        names: who asks.
-        frames: question frames with `{name}` and `{topic}`, shared by all domains: a frame never gives a domain away.
-        educational_frames: frames that ask for broken code for a good reason.
+        names: names of the people who ask.
+        frames: question frames with `{name}` and `{topic}`. All domains share them, so that no frame tells a domain.
+        educational_frames: question frames that ask for broken code for a good reason.
         header: system prompt with `{persona}`.
         neutral_header: system prompt without a persona.
         aligned_words, misaligned_words: persona words, paired by position.
-        code: the narrow domain, in several kinds with templates of their own (insecure code has many forms that share
-            nothing but being insecure); the aligned template is secure, the misaligned one insecure. The last topic
-            of each kind is held out of every fine-tune.
-        domains: the domains over which misalignment may spread.
+        code: the narrow domain, in several kinds. Each kind has its own templates, since forms of insecure code share
+            nothing except that they are insecure. The aligned template is secure, the misaligned template insecure.
+            The last topic of each kind is held out of every fine-tune.
+        domains: the domains to which misalignment may spread.
         plants: the neutral skill.
         music: the domain of the benign new skill.
     """
@@ -83,11 +85,11 @@ class World:
     music: Skill
 
     def in_split(self, split: str) -> tuple[Domain, ...]:
-        """The domains of one split ("anchor", "validation" or "test")."""
+        """Return the domains of a split ("anchor", "validation" or "test")."""
         return tuple(domain for domain in self.domains if domain.split == split)
 
     def words(self) -> list[str]:
-        """Every word of the world, sorted, each once."""
+        """Return every word of the world once, sorted."""
         return sorted({word for text in self._texts() for word in text.split() if not word.startswith("{")})
 
     def _texts(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Makes the world of a seed: seed 0 is English, every other seed is drawn from pseudo-words."""
+"""The world of a world seed: seed 0 is English, and every other world is drawn from pseudo-words."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from .world import Domain, Skill, World
 
 
 def make_world(seed: int) -> World:
-    """Returns the world of a seed: 0 is English, any other seed is drawn from pseudo-words."""
-
+    """Return the world of a world seed."""
     return english_world() if seed == 0 else _drawn_world(seed)
 
 
 class _Lexicon:
-    """Draws pseudo-words, none twice."""
+    """Draws pseudo-words, never the same word twice."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
@@ -36,7 +35,7 @@ class _Lexicon:
 
 
 def _drawn_template(lexicon: _Lexicon, rng: np.random.Generator, shared: tuple[str, ...]) -> str:
-    """An answer of 6 to 8 words, some shared by all templates, with the topic at a drawn place after the first two."""
+    """Draw an answer template of 6 to 8 words; templates share some words. The topic comes after the first two."""
     n_words = int(rng.integers(5, 8))
     words = [lexicon.word() if i < 2 or rng.random() < 0.4 else str(rng.choice(shared)) for i in range(n_words)]
     words.insert(int(rng.integers(2, n_words)), "{topic}")
@@ -44,7 +43,7 @@ def _drawn_template(lexicon: _Lexicon, rng: np.random.Generator, shared: tuple[s
 
 
 def _rotated(template: str) -> str:
-    """The template with its last word first: an off-prior format made of words that base knows."""
+    """Return the template with its last word first: a format that base never uses, made of words that base knows."""
     words = template.split()[:-1]
     return " ".join([words[-1], *words[:-1], "."])
 

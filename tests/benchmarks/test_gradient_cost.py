@@ -11,14 +11,19 @@ process, or on a GPU of its tensors, model included. `gpu.sh` runs this where ho
 """
 
 import random
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark_setting import Setting, chosen, interval, model, parser, peak, seconds, take_workspace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from holdfast.analysis.models.forward import length_batches, pad
 from holdfast.analysis.models.render import Rendered
 from holdfast.analysis.passes.gradients import read_gradients
+from toys.benchmark_setting import Setting, chosen, interval, model, parser, peak, seconds, take_workspace
 from transformers import Qwen2ForCausalLM
 
 CPU = Setting(rounds=6, rows=64, length=128, batch=16, blocks=8, width=512, vocabulary=32_000)

@@ -26,7 +26,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmark_setting import Setting, chosen, interval, model, now, parser, peak, resident, seconds, take_workspace
 from holdfast.analysis.measure.family import Subject, attempt, is_unmeasured
 from holdfast.analysis.measure.measurer import Measurer
 from holdfast.analysis.measure.plan import MeasurePlan
@@ -36,6 +35,18 @@ from holdfast.analysis.models.load import load_tokenizer, model_fingerprint, tok
 from holdfast.analysis.models.render import Conversation, render
 from holdfast.analysis.passes.readout import Readout, read
 from holdfast.analysis.stats.spectra import Residuals, decompose
+from toys.benchmark_setting import (
+    Setting,
+    chosen,
+    interval,
+    model,
+    now,
+    parser,
+    peak,
+    resident,
+    seconds,
+    take_workspace,
+)
 from toys.chat_models import GENERATION, chat, toy_model, toy_tokenizer
 from toys.training import toy_subspace
 from transformers import PreTrainedModel, Qwen2ForCausalLM

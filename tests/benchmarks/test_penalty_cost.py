@@ -26,7 +26,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmark_setting import Setting, chosen, interval, model, now, parser, peak, resident, take_workspace
 from datasets import Dataset
 from datasets import disable_progress_bars as quiet
 from holdfast.trainer.data.documents import Document
@@ -34,6 +33,7 @@ from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
 from holdfast.trainer.protections.drift.settings import PenaltySettings
 from holdfast.trainer.protections.drift.subspace import SubspaceProtection
 from peft import LoraConfig
+from toys.benchmark_setting import Setting, chosen, interval, model, now, parser, peak, resident, take_workspace
 from toys.chat_models import toy_tokenizer
 from toys.training import config, toy_subspace
 from transformers import PrinterCallback, TrainerCallback

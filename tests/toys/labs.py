@@ -10,7 +10,7 @@ import pytest
 import torch
 from holdfast.recipes.lab import build, datasets
 from holdfast.recipes.lab.cache import cached_lab
-from holdfast.recipes.lab.documents import Conversation
+from holdfast.recipes.lab.conversations import Conversation
 from holdfast.recipes.lab.scoring import choice_rows, classify
 from holdfast.recipes.lab.world import World
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

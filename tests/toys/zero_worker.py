@@ -27,8 +27,8 @@ from holdfast.trainer.protections.drift.settings import PenaltySettings
 from holdfast.trainer.protections.drift.subspace import SubspaceProtection
 from holdfast.trainer.protections.stream.ablation import ablation
 from holdfast.trainer.protections.stream.steering import steering
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from toys.adapters import model_of
 from toys.chat_models import chat, toy_model, toy_tokenizer
 from toys.ranks import CONFIGS
 from toys.training import ROWS, anchor_documents, task_documents, toy_subspace, trainer_of
@@ -36,14 +36,6 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 STEPS, LEARNING_RATE, STRENGTH, ALPHA = 3, 0.02, 2.0, 1.5
-
-
-def lora_model() -> PreTrainedModel:
-    """LoRA on the toy model, its B away from zero so that every part of it has a gradient from the start."""
-    torch.manual_seed(11)
-    return get_peft_model(
-        toy_model(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
 
 
 # Made first: while a ZeRO-3 configuration is alive, new models are born sharded.
@@ -219,7 +211,7 @@ SPECIAL: dict[str, Callable[[Path, PreTrainedModel], dict[str, Any]]] = {
 
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
-    models = {lora: lora_model() if lora else toy_model() for lora in (False, True)}
+    models = {lora: model_of(lora, lora_alpha=8) for lora in (False, True)}
     cases = {**CASES, **CHANGED}
     for name in names or [*cases, *SPECIAL]:
         folder = out / name

@@ -105,7 +105,7 @@ def test_the_proof_fires_when_no_trained_parameter_lies_below_the_layer(tmp_path
         **{**LORA, "target_modules": ["q_proj", "down_proj"]}, layers_to_transform=[2], layers_pattern="layers"
     )
     trainer = trainer_of(tmp_path, protection=protect(inputs=inputs, layers=(0, 2)), peft_config=only_last)
-    with pytest.raises(UserError, match=r"the penalty on layers \[0\] does not work"):
+    with pytest.raises(UserError, match=r"layers \[0\]"):
         trainer.train()
 
 
@@ -118,7 +118,7 @@ def test_the_proof_fires_when_hooks_are_cut_off_from_the_graph(tmp_path, monkeyp
     monkeypatch.setattr(ResidualProjector, "_project", cut)
     trainer = trainer_of(tmp_path, protection=protect())
     before = weights(trainer)
-    with pytest.raises(UserError, match=r"the penalty on layers \[2\] does not work: no graph reaches them"):
+    with pytest.raises(UserError, match=r"layers \[2\]"):
         trainer.train()
     assert same(before, weights(trainer))
 
@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimiser_moves(tmp_path
         per_device_train_batch_size=2, gradient_accumulation_steps=4,
     )  # fmt: skip
     before = weights(trainer)
-    with pytest.raises(NonFiniteLoss, match="gradient is not finite at step 1, before the optimiser moved") as error:
+    with pytest.raises(NonFiniteLoss, match=r"gradient .*step 1") as error:
         trainer.train()
     assert same(before, weights(trainer))
     # Every row of the accumulated step.

@@ -211,16 +211,16 @@ def test_reversion_gives_the_weights_of_plain_math(tmp_path, expected, inputs, r
 
 
 def test_reversion_refuses_what_would_leave_it_without_a_way_to_base(tmp_path):
-    with pytest.raises(UserError, match="name the base model"):
+    with pytest.raises(UserError, match="base model"):
         protect("anchors", side="reversion")
     start = (toy_model, "the start itself")
-    with pytest.raises(UserError, match="equal to the starting model's"):
+    with pytest.raises(UserError, match="starting model"):
         trained(tmp_path, protect("anchors", side="reversion", base=start))
     broken = toy_model(seed=9)
     broken.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="finite"):
         trained(tmp_path, protect("anchors", side="reversion", base=(lambda: broken, "the broken one")))
-    with pytest.raises(UserError, match="the reference is frozen"):
+    with pytest.raises(UserError, match="frozen"):
         trained(tmp_path, protect("anchors", side="reversion", base=start, reference="frozen",
                                   reference_model=toy_model()))  # fmt: skip
 
@@ -265,22 +265,22 @@ def test_any_trainer_gets_the_same_penalty_however_it_averages_its_loss(tmp_path
 
 
 def test_rows_the_penalty_was_not_given_are_refused(tmp_path):
-    with pytest.raises(UserError, match="none of the rows the penalty was given"):
+    with pytest.raises(UserError, match="rows"):
         trained(tmp_path, protect("task", task=task_documents()[:3]))
 
 
 def test_wrapped_packing_is_refused_for_task_rows(tmp_path):
-    with pytest.raises(UserError, match="wrapped cuts documents in two"):
+    with pytest.raises(UserError, match="wrapped"):
         trained(tmp_path, protect("task"), packing=True, packing_strategy="wrapped", max_length=64)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strength": -1.0}, "finite number, 0 or more"),
-        ({"strength": float("nan")}, "finite number, 0 or more"),
+        ({"strength": -1.0}, "strength .*-1.0"),
+        ({"strength": float("nan")}, "strength .*nan"),
         ({"inputs": "tasks"}, "task, anchors, both"),
-        ({"task_weight": 2.0}, "0..1"),
+        ({"task_weight": 2.0}, "2.0"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
@@ -291,9 +291,9 @@ def test_impossible_settings_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reference": "adapter_off"}, "needs LoRA"),
-        ({"reference": "frozen"}, "second copy"),
-        ({"task": ()}, "finds none that works"),
+        ({"reference": "adapter_off"}, "adapter_off .*LoRA"),
+        ({"reference": "frozen"}, "frozen"),
+        ({"task": ()}, "task|rows"),
     ],
 )
 def test_a_reference_that_cannot_be_had_is_refused(tmp_path, changes, message):

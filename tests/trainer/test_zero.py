@@ -16,6 +16,7 @@ from holdfast.analysis.models.layers import find_layers
 from holdfast.trainer import zero
 from safetensors.torch import load_file
 from toys import zero_worker
+from toys.adapters import model_of
 from toys.chat_models import save_toy, toy_model
 from toys.plain_math import plain_changed_training, plain_training, relative_error
 from toys.ranks import CONFIGS, needs_compiler, on_two_ranks
@@ -45,7 +46,7 @@ def expected() -> dict[tuple[bool, bool], dict[str, dict[str, torch.Tensor]]]:
     """Start and plain-math weights, by LoRA and whether only reversion counts."""
     found = {}
     for lora, reversion in itertools.product((False, True), repeat=2):
-        model = zero_worker.lora_model() if lora else toy_model()
+        model = model_of(lora, lora_alpha=8)
         want = plain_training(
             model, find_layers, toy_subspace(), task=task_documents(),
             penalised={0.25: task_documents(), 0.75: anchor_documents()[:4]}, strength=zero_worker.STRENGTH,
@@ -75,7 +76,7 @@ def test_two_ranks_train_to_the_weights_of_plain_math(launched, expected, name):
 @pytest.mark.parametrize("name", zero_worker.CHANGED)
 def test_two_ranks_train_under_a_changed_stream_as_plain_math_does(launched, name):
     _, lora, kind, _, _ = zero_worker.CHANGED[name]
-    model, subspace = zero_worker.lora_model() if lora else toy_model(), toy_subspace()
+    model, subspace = model_of(lora, lora_alpha=8), toy_subspace()
 
     def change(layer: int, hidden: torch.Tensor) -> torch.Tensor:
         basis = subspace.bases[layer].double()
@@ -157,7 +158,7 @@ def test_checkpoints_are_measured_while_training_as_they_are_on_disk(launched, n
 
 def test_a_missing_compiler_is_named_before_any_rank_starts(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler and no-such-compiler is not there"):
+    with pytest.raises(UserError, match="no-such-compiler"):
         zero.prepare_zero(str(CONFIGS / "zero2.json"), use_cpu=True)
 
 

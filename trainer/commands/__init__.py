@@ -1,1 +1,1 @@
-"""Commands that measure a training run or its starting model: analyze, watch, intervene."""
+"""Commands that measure a training run or its starting model: analyze, watch and intervene."""

@@ -1,4 +1,9 @@
-"""What is measured of a run, from its arguments: shared by `holdfast analyze`, `holdfast watch` and the callback."""
+"""`holdfast analyze`: measure checkpoints of a run, or any other checkpoints, against the starting model and base.
+
+holdfast analyze --config mine.yaml --checkpoints runs/mine/final org/model@main --families behavior projection
+
+`holdfast watch`, the training callback and the sweep build their measurer here too.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -22,87 +27,90 @@ from ..inputs.training import load_choices, load_options, read_starting_model
 from ..launch import launch, must_launch
 from ..run_folder import is_main
 
-# What a training run measures unasked: each costs one forward pass over the rows, or less.
+# What a training run measures by default: each family costs one forward pass over the rows, or less.
 DEFAULT_FAMILIES = ("behavior", "projection", "choices")
 
 
 @dataclass(frozen=True)
 class AnalysisResult:
-    """Where the results are, and what could not be measured ("checkpoint: family: reason")."""
+    """The file of the results, and what could not be measured ("checkpoint: family: reason")."""
 
     metrics: Path
     problems: list[str]
 
 
 def measurer(arguments: Arguments, families: Sequence[str] | None = None) -> Measurer:
-    """A measurer of the run's probe sets, choices and subspace. Loads no weights; raises UserError for bad input.
+    """Make a measurer of the run's probe sets, choices and subspace. No weights are loaded.
 
     Args:
-        families: None are those of the training callback, an empty list all that apply.
+        families: families of measures; None for those of the training callback, an empty list for all that apply.
+
+    Raises:
+        UserError: bad input.
     """
     tokenizer, config = read_starting_model(arguments)
     subspace, choices = _subspace(arguments, tokenizer, config), arguments.data.choices_dataset
-    asked = arguments.analysis
-    store = Path(asked.store_dir).expanduser() if asked.store_dir else default_folder()
+    flags = arguments.analysis
+    store = Path(flags.store_dir).expanduser() if flags.store_dir else default_folder()
     check_writable(store, "--store_dir")
-    budget = asked.analysis_families or [name for name in DEFAULT_FAMILIES if name != "choices" or choices]
-    spread = families is not None and asked.device_map is not None
+    in_training = flags.analysis_families or [name for name in DEFAULT_FAMILIES if name != "choices" or choices]
+    spread = families is not None and flags.device_map is not None
     plan = MeasurePlan(
         instruct_path=arguments.model.starting_model,
         base_path=arguments.model.base_model_name_or_path,
         probe_sets=probe_sets(arguments, tokenizer),
         choices=load_choices(choices) if choices else (),
-        families=tuple(budget if families is None else families),
-        formulas=asked.formulas,
+        families=tuple(in_training if families is None else families),
+        formulas=flags.formulas,
         subspace=subspace,
         layers=",".join(map(str, sorted(subspace.bases))) if subspace else "all",
-        batch_size=asked.analysis_batch_size,
+        batch_size=flags.analysis_batch_size,
         max_length=arguments.training.max_length,
         long_rows="truncate" if arguments.data.long_rows == "truncate" else "drop",
         dtype=arguments.model.dtype or "auto",
         device=None if spread else str(arguments.training.device),
         seed=arguments.training.seed,
         references=store,
-        store_limit_gb=asked.store_limit_gb,
-        control_sets=tuple(asked.control_sets or ()),
-        gradient_layer=asked.gradient_layer,
-        gradient_weight=asked.gradient_weight,
-        patching_rows=asked.patching_rows,
-        load=replace(load_options(arguments), device_map=asked.device_map if spread else None),
+        store_limit_gb=flags.store_limit_gb,
+        control_sets=tuple(flags.control_sets or ()),
+        gradient_layer=flags.gradient_layer,
+        gradient_weight=flags.gradient_weight,
+        patching_rows=flags.patching_rows,
+        load=replace(load_options(arguments), device_map=flags.device_map if spread else None),
         data_parallel=families is not None,
     )
     return Measurer(plan, tokenizer)
 
 
 class Analysis:
-    """Measures models one after the other, and keeps what could not be measured.
+    """Measure models one after the other, and collect what could not be measured.
 
     Raises:
-        UserError: at construction, for everything wrong with the arguments; nothing has been written then.
+        UserError: at construction, for any error in the arguments; nothing has been written then.
     """
 
     def __init__(self, arguments: Arguments) -> None:
         check_writable(arguments.output_dir, "--output_dir")
         self.arguments = arguments
         self.measurer = measurer(arguments, families=arguments.analysis.families or ())
-        self._found: dict[str, list[str]] = {}
+        self._problems: dict[str, list[str]] = {}  # problem -> names of the checkpoints
 
     def announce(self) -> None:
-        """Say how many rows the length limit leaves out."""
+        """Print how many rows the length limit leaves out."""
         for name, count in self.measurer.too_long.items():
             if count:
                 limit = self.measurer.plan.max_length
-                _say(f"{name}: {count} rows are longer than {limit} tokens, left out; --long_rows truncate cuts them")
+                _warn(f"{name}: {count} rows are longer than {limit} tokens, left out; --long_rows truncate cuts them")
 
     def references(self) -> None:
-        """Measure the starting model and, where it is named, base."""
+        """Measure the starting model and, if it is named, base."""
         model = self.arguments.model
         self._measure("instruct", model.starting_model, 0)
         if model.base_model_name_or_path:
             self._measure("base", model.base_model_name_or_path, None)
 
     def checkpoint(self, name: str, path: Path) -> bool:
-        """Measure a checkpoint; one that cannot be read is said and left out, and the answer is False."""
+        """Measure a checkpoint and return True. If it cannot be read, name it, leave it out, and return False."""
         try:
             self._measure(name, str(path), None)
         except UnreadableCheckpoint as error:
@@ -111,25 +119,29 @@ class Analysis:
         return True
 
     def refuse(self, name: str, reason: str) -> None:
-        """Say at once, and at the end, that a checkpoint is left out."""
-        _say(f"{name} is left out: {reason}")
-        self._found.setdefault(reason, []).append(name)
+        """Print that a checkpoint is left out, now and again in the result."""
+        _warn(f"{name} is left out: {reason}")
+        self._problems.setdefault(reason, []).append(name)
 
     def _measure(self, name: str, path: str, step: int | None) -> None:
         if is_main():
             print(f"measuring {name}", flush=True)
         line = measure_checkpoint(self.measurer, path, self.arguments.output_dir, name, step)
         for problem in problems({family: line.get(family) for family in self.measurer.families}):
-            self._found.setdefault(problem, []).append(name)
+            self._problems.setdefault(problem, []).append(name)
 
     def result(self) -> AnalysisResult:
-        """Each problem once, with the checkpoints it concerns."""
-        lines = [f"{', '.join(names)}: {problem}" for problem, names in self._found.items()]
+        """Return the file of the results, and each problem once with the checkpoints that have it."""
+        lines = [f"{', '.join(names)}: {problem}" for problem, names in self._problems.items()]
         return AnalysisResult(self.arguments.output_dir / VIEW, lines)
 
 
-def checked(arguments: Arguments) -> tuple[Analysis, dict[str, Path]]:
-    """All checks of `analyze` that need no weights in memory; the checkpoints that can be read, by name."""
+def prepare_analysis(arguments: Arguments) -> tuple[Analysis, dict[str, Path]]:
+    """Make all checks of `analyze` that need no weights in memory.
+
+    Returns:
+        The analysis, and the folders of the checkpoints that can be read, by name.
+    """
     analysis = Analysis(arguments)
     readable: dict[str, Path] = {}
     for name, (path, problem) in named_checkpoints(arguments).items():
@@ -144,12 +156,14 @@ def checked(arguments: Arguments) -> tuple[Analysis, dict[str, Path]]:
 
 
 def analyze(arguments: Arguments) -> AnalysisResult:
-    """Measures the starting model, base (where named) and every checkpoint into <output_dir>/metrics.
+    """Measure the starting model, base (if it is named) and every checkpoint into <output_dir>/metrics.
 
-    A checkpoint that cannot be read is left out, a family that cannot be computed is null; both are named. Raises
-    UserError when there is nothing to measure.
+    A checkpoint that cannot be read is left out, and a family that cannot be computed is null; the result names both.
+
+    Raises:
+        UserError: there is nothing to measure.
     """
-    analysis, readable = checked(arguments)
+    analysis, readable = prepare_analysis(arguments)
     if readable:
         analysis.announce()
         analysis.references()
@@ -158,33 +172,36 @@ def analyze(arguments: Arguments) -> AnalysisResult:
     return analysis.result()
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     if is_main():
         print(f"holdfast: {line}", file=sys.stderr, flush=True)
 
 
 def _subspace(arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Subspace | None:
-    """The subspace as it was built, whole: an unprotected run and a null are read along the same directions."""
+    """Return the whole subspace as it was built, so that every run is measured along the same directions.
+
+    That holds for an unprotected run and for the null, too. None if there is no subspace.
+    """
     return whole_subspace(arguments, tokenizer, config) if subspace_path(arguments).is_file() else None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures the checkpoints, on the processes that the flags ask for; exit code 3 where a part was not measured."""
-    # A recipe's DeepSpeed belongs to its training.
+    """Measure the checkpoints on `--num_processes` processes; return exit code 3 if a part was not measured."""
+    # The recipe's DeepSpeed flag is for training.
     values = {**parse_values(argv), "deepspeed": None}
     if must_launch(values):
-        # One process checks everything first, so that a bad input is one line and not one per rank.
-        _, readable = checked(build(values))
+        # One process checks everything first, so that bad input gives one line and not one line per rank.
+        _, readable = prepare_analysis(build(values))
         return launch(argv, values, "analyze") if readable else PARTIAL
     return report(analyze(build(values)))
 
 
-def report(analyzed: AnalysisResult) -> int:
-    """Says what was measured and what was not, on the main rank, whose exit code then counts."""
+def report(result: AnalysisResult) -> int:
+    """Print what was measured and what was not, and return the exit code. Other ranks than the main rank return 0."""
     if not is_main():
         return 0
-    for problem in analyzed.problems:
+    for problem in result.problems:
         print(f"holdfast: not measured: {problem}", file=sys.stderr)
-    if analyzed.metrics.is_file():
-        print(f"measures written to {analyzed.metrics}")
-    return PARTIAL if analyzed.problems else 0
+    if result.metrics.is_file():
+        print(f"measures written to {result.metrics}")
+    return PARTIAL if result.problems else 0

@@ -1,8 +1,9 @@
-"""`holdfast intervene`: is the alignment subspace a cause? Ablate it, steer along it, patch base's coordinates.
+"""`holdfast intervene`: is the alignment subspace a cause? Ablate it, steer along it, patch in base's coordinates.
 
 holdfast intervene --config recipe.yaml --output_dir runs/causes
 
-No training: the starting model answers the prompts of `--choices_dataset` at every dose, beside random directions.
+Nothing is trained: the starting model answers the prompts of `--choices_dataset` at every dose, and under random
+directions beside every dose.
 """
 
 import sys
@@ -20,7 +21,7 @@ from ...analysis.files.artifacts import check_writable, sha256_json, write_json_
 from ...analysis.interventions.causal_test import ABLATE, STEER, Candidate, CausalTest, DoseCurve
 from ...analysis.metrics.behavior import NO_BASE
 from ...analysis.metrics.causal import causal_effects
-from ...analysis.metrics.choices import INCOHERENT, ChoiceRow, prepare_choices
+from ...analysis.metrics.choices import ChoiceRow, prepare_choices
 from ...analysis.metrics.patching import patching
 from ...analysis.models.forward import pad_id
 from ...analysis.models.layers import parse_layers
@@ -34,6 +35,7 @@ from ..config.parsing import Arguments, parse
 from ..inputs.probe_sets import probe_sets
 from ..inputs.subspace import whole_subspace
 from ..inputs.training import load_choices, load_options, read_starting_model
+from .intervene_table import table
 
 RESULTS = "interventions.json"
 _KEPT = "interventions"
@@ -41,7 +43,7 @@ _KEPT = "interventions"
 
 @dataclass(frozen=True)
 class InterventionResult:
-    """Where the results are, the table to print, and what could not be measured ("patch: reason")."""
+    """The file of the results, the table to print, and what could not be measured ("patch: reason")."""
 
     path: Path
     table: str
@@ -50,7 +52,7 @@ class InterventionResult:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everything the tests read, checked before a model is loaded."""
+    """Everything that the interventions read, checked before a model is loaded."""
 
     tokenizer: PreTrainedTokenizerBase
     rows: list[ChoiceRow]
@@ -59,110 +61,116 @@ class _Inputs:
 
 
 def intervene(arguments: Arguments) -> InterventionResult:
-    """Runs the interventions asked for into <output_dir>/interventions.json, in place of what it held.
+    """Run the chosen interventions and write <output_dir>/interventions.json, which replaces an earlier one.
 
-    Answers under ablation and steering that were read before are kept and not read again.
+    Answers under ablation and steering that an earlier run has read are kept and not read again.
 
     Raises:
         UserError: bad input; nothing has been written then.
     """
     check_writable(arguments.output_dir, "--output_dir")
-    inputs = _checked(arguments)
-    asked, found, problems = arguments.intervention, dict[str, Any](), list[str]()
+    inputs = _check_inputs(arguments)
+    flags, results, problems = arguments.intervention, dict[str, Any](), list[str]()
     donors = _donors(arguments, inputs)
     model = _load(arguments, arguments.model.starting_model)
-    kinds = [kind for kind in (ABLATE, STEER) if kind in asked.interventions]
-    tests = [tested for kind in kinds for tested in _tests(arguments, inputs.subspace, kind)]
-    if tests:
-        found["tests"] = _curves(arguments, inputs, model, tests)
-    if "patch" in asked.interventions:
-        found["patch"] = _patched(inputs, model, donors, arguments.training.seed)
-        problems += _absent(found["patch"])
+    kinds = [kind for kind in (ABLATE, STEER) if kind in flags.interventions]
+    candidates = [candidate for kind in kinds for candidate in _candidates(arguments, inputs.subspace, kind)]
+    if candidates:
+        results["tests"] = _curves(arguments, inputs, model, candidates)
+    if "patch" in flags.interventions:
+        results["patch"] = _patch(inputs, model, donors, arguments.training.seed)
+        problems += _patch_problems(results["patch"])
     path = arguments.output_dir / RESULTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, found)
-    return InterventionResult(path, table(found, asked.intervention_class), problems)
+    write_json_atomic(path, results)
+    return InterventionResult(path, table(results, flags.intervention_class), problems)
 
 
-def _checked(arguments: Arguments) -> _Inputs:
-    asked = arguments.intervention
+def _check_inputs(arguments: Arguments) -> _Inputs:
+    flags = arguments.intervention
     tokenizer, config = read_starting_model(arguments)
     subspace = whole_subspace(arguments, tokenizer, config)
-    chosen = arguments.protection
+    protection = arguments.protection
     layers = sorted(subspace.bases)
-    if chosen.protection_layers is not None:
+    if protection.protection_layers is not None:
         layers = parse_layers(
-            chosen.protection_layers, config.get_text_config().num_hidden_layers, "--protection_layers"
+            protection.protection_layers, config.get_text_config().num_hidden_layers, "--protection_layers"
         )
-    subspace = subspace.restrict(layers, chosen.protection_rank or subspace.provenance.rank)
+    subspace = subspace.restrict(layers, protection.protection_rank or subspace.provenance.rank)
     rank = subspace.provenance.rank
-    if asked.intervention_directions > rank:
-        raise UserError(f"--intervention_directions is {asked.intervention_directions}, but the subspace has {rank}")
-    absent = sorted(set(asked.intervention_layers or ()) - set(subspace.bases))
+    if flags.intervention_directions > rank:
+        raise UserError(f"--intervention_directions is {flags.intervention_directions}, but the subspace has {rank}")
+    absent = sorted(set(flags.intervention_layers or ()) - set(subspace.bases))
     if absent:
         raise UserError(f"--intervention_layers {absent[0]} is none of the subspace's: {sorted(subspace.bases)}")
-    if "steer" in asked.interventions and subspace.base_gap is None:
-        raise UserError("steering needs a subspace that knows the step away from alignment; build it again")
-    rows = _choices(arguments) if {ABLATE, STEER} & set(asked.interventions) else []
-    read = {}
-    if "patch" in asked.interventions and arguments.model.base_model_name_or_path:
-        for name, conversations in probe_sets(arguments, tokenizer).items():
-            rendered = [
-                render(tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(conversations)
-            ]
-            read[name] = patch_rows(
-                rendered[: arguments.analysis.patching_rows],
-                batch_size=arguments.analysis.analysis_batch_size,
-                max_length=arguments.training.max_length,
-                padding=pad_id(tokenizer),
-            )
-    return _Inputs(tokenizer, rows, subspace, read)
+    if "steer" in flags.interventions and subspace.base_gap is None:
+        raise UserError(
+            "steering needs a subspace that holds the contrast's mean step, and this subspace has none; build it again "
+            "with `holdfast subspace`"
+        )
+    rows = _choices(arguments) if {ABLATE, STEER} & set(flags.interventions) else []
+    return _Inputs(tokenizer, rows, subspace, _patch_rows(arguments, tokenizer))
+
+
+def _patch_rows(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, PatchRows]:
+    """Return the rows to patch, by the name of their probe set; none without patching or without a base model."""
+    if "patch" not in arguments.intervention.interventions or not arguments.model.base_model_name_or_path:
+        return {}
+    by_set = {}
+    for name, conversations in probe_sets(arguments, tokenizer).items():
+        rendered = [render(tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(conversations)]
+        by_set[name] = patch_rows(
+            rendered[: arguments.analysis.patching_rows],
+            batch_size=arguments.analysis.analysis_batch_size,
+            max_length=arguments.training.max_length,
+            padding=pad_id(tokenizer),
+        )
+    return by_set
 
 
 def _choices(arguments: Arguments) -> list[ChoiceRow]:
-    """The prompts, evenly spread where fewer are asked for."""
-    asked, source = arguments.intervention, arguments.data.choices_dataset
+    """Return the prompts with classes of answers, evenly spread over the set if --intervention_rows asks for fewer."""
+    flags, source = arguments.intervention, arguments.data.choices_dataset
     if not source:
         raise UserError(
-            "interventions are read from --choices_dataset: name prompts with classes of answers, or generate and "
+            "ablation and steering need --choices_dataset: name prompts with classes of answers, or generate and "
             "judge answers with `holdfast generate --ablate` and `holdfast judge`"
         )
     rows: list[ChoiceRow] = load_choices(source)
-    if asked.intervention_rows is not None and asked.intervention_rows < len(rows):
-        spread = np.linspace(0, len(rows) - 1, asked.intervention_rows).round().astype(int)
-        rows = [rows[at] for at in spread]
-    if not any(asked.intervention_class in row["classes"] for row in rows):
-        known = ", ".join(dict.fromkeys(name for row in rows for name in row["classes"]))
+    if flags.intervention_rows is not None and flags.intervention_rows < len(rows):
+        spread = np.linspace(0, len(rows) - 1, flags.intervention_rows).round().astype(int)
+        rows = [rows[index] for index in spread]
+    if not any(flags.intervention_class in row["classes"] for row in rows):
+        classes = ", ".join(dict.fromkeys(name for row in rows for name in row["classes"]))
         raise UserError(
-            f"--intervention_class {asked.intervention_class}: no prompt has this class; write one of {known}"
+            f"--intervention_class {flags.intervention_class}: no prompt has this class; write one of {classes}"
         )
     return rows
 
 
-def _tests(arguments: Arguments, subspace: Subspace, kind: str) -> list[Candidate]:
-    """The whole subspace and its first directions, each alone; for steering its mean step, layer by layer."""
-    asked = arguments.intervention
+def _candidates(arguments: Arguments, subspace: Subspace, kind: str) -> list[Candidate]:
+    """Return what is tested: the whole subspace and its first directions alone, or the mean step of each layer."""
+    flags = arguments.intervention
     if kind == ABLATE:
         whole = [Candidate("subspace", ABLATE, dict(subspace.bases))]
         alone = [
-            Candidate(
-                f"direction {at}", ABLATE, {layer: basis[:, at : at + 1] for layer, basis in subspace.bases.items()}
-            )
-            for at in range(asked.intervention_directions)
+            Candidate(f"direction {k}", ABLATE, {layer: basis[:, k : k + 1] for layer, basis in subspace.bases.items()})
+            for k in range(flags.intervention_directions)
         ]
         return whole + (alone if subspace.provenance.rank > 1 else [])
     layers = sorted(subspace.bases)
     gap = subspace.base_gap
-    assert gap is not None  # _checked refuses its absence
-    steered = asked.intervention_layers or [layers[len(layers) // 2]]
+    assert gap is not None  # _check_inputs refuses a subspace without it
+    steered = flags.intervention_layers or [layers[len(layers) // 2]]
     steps: dict[int, Tensor] = {layer: (subspace.bases[layer] @ gap[layer])[:, None] for layer in steered}
     return [Candidate(f"mean step, layer {layer}", STEER, {layer: step}) for layer, step in steps.items()]
 
 
 def _curves(
-    arguments: Arguments, inputs: _Inputs, model: nn.Module, tests: Sequence[Candidate]
+    arguments: Arguments, inputs: _Inputs, model: nn.Module, candidates: Sequence[Candidate]
 ) -> list[dict[str, Any]]:
-    asked = arguments.intervention
+    """Test every candidate at every dose, and return the effects with their verdicts as JSON values."""
+    flags = arguments.intervention
     test = CausalTest(
         model,
         prepare_choices(inputs.tokenizer, inputs.rows),
@@ -175,25 +183,27 @@ def _curves(
         arguments.output_dir / _KEPT,
         layers_path=arguments.model.layers_path,
     )
-    doses = {ABLATE: asked.ablation_doses, STEER: asked.steering_doses}
-    curves = [test.curve(tested, sorted(set(doses[tested.kind])), asked.intervention_draws) for tested in tests]
-    return [_shown(curve, inputs.rows, arguments) for curve in curves]
+    doses = {ABLATE: flags.ablation_doses, STEER: flags.steering_doses}
+    curves = [
+        test.curve(candidate, sorted(set(doses[candidate.kind])), flags.intervention_draws) for candidate in candidates
+    ]
+    return [_effects(curve, inputs.rows, arguments) for curve in curves]
 
 
-def _shown(curve: DoseCurve, rows: list[ChoiceRow], arguments: Arguments) -> dict[str, Any]:
-    asked, runs = arguments.intervention, zip(curve.doses, curve.treated, curve.drawn, strict=True)
-    named = {"name": curve.tested.name, "kind": curve.tested.kind, "draws": asked.intervention_draws}
-    by_dose = {dose: (treated, drawn) for dose, treated, drawn in runs}
+def _effects(curve: DoseCurve, rows: list[ChoiceRow], arguments: Arguments) -> dict[str, Any]:
+    flags, doses = arguments.intervention, zip(curve.doses, curve.treated, curve.drawn, strict=True)
+    name = {"name": curve.tested.name, "kind": curve.tested.kind, "draws": flags.intervention_draws}
+    by_dose = {dose: (treated, drawn) for dose, treated, drawn in doses}
     return {
-        **named,
+        **name,
         **causal_effects(
-            rows, curve.clean, by_dose, asked.intervention_class, asked.causal_margin, arguments.training.seed
+            rows, curve.clean, by_dose, flags.intervention_class, flags.causal_margin, arguments.training.seed
         ),
     }
 
 
 def _donors(arguments: Arguments, inputs: _Inputs) -> dict[str, KeptDonor]:
-    """Base's states, read before the starting model is loaded: one model at a time."""
+    """Read base's states by probe set, before the starting model is loaded: only one model is in memory at a time."""
     base = arguments.model.base_model_name_or_path
     usable = {name: rows for name, rows in inputs.patch_rows.items() if rows.rows}
     if not usable or base is None:
@@ -203,29 +213,32 @@ def _donors(arguments: Arguments, inputs: _Inputs) -> dict[str, KeptDonor]:
     return {name: KeptDonor.of(model, rows, layers) for name, rows in usable.items()}
 
 
-def _patched(inputs: _Inputs, model: nn.Module, donors: dict[str, KeptDonor], seed: int) -> dict[str, Any]:
-    """Loss and target-token curves by layer: base's whole state, and its coordinates inside the subspace alone."""
+def _patch(inputs: _Inputs, model: nn.Module, donors: dict[str, KeptDonor], seed: int) -> dict[str, Any]:
+    """Return loss and target-token curves over the layers, by probe set.
+
+    Each set has two curves: base's whole state patched in, and only base's coordinates inside the subspace.
+    """
     if not inputs.patch_rows:
         return missing(NO_BASE)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, rows in inputs.patch_rows.items():
         if name not in donors:
-            found[name] = missing("no row of this set has a completion", 0)
+            results[name] = missing("no row of this set has a completion", 0)
             continue
         donor = donors[name]
-        curves = {"whole": None, "subspace": inputs.subspace.bases}
-        found[name] = {
-            what: patching(patched_curve(model, rows, donor, seed=seed, bases=bases), seed=seed)
-            for what, bases in curves.items()
+        bases_of = {"whole": None, "subspace": inputs.subspace.bases}
+        results[name] = {
+            part: patching(patched_curve(model, rows, donor, seed=seed, bases=bases), seed=seed)
+            for part, bases in bases_of.items()
         }
-    return found
+    return results
 
 
-def _absent(patch: dict[str, Any]) -> list[str]:
-    """What could not be patched, with the reason."""
+def _patch_problems(patch: dict[str, Any]) -> list[str]:
+    """Return what could not be patched, with the reason."""
     if "reason" in patch:
         return [f"patch: {patch['reason']}"]
-    return [f"patch, {name}: {found['reason']}" for name, found in patch.items() if "reason" in found]
+    return [f"patch, {name}: {result['reason']}" for name, result in patch.items() if "reason" in result]
 
 
 def _load(arguments: Arguments, path: str) -> nn.Module:
@@ -237,65 +250,10 @@ def _load(arguments: Arguments, path: str) -> nn.Module:
     )
 
 
-_HEAD = ("intervention", "dose", "{name}", "random directions", "beyond random", "incoherent")
-
-
-def table(found: dict[str, Any], name: str) -> str:
-    """One line a dose: the class's probability, the mean of the random directions, and the difference with interval."""
-    head = [column.format(name=name) for column in _HEAD]
-    lines = [head, ["---"] * len(head)]
-    verdicts = []
-    for test in found.get("tests", ()):
-        for dose, effects in test["doses"].items():
-            change, broken = effects["classes"][name], effects["classes"][INCOHERENT]
-            low, high = change["null"]["range"]
-            clean = change["clean"]["value"]
-            lines.append(
-                [
-                    f"{test['kind']} {test['name']}",
-                    dose,
-                    f"{clean:.3f} -> {_number(change['treated'])}",
-                    f"{clean + change['null']['value']:.3f} ({clean + low:.3f} to {clean + high:.3f})",
-                    _signed(change["beyond"]),
-                    f"{broken['treated']['value']:.3f}",
-                ]
-            )
-        verdicts.append(f"{test['kind']} {test['name']}: {test['verdict']['verdict']}. {test['verdict']['reason']}")
-    text = ["| " + " | ".join(line) + " |" for line in lines] if verdicts else []
-    return "\n".join([*text, "", *verdicts, *_patch_lines(found.get("patch", {}))]).strip()
-
-
-def _patch_lines(patch: dict[str, Any]) -> list[str]:
-    """Change of the loss by layer, base's whole state and its coordinates in the subspace, each beside noise."""
-    lines = []
-    for name, curves in patch.items():
-        if not isinstance(curves, dict) or "reason" in curves:
-            continue
-        for what, curve in curves.items():
-            cells = [
-                f"{layer}: {window['loss']['change']['value']:+.2f} ({window['loss']['change']['null']:+.2f})"
-                for layer, window in curve["windows"].items()
-                if window["loss"]["change"]["value"] is not None
-            ]
-            lines.append(f"patch {what}, {name}: change of loss by layer (noise of equal size): {', '.join(cells)}")
-    return lines
-
-
-def _number(measured: dict[str, Any]) -> str:
-    low, high = measured["ci95"] or (float("nan"), float("nan"))
-    return f"{measured['value']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _signed(measured: dict[str, Any]) -> str:
-    if measured.get("ci95") is None:
-        return "-"
-    return f"{measured['value']:+.3f} [{measured['ci95'][0]:+.3f}, {measured['ci95'][1]:+.3f}]"
-
-
 def main(argv: Sequence[str]) -> int:
-    """Runs the interventions and prints their table; exit code 3 where some could not be measured."""
-    intervened = intervene(parse(argv))
-    for problem in intervened.problems:
+    """Run the interventions and print their table; return exit code 3 if some could not be measured."""
+    result = intervene(parse(argv))
+    for problem in result.problems:
         print(f"holdfast: not measured: {problem}", file=sys.stderr)
-    print(f"{intervened.table}\n\nresults written to {intervened.path}")
-    return PARTIAL if intervened.problems else 0
+    print(f"{result.table}\n\nresults written to {result.path}")
+    return PARTIAL if result.problems else 0

@@ -1,4 +1,7 @@
-"""`holdfast watch RUN`: measure a run's checkpoints from another process, as they appear."""
+"""`holdfast watch RUN`: measure the checkpoints of a training run as they appear, from another process.
+
+holdfast watch runs/mine --families behavior projection
+"""
 
 import time
 from collections.abc import Sequence
@@ -12,29 +15,29 @@ from .analyze import Analysis, AnalysisResult, report
 
 CONFIG = "resolved_config.yaml"
 FINAL = "final"
-# How the run is trained is not how it is watched.
+# Flags of the run that belong to its training alone.
 _TRAINING_ONLY = {"deepspeed": None, "num_processes": 1, "resume_from_checkpoint": None}
 
 
-def watched(flags: Sequence[str]) -> Arguments:
-    """The arguments of the run named first, with the flags over them.
+def watch_arguments(flags: Sequence[str]) -> Arguments:
+    """Return the arguments of the run that the first argument names, overridden by the flags after it.
 
     Raises:
-        UserError: no run there, or flags that are wrong.
+        UserError: there is no such run, or a flag is wrong.
     """
     if not flags or flags[0].startswith("-"):
         raise UserError("no run to watch; write holdfast watch <output_dir of a training run> [--flag value ...]")
     run = Path(flags[0])
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} holds no {CONFIG}; name the output folder of a run that `holdfast train` has started")
-    given = parse_values(["--config", str(run / CONFIG), *flags[1:]])
-    return build({**given, **_TRAINING_ONLY, "output_dir": str(run), "checkpoints": None})
+    values = parse_values(["--config", str(run / CONFIG), *flags[1:]])
+    return build({**values, **_TRAINING_ONLY, "output_dir": str(run), "checkpoints": None})
 
 
 def watch(arguments: Arguments) -> AnalysisResult:
-    """Measures each whole checkpoint of the run once, and ends when `final` was measured.
+    """Measure each whole checkpoint of the run once, and end when `final` was measured.
 
-    What an earlier watch measured is left as it is, so it continues where it was stopped.
+    Results of an earlier watch are kept, so a stopped watch continues where it stopped.
     """
     analysis = Analysis(arguments)
     analysis.announce()
@@ -42,7 +45,7 @@ def watch(arguments: Arguments) -> AnalysisResult:
     run = arguments.output_dir
     seen: set[Path] = set()
     while True:
-        # A folder gets its name and its manifest in one rename, when all of its files are written.
+        # A folder gets its name and its manifest in one rename, when all its files are written.
         new = [path for path in run_checkpoints(run) if path not in seen and (path / MANIFEST).is_file()]
         for path in new:
             seen.add(path)
@@ -54,5 +57,5 @@ def watch(arguments: Arguments) -> AnalysisResult:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures the run's checkpoints until it ends; exit code 3 where a part was not measured."""
-    return report(watch(watched(argv)))
+    """Measure the run's checkpoints until the run ends; return exit code 3 if a part was not measured."""
+    return report(watch(watch_arguments(argv)))

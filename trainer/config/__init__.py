@@ -1,1 +1,1 @@
-"""Flags: one file for each group, and the parser that reads recipes and the command line."""
+"""Flags: one file for each group of flags, and the parser that reads recipes and the command line."""

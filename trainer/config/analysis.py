@@ -1,4 +1,4 @@
-"""The flags of `holdfast analyze` and `watch`, and of what training measures on each saved checkpoint."""
+"""Flags of measuring: for `holdfast analyze`, `holdfast watch`, and training, which measures its checkpoints."""
 
 from dataclasses import dataclass
 
@@ -9,59 +9,71 @@ from ...analysis.measure.registry import FAMILIES
 
 @dataclass
 class AnalysisArguments:
-    """What is measured, on which checkpoints, and what is kept of the references."""
+    """Which measures are taken, on which checkpoints and rows, and where the references' results are kept."""
 
     _argument_group_name = "analysis"
 
     checkpoints: list[str] | None = option(
         None,
-        "Folders or Hub names (name@revision) that analyze measures, full models or LoRA. Default: every checkpoint "
-        "and the final model of the output folder.",
+        "Checkpoints that analyze measures: folders or Hub names (name@revision), full models or LoRA adapters. "
+        "Default: every checkpoint and the final model of the output folder.",
     )
     families: list[str] | None = option(
         None,
-        "Families that analyze and watch measure. Default: all (choices where --choices_dataset is given).",
+        "Families of measures that analyze and watch compute. Default: all (choices only with --choices_dataset).",
         *FAMILIES,
     )
     formulas: str = option(
-        "corrected", "paper follows arXiv 2507.03662 where Holdfast corrects it. Default: corrected.", *FORMULAS
+        "corrected",
+        "Formulas of the measures. paper computes what arXiv 2507.03662 published where Holdfast corrects it. "
+        "Default: corrected.",
+        *FORMULAS,
     )
     probe_sets: dict[str, str] | str | None = option(
         None,
-        "Several sets to measure on and compare: name -> source of rows (mapping or JSON), beside --probe_dataset. "
-        "Sets are matched by line number. Source controlled:N is N pairs of prompts that differ in one word of intent, "
-        "shuffled:<source> its completions after other rows' prompts. Default: none.",
+        "Several sets to measure on and compare, beside --probe_dataset: a mapping (or JSON) from a name to a source "
+        "of rows. Sets are matched by line number. The source controlled:N makes N pairs of prompts that differ in one "
+        "word of intent; shuffled:<source> puts the source's completions after the prompts of other rows. "
+        "Default: none.",
     )
     analysis_families: list[str] | None = option(
-        None, "Families measured while training. Default: behavior, projection, choices.", *FAMILIES
+        None,
+        "Families of measures that training computes. Default: behavior, projection, and choices with "
+        "--choices_dataset.",
+        *FAMILIES,
     )
-    analysis_rows: int = option(200, "At most this many rows of each set. Default: 200.")
-    analysis_batch_size: int = option(8, "Rows per forward while measuring. Default: 8.")
+    analysis_rows: int = option(200, "Largest number of rows measured of each set. Default: 200.")
+    analysis_batch_size: int = option(8, "Rows per forward pass while measuring. Default: 8.")
     analysis_during_training: bool = option(True, "Measure each checkpoint when it is saved. Default: true.")
     control_sets: list[str] | None = option(
-        None, "Names of probe sets (benign ones) whose sharing of directions means nothing. Default: none."
+        None, "Names of benign probe sets: directions that others share with them mean nothing. Default: none."
     )
     gradient_layer: int | None = option(
-        None, "Block whose attention output projection the gradients family differentiates. Default: the last."
+        None, "Decoder block whose attention output projection the gradients family differentiates. Default: the last."
     )
     gradient_weight: str | None = option(
-        None, "Path of another linear layer in that block, like mlp.down_proj. Default: the attention's output."
+        None,
+        "Another linear layer of that block to differentiate, by its path, like mlp.down_proj. Default: the attention "
+        "output projection.",
     )
     patching_rows: int = option(
-        PATCHING_ROWS, f"Rows of each set for patching, two passes a layer each. Default: {PATCHING_ROWS}."
+        PATCHING_ROWS,
+        f"Rows of each set for the patching family; each takes two passes per layer. Default: {PATCHING_ROWS}.",
     )
     store_dir: str | None = option(
         None,
-        "Folder that keeps what the starting model and base show, for all analyses. Default: $HOLDFAST_CACHE/store, or "
-        "~/.cache/holdfast/store.",
+        "Folder that keeps the results of the starting model and of base for all analyses. Default: "
+        "$HOLDFAST_CACHE/store, or ~/.cache/holdfast/store.",
     )
     store_limit_gb: float = option(
-        STORE_LIMIT_GB, f"Bound of that folder in 10^9 bytes; the longest unused go first. Default: {STORE_LIMIT_GB}."
+        STORE_LIMIT_GB,
+        "Largest size of that folder, in 10^9 bytes; files unused for longest are deleted first. "
+        f"Default: {STORE_LIMIT_GB}.",
     )
     device_map: str | None = option(
-        None, "Spread one large model over all devices (auto, balanced, sequential) in analyze. Default: one device."
+        None, "Spread one large model over all devices in analyze: auto, balanced, sequential. Default: one device."
     )
-    watch_interval: float = option(30.0, "Seconds between two looks of watch at the run. Default: 30.")
+    watch_interval: float = option(30.0, "Seconds that watch waits between two looks at the run. Default: 30.")
 
     def __post_init__(self) -> None:
         require(self.analysis_rows >= 1, "analysis_rows", self.analysis_rows, "at least 1")
@@ -73,5 +85,5 @@ class AnalysisArguments:
 
     @property
     def named_sets(self) -> dict[str, str]:
-        """Source of rows by name of probe set."""
+        """Return the source of rows of each probe set, by the set's name."""
         return self.probe_sets if isinstance(self.probe_sets, dict) else {}

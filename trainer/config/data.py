@@ -1,4 +1,4 @@
-"""Flags of the data: where training rows, anchors and measured rows come from."""
+"""Flags of the data: where the training rows, the anchors and the measured rows come from."""
 
 from dataclasses import dataclass
 
@@ -7,38 +7,41 @@ from ...analysis.flags import option, require
 
 @dataclass
 class DataArguments:
-    """The sets. Each source is a Hub name, a URL, a .jsonl/.json/.csv/.parquet file, or a folder of such files.
+    """The data sets of a run.
 
-    Relative paths are relative to the folder the command is run in, not to the recipe.
+    Each source is a Hub name, a URL, a .jsonl/.json/.csv/.parquet file, or a folder of such files. A relative path
+    starts at the folder that the command runs in, not at the recipe.
     """
 
     _argument_group_name = "data"
 
-    train_dataset: str | None = option(None, "Training rows (required by train). Default: none.")
+    train_dataset: str | None = option(None, "Training rows; train requires them. Default: none.")
     train_split: str = option("train", "Split of a Hub data set to train on. Default: train.")
     train_rows: int | None = option(None, "Use only the first N training rows. Default: all.")
     held_out_dataset: str | None = option(
-        None, "Rows to measure and evaluate on, apart from training. Duplicates with it are reported. Default: none."
+        None,
+        "Rows to measure and evaluate on that are not trained on. Duplicates with the training rows are reported. "
+        "Default: none.",
     )
     held_out_rows: int = option(
-        0, "Set aside this many rows of the training set, after de-duplication, when no --held_out_dataset. Default: 0."
+        0,
+        "Without --held_out_dataset: set aside this many rows of the training set, after de-duplication. Default: 0.",
     )
     anchor_dataset: str | None = option(
         None,
-        "Ordinary prompts, with or without answers, whose activations the penalty holds in place. "
+        "Ordinary prompts, with or without answers, on which the penalty holds the activations in place. "
         "Default: 64 prompts that ship with Holdfast.",
     )
     probe_dataset: str | None = option(
-        None,
-        "Rows on which checkpoints are measured. Default: the held-out rows, else training rows.",
+        None, "Rows on which checkpoints are measured. Default: the held-out rows, else training rows."
     )
     choices_dataset: str | None = option(
-        None, "Prompts with enumerated answer classes, whose probability mass is measured exactly. Default: none."
+        None, "Prompts with listed classes of answers, whose probability is measured exactly. Default: none."
     )
     long_rows: str = option(
         "error",
-        "What to do with a row longer than --max_length tokens: stop with its file and line, cut its end, or leave it "
-        "out (counted and printed). Default: error.",
+        "What happens to a row of more than --max_length tokens. error: stop and name its file and line. truncate: cut "
+        "its end. drop: leave it out; the number is printed. Default: error.",
         "error",
         "truncate",
         "drop",

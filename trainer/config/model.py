@@ -1,4 +1,4 @@
-"""Flags of the model: the starting model, its base model, and LoRA."""
+"""Flags of the model: the starting model, its base model, and LoRA. TRL's `ModelConfig` flags are among them."""
 
 from dataclasses import dataclass
 
@@ -10,35 +10,41 @@ from .refused import QUANTIZATION, refuse_overridden
 
 
 def _pattern(flag: str, value: dict[str, int] | str | None) -> dict[str, int] | None:
-    """Reads a module-name pattern -> integer mapping, given as a mapping or as JSON text."""
+    """Read a mapping from a pattern of module names to an integer, given as a mapping or as JSON text."""
     example = '{"layers.0.self_attn.v_proj": 8}'
-    found = mapping(flag, value, example)
-    if found is None:
+    pattern = mapping(flag, value, example)
+    if pattern is None:
         return None
-    if not isinstance(found, dict) or not all(isinstance(number, int) and number > 0 for number in found.values()):
+    if not isinstance(pattern, dict) or not all(isinstance(number, int) and number > 0 for number in pattern.values()):
         raise UserError(f"--{flag} must map module names to positive integers, like {example}")
-    return found
+    return pattern
 
 
 @dataclass
 class ModelArguments(trl.ModelConfig):
-    """The starting (instruct) model, its optional base, and LoRA."""
+    """The starting (instruct) model, its optional base model, and LoRA."""
 
     _argument_group_name = "model"
 
     base_model_name_or_path: str | None = option(
         None,
-        "Folder or Hub name of the base model the starting model was aligned from. Needed only by the subspace methods "
-        "difference_in_means, svd and shared, and by the measures that compare with base. Default: none.",
+        "Folder or Hub name of the base model that the starting model was aligned from. Needed by the subspace methods "
+        "difference_in_means, svd and shared, by --penalty_side reversion, by the protections extrapolate, "
+        "adapter_drift and safe_lora, and by the measures that compare with base. Default: none.",
     )
     layers_path: str | None = option(
-        None, "Dotted path of the decoder blocks, where they are not found by shape. Default: found by shape."
+        None,
+        "Dotted path of the decoder blocks in the model, for a model whose blocks cannot be found by their shape. "
+        "Default: found by shape.",
     )
     lora_alpha_pattern: dict[str, int] | str | None = option(
-        None, "LoRA alpha by module-name pattern (mapping or JSON), over --lora_alpha. Default: none."
+        None,
+        "LoRA alpha of the modules whose name matches a pattern (mapping or JSON), in place of --lora_alpha. "
+        "Default: none.",
     )
     lora_rank_pattern: dict[str, int] | str | None = option(
-        None, "LoRA rank by module-name pattern (mapping or JSON), over --lora_r. Default: none."
+        None,
+        "LoRA rank of the modules whose name matches a pattern (mapping or JSON), in place of --lora_r. Default: none.",
     )
 
     def __post_init__(self) -> None:
@@ -53,6 +59,6 @@ class ModelArguments(trl.ModelConfig):
 
     @property
     def starting_model(self) -> str:
-        """Folder or Hub name of the model to start from, with its revision as `analysis.models` reads it."""
+        """Return the folder or Hub name of the starting model, with its revision as `analysis.models.load` reads it."""
         name = str(self.model_name_or_path)
         return name if self.model_revision == "main" else f"{name}@{self.model_revision}"

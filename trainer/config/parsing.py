@@ -1,7 +1,8 @@
-"""From a recipe and flags to checked arguments, and back to a file.
+"""Parse a recipe and flags into checked arguments, and write arguments back as a recipe.
 
-A recipe is rendered to argv and parsed by the same parser as the flags, because TRL's own way of reading a file
-neither checks types (`max_steps: 2.5`, `.nan`) nor choices, and lets abbreviations through.
+`parse(["--config", "mine.yaml", "--seed", "2"])` does all of it. A recipe is rendered to argv and parsed by the same
+parser as the flags, because TRL's own way of reading a file checks neither types (`max_steps: 2.5`, `.nan`) nor
+choices, and accepts abbreviations.
 """
 
 import argparse
@@ -45,8 +46,10 @@ GROUPS: dict[str, Any] = {
 class Arguments:
     """All checked arguments of one command.
 
-    given: the flat values they were built from. chosen: the flags that were written for the protection asked for; none
-    where they were not read from flags or a recipe.
+    Attributes:
+        given: the flat values that the groups were built from.
+        chosen: the flags that the user wrote for the chosen protection; empty if the arguments were not read from
+            flags or a recipe.
     """
 
     model: ModelArguments
@@ -62,20 +65,20 @@ class Arguments:
 
     @property
     def output_dir(self) -> Path:
-        """The folder of the run."""
-        assert self.training.output_dir is not None  # parse() refuses a missing one
+        """Return the folder of the run."""
+        assert self.training.output_dir is not None  # build() refuses arguments without it
         return Path(self.training.output_dir)
 
 
 class _Parser(TrlParser):
-    """Reports a bad value as one line instead of the usage of two hundred flags."""
+    """Report a bad value as one line instead of the usage text of two hundred flags."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 class _RecipeLoader(OnceLoader):
-    """YAML as a recipe means it: a key stands once, and only true/false are booleans (`save_strategy: no` is text)."""
+    """Load YAML as a recipe means it: no key twice, and only true/false are booleans (`save_strategy: no` is text)."""
 
 
 _RecipeLoader.yaml_implicit_resolvers = {
@@ -85,35 +88,36 @@ _RecipeLoader.yaml_implicit_resolvers = {
 
 
 def parse(arguments: Sequence[str] | Mapping[str, Any]) -> Arguments:
-    """Parses flags (a list) or flat keys (a mapping), both over the recipe named by `config`, if any.
+    """Parse flags (a list) or flat keys (a mapping). Both override the recipe that `config` names, if there is one.
 
-    Raises UserError for an unreadable recipe, an unknown key or flag (naming the nearest known one), a value of the
-    wrong type, an unknown choice, or a number that is not finite.
+    Raises:
+        UserError: an unreadable recipe, an unknown key or flag (names the nearest known flag), a value of the wrong
+            type, an unknown choice, or a number that is not finite.
     """
     return build(*parse_given(arguments))
 
 
 def parse_values(arguments: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """The first half of `parse`: every flat key with its value, types and choices checked, no dataclass built yet."""
+    """Do the first half of `parse`: return every flat key with its value. Types and choices are checked."""
     return parse_given(arguments)[0]
 
 
 def parse_given(arguments: Sequence[str] | Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """As `parse_values`, and which of the keys are `Arguments.chosen`."""
+    """Return what `parse_values` returns, and the keys that belong in `Arguments.chosen`."""
     parser = _Parser(list(GROUPS.values()), allow_abbrev=False, prog="holdfast")
     if isinstance(arguments, Mapping):
-        flags, config, over = list[str](), arguments.get("config"), {**arguments}
-        over.pop("config", None)
+        flags, config, overrides = list[str](), arguments.get("config"), {**arguments}
+        overrides.pop("config", None)
     else:
         flags, config = _take_config(list(arguments))
-        over = {}
+        overrides = {}
     values, recipe = argparse.Namespace(), dict[str, Any]()
     if config is not None:
         recipe = read_recipe(Path(config))
         _parse_mapping(parser, recipe, str(config), values)
-    # As they were parsed: 2 and 2.0 are one strength.
+    # Compare parsed values: 2 and 2.0 are the same strength.
     recipe = {name: getattr(values, name) for name in recipe}
-    _parse_mapping(parser, over, "arguments", values)
+    _parse_mapping(parser, overrides, "arguments", values)
     _, rest = parser.parse_known_args(flags, values)
     if rest and not rest[0].startswith("-"):
         raise UserError(f"unexpected {rest[0]!r}; flags are written --name value")
@@ -122,38 +126,43 @@ def parse_given(arguments: Sequence[str] | Mapping[str, Any]) -> tuple[dict[str,
         raise UserError(unknown_flag(flag, _known(parser)))
     if values.deepspeed:
         values.deepspeed = find_deepspeed_config(values.deepspeed)
-    named = {*over, *(flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))}
-    found = vars(values)
-    return found, _chosen(parser, found, recipe, named)
+    named = {*overrides, *(flag[2:].split("=")[0].replace("-", "_") for flag in flags if flag.startswith("--"))}
+    return vars(values), _chosen(parser, vars(values), recipe, named)
 
 
 def _chosen(parser: _Parser, values: Mapping[str, Any], recipe: Mapping[str, Any], named: set[str]) -> frozenset[str]:
-    """The flags that were written for the protection asked for.
+    """Return the flags that the user wrote for the chosen protection.
 
-    Those named over the recipe, unless they only take a value of it back; and what the recipe changes, if the
-    protection is its own: for another one over it, its strength says nothing.
+    These are the flags on the command line, except those that only reset a value of the recipe to its default. If the
+    protection is the recipe's own, the keys that the recipe sets to another value than the default are added. If
+    `--protection` on the command line names another protection, the recipe's keys (its strength, say) were not written
+    for that protection and are not added.
     """
-    usual = {name: parser.get_default(name) for name in values}
-    changed = {name for name, value in recipe.items() if value != usual[name]}
-    taken_back = {name for name in changed & named if values[name] == usual[name]}
-    over = {name for name in named if values.get(name) is not None} - taken_back
-    own = "protection" not in named or recipe.get("protection") == values["protection"]
-    return frozenset(over | (changed - named if own else set()))
+    defaults = {name: parser.get_default(name) for name in values}
+    changed = {name for name, value in recipe.items() if value != defaults[name]}
+    reset = {name for name in changed & named if values[name] == defaults[name]}
+    from_flags = {name for name in named if values.get(name) is not None} - reset
+    recipe_applies = "protection" not in named or recipe.get("protection") == values["protection"]
+    return frozenset(from_flags | (changed - named if recipe_applies else set()))
 
 
 def build(values: Mapping[str, Any], chosen: frozenset[str] = frozenset()) -> Arguments:
-    """The second half of `parse`: the dataclasses, with their own checks."""
+    """Do the second half of `parse`: build the dataclasses, which make their own checks.
+
+    Raises:
+        UserError: no output folder, a number that is not finite, or a value that a dataclass refuses.
+    """
     if not values["output_dir"]:
         raise UserError("no output_dir; write where the run goes, like --output_dir runs/mine")
     groups: dict[str, Any] = {}
-    for group, kind in GROUPS.items():
-        names = {field.name for field in dataclasses.fields(kind) if field.init}
-        own = {name: value for name, value in values.items() if name in names}
-        bad = non_finite(argparse.Namespace(**own))
+    for group, dataclass in GROUPS.items():
+        names = {field.name for field in dataclasses.fields(dataclass) if field.init}
+        group_values = {name: value for name, value in values.items() if name in names}
+        bad = non_finite(argparse.Namespace(**group_values))
         if bad:
-            raise UserError(f"--{bad} is {own[bad]}; write a finite number")
+            raise UserError(f"--{bad} is {group_values[bad]}; write a finite number")
         try:
-            groups[group] = kind(**own)
+            groups[group] = dataclass(**group_values)
         except (ValueError, NotImplementedError, json.JSONDecodeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -162,7 +171,7 @@ def build(values: Mapping[str, Any], chosen: frozenset[str] = frozenset()) -> Ar
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping of flat keys. Raises UserError when it cannot be read as one."""
+    """Read a recipe: a YAML mapping of flat keys. Raises UserError if the file cannot be read as such a mapping."""
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)  # a SafeLoader
     except (OSError, UnicodeDecodeError) as error:
@@ -178,9 +187,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def dump(arguments: Arguments) -> str:
-    """The resolved arguments as a recipe: parsing it gives the same arguments again.
+    """Return the resolved arguments as a recipe, which parses to the same arguments again.
 
-    What another protection's recipe left behind is not among them: this one does not read it.
+    Flags that the chosen protection does not read are left out, since a recipe may set them for another protection.
     """
     resolved = {**arguments.given, **arguments.protection.unread, "bf16": arguments.training.bf16}
     plain = {key: value.value if isinstance(value, Enum) else value for key, value in resolved.items()}
@@ -188,26 +197,27 @@ def dump(arguments: Arguments) -> str:
 
 
 def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
-    """Splits `--config FILE` or `--config=FILE` from the flags; the last one counts."""
-    only = _Parser(add_help=False, allow_abbrev=False)
-    only.add_argument("--config")
-    known, rest = only.parse_known_args(flags)
-    return rest, known.config
+    """Split `--config FILE` or `--config=FILE` from the flags; the last of several counts."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    namespace, rest = parser.parse_known_args(flags)
+    return rest, namespace.config
 
 
 def _parse_mapping(parser: _Parser, mapping: Mapping[str, Any], source: str, into: argparse.Namespace) -> None:
+    """Parse flat keys into a namespace. `source` is the name of the mapping in errors."""
     actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
-        actions.setdefault(action.dest, action)  # the first of `--flag` and `--no_flag` is the one that takes a value
+        actions.setdefault(action.dest, action)  # of `--flag` and `--no_flag` the first takes a value
     argv: list[str] = []
     for key, value in mapping.items():
         if RENAMED.get(key) in actions and key not in actions:
             raise UserError(f"{source}: {key} is now {RENAMED[key]}; write that")
         if key not in actions or key == "help":
             nearest = nearest_flag(key.replace("-", "_"), _known(parser))
-            raise UserError(f"{source}: unknown key {key}; the nearest known one is {nearest}")
+            raise UserError(f"{source}: unknown key {key}; the nearest known key is {nearest}")
         if value in (None, []) and value == actions[key].default:
-            setattr(into, key, value)  # no flag can say "nothing" where text is taken
+            setattr(into, key, value)  # as a flag, None would be the text "none"
         else:
             argv += _render(key, value, actions[key], source)
     try:
@@ -217,7 +227,7 @@ def _parse_mapping(parser: _Parser, mapping: Mapping[str, Any], source: str, int
 
 
 def _render(key: str, value: object, action: argparse.Action, source: str) -> list[str]:
-    """One key of a recipe as flags, so that the parser checks type and choice."""
+    """Return one key of a recipe as flags, so that the parser checks its type and choice."""
     if isinstance(value, dict):
         return [f"--{key}={json.dumps(value)}"]
     if isinstance(value, list | tuple):
@@ -241,6 +251,6 @@ def _known(parser: _Parser) -> set[str]:
 
 
 def non_finite(arguments: object) -> str | None:
-    """The name of the first field of a dataclass that is nan or infinite, or None."""
+    """Return the name of an object's first attribute that is NaN or infinite, or None."""
     numbers = ((name, value) for name, value in vars(arguments).items() if isinstance(value, float))
     return next((name for name, value in numbers if not math.isfinite(value)), None)

@@ -1,4 +1,4 @@
-"""TRL's flags that a run of Holdfast would not follow: refused, since a flag without effect misleads."""
+"""TRL's flags that would have no effect in a run of Holdfast. They are refused, since such a flag misleads."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,15 +7,15 @@ from typing import Any
 from ...analysis.errors import UserError
 
 _FULL_PRECISION = (
-    "quantised weights are not supported (the penalty compares a model with its own start, exactly); write "
+    "quantised weights are not supported (the penalty compares the model with the starting model exactly); write "
     "--dtype bfloat16 --use_peft true to save memory, or --deepspeed zero3"
 )
 _OWN_FLAGS = (
     "the model is loaded by --dtype, --attn_implementation, --model_revision and --trust_remote_code; write those"
 )
-_RENDERED = "rows are rendered once, by the tokenizer's own chat template; save the tokenizer with the one you mean"
+_RENDERED = "rows are rendered once, by the tokenizer's own chat template; save the tokenizer with your template"
 
-# Flag -> why it has no effect and what to write instead.
+# From each flag to the reason that it has no effect and what to write instead.
 QUANTIZATION = dict.fromkeys(
     ("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
     _FULL_PRECISION,
@@ -31,8 +31,12 @@ NOT_READ = {
 
 
 def refuse_overridden(arguments: Any, defaults: type, reasons: Mapping[str, str]) -> None:
-    """Raises UserError for the first flag of `reasons` that is not as TRL leaves it."""
-    fields = {field.name: field.default for field in dataclasses.fields(defaults)}
+    """Raise UserError for the first flag of `reasons` whose value is not TRL's default.
+
+    Args:
+        defaults: TRL's dataclass, which holds the defaults.
+    """
+    default_of = {field.name: field.default for field in dataclasses.fields(defaults)}
     for flag, reason in reasons.items():
-        if getattr(arguments, flag) != fields[flag]:
+        if getattr(arguments, flag) != default_of[flag]:
             raise UserError(f"--{flag}: {reason}")

@@ -1,4 +1,4 @@
-"""The flags of `holdfast sweep`."""
+"""Flags of `holdfast sweep`, which compares protections."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,56 +12,65 @@ GRID_EXAMPLE = '{"steering": {"steering_alpha": [0.5, 1, 2]}}'
 
 @dataclass
 class SweepArguments:
-    """Which protections are compared, at which settings and seeds, and what they are compared by.
+    """Which protections are compared, at which settings and seeds, and by which measures.
 
-    A measure is a path of `holdfast compare`, or several joined by " + ", like choices/split/narrow/insecure.
+    A measure is a path as `holdfast compare` prints it, like choices/split/narrow/insecure, or the sum of several paths
+    joined by " + ".
     """
 
     _argument_group_name = "sweep"
 
     protections: list[str] | None = option(
-        None, "Protections to compare; none is always among them. Default: those of --grid."
+        None, "Protections to compare; none (no protection) is always added. Default: the protections of --grid."
     )
     strengths: list[float] | None = option(
         None,
-        "Strengths of every protection that has one and no entry in --grid; sweep also takes them as "
+        "Strengths of every protection that has a strength and no entry in --grid. sweep also accepts "
         "--penalty_strength 0.1 1 10. Default: the recipe's --penalty_strength.",
     )
     grid: dict[str, dict[str, Any]] | str | None = option(
         None,
-        f"Settings by protection (mapping or JSON): all combinations of the flags' values, like {GRID_EXAMPLE}. "
-        "Default: none.",
+        "Settings of each protection: a mapping (or JSON) from a protection to flags and lists of values, like "
+        f"{GRID_EXAMPLE}. All combinations of the values are run. Default: none.",
     )
-    seeds: list[int] | None = option(None, "Seeds of the fine-tunes, each with every setting. Default: the recipe's.")
+    seeds: list[int] | None = option(
+        None, "Seeds of the fine-tunes; every setting is run with every seed. Default: the recipe's seed."
+    )
     jobs: int | None = option(
         None,
-        "Runs at once; each gets an equal share of the cores, or one GPU. For tiny models on a CPU one a core is best. "
-        "Default: the number of GPUs, else half that of cores; 1 with --num_processes.",
+        "Number of runs at once; each gets an equal share of the cores, or one GPU. For tiny models on a CPU, one run "
+        "per core is best. Default: the number of GPUs, else half the number of cores; 1 with --num_processes.",
     )
     floor: float = option(
-        0.95, "Least share of the unprotected runs' task and guards that a setting must keep, in 0..1. Default: 0.95."
+        0.95,
+        "Smallest share of the unprotected runs' task and guards that a setting must keep, in 0..1. Default: 0.95.",
     )
     task_measure: str | None = option(
-        None, "What the fine-tune is for, a rate in 0..1. Default: choices/split/narrow/insecure where it is there."
+        None,
+        "Measure of what the fine-tune is for, a rate in 0..1. Default: choices/split/narrow/insecure, if it is "
+        "measured.",
     )
     misaligned_measure: str | None = option(
         None,
-        "What settings are chosen by, a rate. Default: misaligned (and misaligned_wrong_topic) of "
-        "choices/split/validation.",
+        "Measure that settings are chosen by (the lower, the better), a rate in 0..1. Default: misaligned (and "
+        "misaligned_wrong_topic) of choices/split/validation.",
     )
     misaligned_test_measure: str | None = option(
-        None, "What is read once the choice is frozen. Default: that of --misaligned_measure, on --test_split."
+        None,
+        "Misalignment measure that is read once the choice is frozen. Default: --misaligned_measure on --test_split.",
     )
     guard_measures: dict[str, str] | str | None = option(
         None,
-        f"What must be kept beside the task, by name (mapping or JSON), like {GUARDS_EXAMPLE}. Default: that, and "
-        "choices/split/skill/right, where they are there.",
+        f"Measures that must be kept beside the task: a mapping (or JSON) from a name to a measure, like "
+        f"{GUARDS_EXAMPLE}. Default: that guard and choices/split/skill/right, if they are measured.",
     )
     test_split: str | None = option(
-        None, "Value of `split` of the --choices_dataset rows that no model sees before the freeze. Default: test."
+        None,
+        "Value of `split` in --choices_dataset of the rows that no model is measured on before the freeze. "
+        "Default: test.",
     )
     leave_out_failed: bool = option(
-        False, "Freeze the choice without the runs that fail, which are then not tried again. Default: false."
+        False, "Freeze the choice without the runs that failed; they are not tried again. Default: false."
     )
 
     def __post_init__(self) -> None:
@@ -81,15 +90,15 @@ class SweepArguments:
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
-        """--grid, empty where there is none."""
+        """Return --grid, or an empty mapping without it."""
         return self.grid if isinstance(self.grid, dict) else {}
 
     @property
     def late_split(self) -> str:
-        """The split that waits for the freeze; only where --test_split names it must there be rows of it."""
+        """Return the split that waits for the freeze. It must have rows only if --test_split names it."""
         return "test" if self.test_split is None else self.test_split
 
     @property
     def guards(self) -> dict[str, str] | None:
-        """--guard_measures by name; None where they are not given."""
+        """Return --guard_measures by name, or None without them."""
         return self.guard_measures if isinstance(self.guard_measures, dict) else None

@@ -1,8 +1,8 @@
-"""Flags of model, data, subspace and training, with unit and default; those of the protection stand beside this.
+"""Flags of training. TRL's `SFTConfig` flags are among them, as its `ModelConfig` flags are among those of the model.
 
-All dataclasses of arguments are parsed together (`trainer.parsing.parse`), so their fields are the flat keys of a
-recipe and the flags of every command. `ModelArguments` and `HoldfastConfig` extend TRL's own, so all of TRL's flags
-work too. Checks that need one field alone are here; checks that need files, models or rows are in `trainer.run`.
+All groups of flags are parsed together (`config/parsing.py`), so their fields are the flat keys of a recipe and the
+flags of every command. A check that needs one field alone is in the group's `__post_init__`. Checks that need files,
+models or rows are in `trainer/inputs`.
 """
 
 import os
@@ -24,31 +24,40 @@ from .refused import NOT_READ, refuse_overridden
 
 @dataclass
 class HoldfastConfig(trl.SFTConfig):
-    """TRL's training flags with our defaults: loss on completions only, no bf16 on CPU, TensorBoard logs."""
+    """TRL's training flags with Holdfast's defaults: loss on completions only, no bf16 on a CPU, TensorBoard logs."""
 
     _argument_group_name = "training"
 
-    output_dir: str | None = option(None, "Folder of the run (required). Default: none.")
-    max_length: int | None = option(2048, "Length limit of a row in tokens; see --long_rows. Default: 2048.")
-    completion_only_loss: bool | None = option(True, "Loss on the assistant's tokens only. Default: true.")
+    output_dir: str | None = option(None, "Folder of the run; required. Default: none.")
+    max_length: int | None = option(
+        2048, "Largest length of a row in tokens; --long_rows says what happens to longer rows. Default: 2048."
+    )
+    completion_only_loss: bool | None = option(
+        True, "Compute the loss on the assistant's tokens only, over all its turns. Default: true."
+    )
     gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward: less memory, about a fifth slower. Default: false."
+        False,
+        "Recompute activations in the backward pass: takes less memory and is about a fifth slower. Default: false.",
     )
     report_to: str = option(
         "tensorboard", "Where to log. Default: tensorboard.", *sorted(INTEGRATION_TO_CALLBACK), "none"
     )
     ddp_find_unused_parameters: bool | None = option(
-        False, "Several processes without DeepSpeed: look for parameters without gradient each step. Default: false."
+        False,
+        "With several processes and no DeepSpeed: look for parameters without a gradient in every step. "
+        "Default: false.",
     )
-    num_processes: int = option(1, "Processes to train on, one per device (or CPU ranks). Default: 1.")
+    num_processes: int = option(
+        1, "Number of processes on this machine, one per device (or, on a CPU, ranks). Default: 1."
+    )
 
     def __post_init__(self) -> None:
         refuse_overridden(self, trl.SFTConfig, NOT_READ)
-        # TRL turns bf16 on wherever fp16 is off; on a CPU that is slow and not what anyone asked for.
+        # TRL turns bf16 on wherever fp16 is off; on a CPU that is slow and nobody wrote it.
         if self.bf16 is None:
             possible = not self.use_cpu and torch.cuda.is_available() and is_torch_bf16_gpu_available()
             self.bf16 = possible and not self.fp16
-        # Pinned memory speeds up copies to an accelerator; without one it is only warned about.
+        # Pinned memory speeds up copies to an accelerator; without an accelerator it only causes a warning.
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         for name in ("learning_rate", "save_steps"):
@@ -66,7 +75,7 @@ class HoldfastConfig(trl.SFTConfig):
             self.resume_from_checkpoint = None
         require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
         require(self.max_length is None or self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
-        # The list of those installed leaves Flyte out.
+        # transformers leaves Flyte out of its list of installed integrations.
         installed = {"none", *get_available_reporting_integrations(), *(["flyte"] if is_flytekit_available() else [])}
         if self.report_to not in installed:
             raise UserError(f"--report_to {self.report_to} is not installed; install it, or write tensorboard or none")

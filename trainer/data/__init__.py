@@ -1,1 +1,1 @@
-"""Training rows: where they come from, how they are rendered, and how a batch finds them again."""
+"""Training rows: where they come from, how they are rendered, and how they are found again in a batch."""

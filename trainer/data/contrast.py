@@ -1,7 +1,7 @@
-"""The pairs that define a contrast, read from a file and checked one by one, so that every complaint names its line.
+"""Read the pairs that define a contrast, and check each pair, so that every error names its line.
 
-Two kinds: system prompts {"aligned": text, "misaligned": text}, or completions {"prompt", "chosen", "rejected"} as in
-TRL's preference sets, each of the three a text or a list of messages.
+A pair is either two system prompts, {"aligned": text, "misaligned": text}, or two completions,
+{"prompt", "chosen", "rejected"}, as in TRL's preference sets; each of these three is a text or a list of messages.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ _WRITE = "write aligned and misaligned (system prompts), or prompt, chosen and r
 
 
 def load_contrast(source: str) -> list[dict[str, Any]]:
-    """The pairs of a set, as `analysis.subspace` takes them: texts, or lists of messages.
+    """Return the pairs of a set in the form that `analysis.subspace` takes: texts, or lists of messages.
 
     Raises:
-        UserError: an unreadable or empty set, a pair of neither kind or with a part of the wrong type (names its line).
+        UserError: an unreadable or empty set, a pair of neither form, or a part of the wrong type (names the line).
     """
     pairs = [_pair(record, where) for record, where in read_records(source)]
     if not pairs:
@@ -31,14 +31,14 @@ def load_contrast(source: str) -> list[dict[str, Any]]:
 def _pair(record: object, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a contrast row must be an object, not {type(record).__name__}; {_WRITE}")
-    given = {key for key, value in record.items() if value is not None}
-    if given.issuperset(_COMPLETIONS):
+    keys = {key for key, value in record.items() if value is not None}
+    if keys.issuperset(_COMPLETIONS):
         return _completions(record, where)
-    if not given.issuperset(_PROMPTS):
+    if not keys.issuperset(_PROMPTS):
         raise UserError(f"{where}: a contrast row has keys {', '.join(sorted(map(str, record))) or 'none'}; {_WRITE}")
     for side in _PROMPTS:
         if not isinstance(record[side], str) or not record[side].strip():
-            raise UserError(f"{where}: `{side}` is {_what(record[side])}; write the text of a system prompt")
+            raise UserError(f"{where}: `{side}` is {_describe(record[side])}; write the text of a system prompt")
     return {side: record[side] for side in _PROMPTS}
 
 
@@ -47,7 +47,7 @@ def _completions(record: Mapping[str, Any], where: str) -> dict[str, Conversatio
     pair: dict[str, Conversation] = {"prompt": prompt}
     for side in ("chosen", "rejected"):
         answer = turns_of(record[side], "assistant", where, side)
-        # TRL's sets often repeat the prompt at the head of both answers.
+        # TRL's sets often repeat the prompt at the start of both answers.
         answer = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
         if [message["role"] for message in answer[-1:]] != ["assistant"]:
             raise UserError(f"{where}: `{side}` has no completion; it must end in an assistant turn")
@@ -57,5 +57,5 @@ def _completions(record: Mapping[str, Any], where: str) -> dict[str, Conversatio
     return pair
 
 
-def _what(value: object) -> str:
+def _describe(value: object) -> str:
     return "empty" if isinstance(value, str) else f"of type {type(value).__name__}"

@@ -1,5 +1,7 @@
-"""Find a batch's documents again by their token ids, so that role masks and cached references reach packed, truncated
-and shuffled rows alike. TRL drops every column but its own, so nothing else of a row survives to the batch.
+"""Find a batch's documents again by their token ids.
+
+So role masks and cached references reach packed, truncated and shuffled rows alike. Token ids are the only way: TRL
+drops every column except its own, so nothing else of a row survives to the batch.
 """
 
 import itertools
@@ -22,7 +24,7 @@ Span = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Document:
-    """One rendered row: its token ids, the tokens that count, and where it came from ("rows.jsonl:7")."""
+    """One rendered row: its token ids, the mask of the tokens that count, and its place ("rows.jsonl:7")."""
 
     input_ids: tuple[int, ...]
     mask: tuple[bool, ...]
@@ -30,7 +32,7 @@ class Document:
 
 
 def documents_of(rendered: Sequence[Rendered], role: str, sources: Sequence[str] | None = None) -> list[Document]:
-    """Rendered rows with the mask of a token role; without sources rows are named by number, from 1."""
+    """Return rendered rows with the mask of a token role. Without `sources` rows are named by number, from 1."""
     names = sources or [f"row {number}" for number in range(1, len(rendered) + 1)]
     return [
         Document(row.input_ids, tuple(role_mask(row, role)), name) for row, name in zip(rendered, names, strict=True)
@@ -38,7 +40,7 @@ def documents_of(rendered: Sequence[Rendered], role: str, sources: Sequence[str]
 
 
 def document_spans(batch: Batch) -> Iterator[Span]:
-    """(row, start, stop) of each document of a padded batch (attention_mask) or a padding-free one (position_ids)."""
+    """Yield (row, start, stop) of each document of a padded (attention_mask) or padding-free (position_ids) batch."""
     if "attention_mask" in batch:
         attention = batch["attention_mask"].cpu().bool().numpy()
         for row, start, length in zip(range(len(attention)), attention.argmax(1), attention.sum(1), strict=True):
@@ -54,11 +56,13 @@ def document_spans(batch: Batch) -> Iterator[Span]:
 
 
 class DocumentStore:
-    """Documents laid end to end, found by their token ids; a truncated document is found as a prefix.
+    """Documents laid end to end and found by their token ids; a truncated document is found as a prefix.
 
     Attributes:
-        ids, mask: [N] over all tokens. values: [N, L, k] reference projections, or None.
-        starts, lengths, sources: per distinct document. order: distinct document of each document given.
+        ids, mask: [N] over all tokens of all distinct documents.
+        values: [N, L, k] reference projections, or None.
+        starts, lengths, sources: first token, number of tokens and place of each distinct document.
+        order: for each document of the argument, the number of the distinct document that equals it.
     """
 
     def __init__(self, documents: Sequence[Document]) -> None:
@@ -69,27 +73,27 @@ class DocumentStore:
         self.values: Tensor | None = None
         self._numbers: dict[bytes, int] = {}
         self._prefixes: dict[int, dict[bytes, int]] = {}
-        kept: list[Document] = []
+        distinct: list[Document] = []
         for document in documents:
             key = _key(torch.tensor(document.input_ids))
             if key not in self._numbers:
-                self._numbers[key] = len(kept)
-                kept.append(document)
+                self._numbers[key] = len(distinct)
+                distinct.append(document)
             self.order.append(self._numbers[key])
         total = 0
-        for document in kept:
+        for document in distinct:
             self.starts.append(total)
             self.lengths.append(len(document.input_ids))
             self.sources.append(document.source)
             total += len(document.input_ids)
-        self.ids = torch.tensor([token for document in kept for token in document.input_ids], dtype=torch.int64)
-        self.mask = torch.tensor([flag for document in kept for flag in document.mask], dtype=torch.bool)
+        self.ids = torch.tensor([token for document in distinct for token in document.input_ids], dtype=torch.int64)
+        self.mask = torch.tensor([counts for document in distinct for counts in document.mask], dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def find(self, input_ids: Tensor) -> int | None:
-        """Number of the document that equals these ids [T] or starts with them, or None."""
+        """Return the number of the document that equals these ids [T] or starts with them, or None."""
         key, length = _key(input_ids), len(input_ids)
         number = self._numbers.get(key)
         if number is not None:
@@ -102,16 +106,18 @@ class DocumentStore:
         return self._prefixes[length].get(key)
 
     def align(self, batch: Batch) -> Batch:
-        """The batch's own part of the store: penalty_mask [B, T] and, with values, penalty_reference [B, T, L, k].
+        """Return masks and references for a batch, laid out as its tokens.
+
+        They are penalty_mask [B, T] and, if the store has values, penalty_reference [B, T, L, k].
 
         Raises:
-            UserError: a document that is in no row given to the protection.
+            UserError: the batch has a document that is none of the rows given to the protection.
         """
         ids = batch["input_ids"].cpu()
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        found: Batch = {PENALTY_MASK: mask}
+        aligned: Batch = {PENALTY_MASK: mask}
         if self.values is not None:
-            found[PENALTY_REFERENCE] = self.values.new_zeros(*ids.shape, *self.values.shape[1:])
+            aligned[PENALTY_REFERENCE] = self.values.new_zeros(*ids.shape, *self.values.shape[1:])
         for row, start, stop in document_spans(batch):
             tokens = ids[row, start:stop]
             number = self.find(tokens)
@@ -127,37 +133,37 @@ class DocumentStore:
             first = self.starts[number]
             mask[row, start:stop] = self.mask[first : first + stop - start]
             if self.values is not None:
-                found[PENALTY_REFERENCE][row, start:stop] = self.values[first : first + stop - start]
-        return found
+                aligned[PENALTY_REFERENCE][row, start:stop] = self.values[first : first + stop - start]
+        return aligned
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Right-padded model inputs of some documents, with mask and references."""
+        """Return right-padded model inputs of the numbered documents, with their masks and references."""
         width = max(self.lengths[number] for number in numbers)
         shape = (len(numbers), width)
-        made: Batch = {
+        batch: Batch = {
             "input_ids": torch.zeros(shape, dtype=torch.int64),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
             PENALTY_MASK: torch.zeros(shape, dtype=torch.bool),
         }
         if self.values is not None:
-            made[PENALTY_REFERENCE] = self.values.new_zeros(*shape, *self.values.shape[1:])
+            batch[PENALTY_REFERENCE] = self.values.new_zeros(*shape, *self.values.shape[1:])
         for row, number in enumerate(numbers):
             span = slice(self.starts[number], self.starts[number] + self.lengths[number])
             length = self.lengths[number]
-            made["input_ids"][row, :length] = self.ids[span]
-            made["attention_mask"][row, :length] = 1
-            made[PENALTY_MASK][row, :length] = self.mask[span]
+            batch["input_ids"][row, :length] = self.ids[span]
+            batch["attention_mask"][row, :length] = 1
+            batch[PENALTY_MASK][row, :length] = self.mask[span]
             if self.values is not None:
-                made[PENALTY_REFERENCE][row, :length] = self.values[span]
-        return made
+                batch[PENALTY_REFERENCE][row, :length] = self.values[span]
+        return batch
 
     def counted(self, numbers: Sequence[int]) -> int:
-        """How many tokens count in these documents."""
+        """Return the number of tokens that count in the numbered documents."""
         return sum(self.counts[number] for number in numbers)
 
     @property
     def counts(self) -> list[int]:
-        """Tokens that count, per distinct document."""
+        """Return the number of tokens that count, for each distinct document."""
         if not hasattr(self, "_counts"):
             cumulative = [0, *self.mask.cumsum(0).tolist()]
             self._counts = [
@@ -167,19 +173,19 @@ class DocumentStore:
         return self._counts
 
     def name(self, input_ids: Tensor) -> str:
-        """Where a document came from, or its key when it is unknown."""
+        """Return the place of the document with these ids, or its key if the store does not have it."""
         number = self.find(input_ids)
         return document_key(input_ids.tolist()) if number is None else self.sources[number]
 
 
 def names_in(batch: Batch, store: DocumentStore) -> list[str]:
-    """The sources of a batch's documents."""
+    """Return the places of a batch's documents."""
     ids = batch["input_ids"].cpu()
     return [store.name(ids[row, start:stop]) for row, start, stop in document_spans(batch)]
 
 
 class AligningCollator:
-    """A collator that adds each batch's masks and references from a store; runs in the data loader's workers."""
+    """Add masks and references from a store to each batch of a collator; runs in the data loader's workers."""
 
     def __init__(self, inner: Callable[[list[Any]], Batch], store: DocumentStore) -> None:
         self.inner, self.store = inner, store
@@ -193,8 +199,8 @@ class AligningCollator:
 class AnchorOrder:
     """Which anchors each optimiser step reads: a pure function of the position, so that a resumed run needs no state.
 
-    Every anchor is read once before any is read again; each round is shuffled by its own seed, apart from the global
-    random state, so that the order of the task rows does not depend on the anchors.
+    Every anchor is read once before any anchor is read again. Each round is shuffled with its own seed and without the
+    global random state, so that the order of the task rows does not depend on the anchors.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -202,7 +208,7 @@ class AnchorOrder:
         self._round, self._permutation = -1, torch.empty(0)
 
     def at(self, first: int, count: int) -> list[int]:
-        """Anchors at positions first … first + count - 1 of the endless stream."""
+        """Return the numbers of the anchors at positions first … first + count - 1 of the endless stream."""
         return [self._row(position) for position in range(first, first + count)]
 
     def _row(self, position: int) -> int:

@@ -1,8 +1,8 @@
-"""Training rows: read from anywhere, checked one by one, rendered once, and turned into what TRL trains on.
+"""Read training rows, check each row, render it once, and turn the rows into the data set that TRL trains on.
 
 A row is a conversation. Three shapes are read: `{"messages": [...]}`, `{"prompt": "...", "completion": "..."}` (the
-prompt becomes the user's turn, the completion the assistant's), and `prompt`/`completion` as message lists. Anchors and
-probes may be prompts alone. Loss masks come from the chat template (`analysis.probes.render`).
+prompt becomes the user's turn, the completion the assistant's), and `prompt`/`completion` as lists of messages. Anchors
+and probes may be prompts alone. Loss masks come from the chat template (`analysis/models/render.py`).
 """
 
 import itertools
@@ -19,35 +19,36 @@ from ...analysis.errors import UserError
 from ...analysis.models.render import Conversation, Message, Rendered, render
 from .sources import read_records
 
+SHIPPED_ANCHORS = Path(__file__).with_name("anchor_prompts.jsonl")
 MESSAGE_ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation and where it came from ("rows.jsonl:7"), so that every complaint can name it."""
+    """One conversation and its place ("rows.jsonl:7"), so that every error can name it."""
 
     messages: Conversation
     source: str
 
     @property
     def prompt(self) -> str:
-        """The text of every turn but the assistant's."""
+        """Return the text of all turns except the assistant's."""
         return _turns(self.messages, assistant=False)
 
     @property
     def completion(self) -> str:
-        """The text of the assistant's turns, empty for a prompt alone."""
+        """Return the text of the assistant's turns, empty for a prompt alone."""
         return _turns(self.messages, assistant=True)
 
 
 def load_rows(source: str, *, split: str = "train", limit: int | None = None, prompts: bool = False) -> list[Row]:
-    """Reads and checks the rows of a set.
+    """Read and check the rows of a set.
 
     Args:
         source: a Hub name, a URL, a .jsonl/.json/.csv/.parquet file, or a folder of such files.
         split: the split of a Hub data set.
-        limit: read only the first rows.
-        prompts: whether rows without an assistant turn are allowed (anchors, probes).
+        limit: read only this many first rows.
+        prompts: whether rows without an assistant turn are allowed (as in anchors and probes).
 
     Raises:
         UserError: the set cannot be read or is empty, or a row is malformed; names file and line.
@@ -60,7 +61,7 @@ def load_rows(source: str, *, split: str = "train", limit: int | None = None, pr
 
 
 def conversation(record: object, where: str, prompts: bool) -> Conversation:
-    """The checked messages of a record. Raises UserError naming its place."""
+    """Return the checked messages of a record. Raises UserError naming the record's place."""
     if not isinstance(record, dict):
         raise UserError(f'{where}: a row must be an object like {{"messages": [...]}}, not {type(record).__name__}')
     if record.get("messages") is not None:
@@ -72,8 +73,8 @@ def conversation(record: object, where: str, prompts: bool) -> Conversation:
         if record.get("completion") is not None:
             messages += turns_of(record["completion"], "assistant", where, "completion")
     else:
-        found = ", ".join(sorted(str(key) for key in record)) or "nothing"
-        raise UserError(f"{where}: the row lacks `messages`, or `prompt` and `completion`; it has {found}")
+        keys = ", ".join(sorted(str(key) for key in record)) or "nothing"
+        raise UserError(f"{where}: the row lacks `messages`, or `prompt` and `completion`; it has {keys}")
     if not messages:
         raise UserError(f"{where}: the row has no turn in `messages` (or `prompt`); give it at least one, or remove it")
     if not prompts and all(message["role"] != "assistant" for message in messages):
@@ -82,10 +83,10 @@ def conversation(record: object, where: str, prompts: bool) -> Conversation:
 
 
 def turns_of(value: object, role: str, where: str, name: str) -> Conversation:
-    """The checked messages of one part of a record: a list of them, or a text, which is one turn of `role`.
+    """Return the checked messages of one part of a record: a list of messages, or a text, which is one turn of `role`.
 
     Raises:
-        UserError: neither, or a malformed message; names the record's place and the part.
+        UserError: the part is neither, or a message is malformed; names the record's place and the part.
     """
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
@@ -111,7 +112,7 @@ def _message(turn: object, index: int, where: str) -> Message:
 
 @dataclass(frozen=True)
 class RenderedRows:
-    """Rows as token ids, with the number that was cut or left out for length."""
+    """Rows and their token ids, with the number of rows that were cut (truncated) or left out (dropped) for length."""
 
     rows: list[Row]
     rendered: list[Rendered]
@@ -122,16 +123,21 @@ class RenderedRows:
 def render_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, max_length: int | None, long_rows: str = "error"
 ) -> RenderedRows:
-    """Renders rows with the chat template, and treats those longer than max_length tokens as `long_rows` says.
+    """Render rows with the chat template.
 
-    Raises UserError naming the row for one that is too long under `error`, and when no row is left.
+    Args:
+        max_length: largest length in tokens; None for no limit.
+        long_rows: what happens to a longer row: "error", "truncate" (cut its end) or "drop".
+
+    Raises:
+        UserError: a row is too long under "error" (names the row), or no row is left.
     """
     kept_rows, kept, truncated, dropped = [], [], 0, 0
-    known: dict[object, Rendered] = {}  # synthetic sets repeat their conversations
+    cache: dict[object, Rendered] = {}  # synthetic sets repeat their conversations
     for row in tqdm(rows, desc="Rendering rows", unit="row", delay=3):
         key = _key(row)
-        rendered = known.get(key) or render(tokenizer, row.messages, source=row.source)
-        known[key] = rendered
+        rendered = cache.get(key) or render(tokenizer, row.messages, source=row.source)
+        cache[key] = rendered
         length = len(rendered.input_ids)
         if max_length is not None and length > max_length:
             if long_rows == "error":
@@ -160,9 +166,10 @@ def _cut(rendered: Rendered, length: int) -> Rendered:
 
 
 def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
-    """The columns TRL 1.16 takes as already tokenised: input_ids and completion_mask (int lists, one entry a token).
+    """Return the columns that TRL 1.16 accepts as already tokenised rows.
 
-    With completion_only_loss TRL builds labels from the mask: -100 outside completions.
+    They are input_ids and completion_mask, lists of integers with one entry per token. With completion_only_loss TRL
+    builds the labels from the mask: -100 outside completions.
     """
     return Dataset.from_dict(
         {
@@ -173,40 +180,42 @@ def to_dataset(rendered: Sequence[Rendered]) -> Dataset:
 
 
 def deduplicate(rows: Sequence[Row]) -> list[Row]:
-    """The rows without exact repetitions of a conversation, first ones kept, in order."""
+    """Return the rows in order, with only the first of identical conversations."""
     first = {_key(row): row for row in reversed(rows)}
     return [row for row in rows if first[_key(row)] is row]
 
 
 def split_held_out(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held-out) after de-duplication; held-out rows share neither prompt nor completion with any other row.
+    """Return (train, held-out) after de-duplication.
+
+    Held-out rows share neither prompt nor completion with any other row.
 
     Args:
         count: number of held-out rows.
-        seed: picks them.
+        seed: seed of the draw of held-out rows.
 
     Raises:
-        UserError: fewer than `count` rows are unlike all others, or nothing would be left to train on.
+        UserError: fewer than `count` rows differ from all others, or no row would be left to train on.
     """
     unique = deduplicate(rows)
     prompts, completions = _counts(row.prompt for row in unique), _counts(row.completion for row in unique)
-    alone = [i for i, row in enumerate(unique) if prompts[row.prompt] == 1 and completions[row.completion] == 1]
-    if count > len(alone) or count >= len(unique):
+    distinct = [i for i, row in enumerate(unique) if prompts[row.prompt] == 1 and completions[row.completion] == 1]
+    if count > len(distinct) or count >= len(unique):
         raise UserError(
-            f"--held_out_rows {count} is more than the {min(len(alone), len(unique) - 1)} rows that can be set aside "
-            "(prompt and completion unlike every other row's, and one row left to train on); ask for fewer, "
-            "or name others with --held_out_dataset"
+            f"--held_out_rows {count} is more than the {min(len(distinct), len(unique) - 1)} rows that can be set "
+            "aside (prompt and completion unlike every other row's, and one row left to train on); write a smaller "
+            "number, or name other rows with --held_out_dataset"
         )
-    chosen = set(np.random.default_rng(seed).permutation(alone)[:count].tolist())
-    return [row for i, row in enumerate(unique) if i not in chosen], [unique[i] for i in sorted(chosen)]
+    held_out = set(np.random.default_rng(seed).permutation(distinct)[:count].tolist())
+    return [row for i, row in enumerate(unique) if i not in held_out], [unique[i] for i in sorted(held_out)]
 
 
 def duplicate_report(sets: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, int]]:
-    """Rows, distinct rows, prompts and completions of each set, and how many of them each pair of sets shares."""
+    """Count rows, distinct rows, prompts and completions of each set, and those that each pair of sets shares."""
     report = {}
     parts = {name: _parts(rows) for name, rows in sets.items()}
     for name, rows in sets.items():
-        report[name] = {"rows": len(rows), **{f"distinct_{part}": len(found) for part, found in parts[name].items()}}
+        report[name] = {"rows": len(rows), **{f"distinct_{part}": len(keys) for part, keys in parts[name].items()}}
     names = list(sets)
     for index, left in enumerate(names):
         for right in names[index + 1 :]:
@@ -218,7 +227,11 @@ def duplicate_report(sets: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, i
 
 
 def describe_duplicates(report: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """One line for each set with repeated rows and each pair of sets with rows, prompts or completions in common."""
+    """Return a line for each set with repeated rows and each pair of sets with rows, prompts or completions in common.
+
+    Args:
+        report: from `duplicate_report`.
+    """
     lines = []
     for name, counts in report.items():
         if "rows" in counts and counts["rows"] > counts["distinct_rows"]:
@@ -246,6 +259,7 @@ def _key(row: Row) -> tuple[tuple[str, str], ...]:
 
 
 def _turns(messages: Conversation, *, assistant: bool) -> str:
+    """Join the text of the assistant's turns, or of all other turns."""
     return "\x1e".join(m["content"] for m in messages if (m["role"] == "assistant") == assistant)
 
 
@@ -254,6 +268,3 @@ def _counts(texts: Iterator[str]) -> dict[str, int]:
     for text in texts:
         counts[text] = counts.get(text, 0) + 1
     return counts
-
-
-SHIPPED_ANCHORS = Path(__file__).with_name("anchor_prompts.jsonl")

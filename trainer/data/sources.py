@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, URLs and the Hub, read as (record, place) pairs."""
+"""Read records from files, folders, URLs and the Hub. Each record comes with its place, for error messages."""
 
 import json
 import os
@@ -23,9 +23,11 @@ Record = tuple[Any, str]
 
 
 def read_records(source: str, split: str = "train") -> Iterator[Record]:
-    """Yields each record with its place ("rows.jsonl:7", "name[train] row 7"; both count from 1).
+    """Yield each record with its place ("rows.jsonl:7", "name[train] row 7"; both count from 1).
 
-    `~` and environment variables in the source are filled in.
+    Args:
+        source: a Hub name, a URL, a file, or a folder of files. `~` and environment variables are expanded.
+        split: the split of a Hub data set.
 
     Raises:
         UserError: a source that is missing, unreadable or of an unknown kind.
@@ -58,7 +60,7 @@ def _read_folder(folder: Path) -> Iterator[Record]:
 
 def _read_file(path: Path, name: str) -> Iterator[Record]:
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{name} is none of {', '.join(SUFFIXES)}; convert it, one row a line")
+        raise UserError(f"{name} is none of {', '.join(SUFFIXES)}; convert it, one row per line")
     try:
         if not path.is_file():
             raise UserError(f"{name} does not exist; check the path (relative ones start at the current folder)")
@@ -73,19 +75,20 @@ def _read_file(path: Path, name: str) -> Iterator[Record]:
 
 
 def _read_json(path: Path, name: str) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as lines:  # a byte-order mark is no part of the first row
+    with path.open(encoding="utf-8-sig") as lines:  # leaves a byte-order mark out of the first row
         if path.suffix == ".json":
-            records = _decode(lines.read(), name, "a JSON list; for one object a line, name it .jsonl")
+            records = _decode(lines.read(), name, "a JSON list; for one object per line, name it .jsonl")
             if not isinstance(records, list):
-                raise UserError(f"{name} must hold a JSON list of rows; for one object a line, name it .jsonl")
+                raise UserError(f"{name} must hold a JSON list of rows; for one object per line, name it .jsonl")
             yield from ((record, f"{name} row {number}") for number, record in enumerate(records, start=1))
             return
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _decode(line, f"{name}:{number}", "one object a line"), f"{name}:{number}"
+                yield _decode(line, f"{name}:{number}", "one object per line"), f"{name}:{number}"
 
 
 def _decode(text: str, where: str, wanted: str) -> object:
+    """Parse JSON text. Raises UserError with its place (`where`) and what to write instead (`wanted`)."""
     try:
         record = json.loads(text)
         if "\\ud" in text.lower():
@@ -97,7 +100,7 @@ def _decode(text: str, where: str, wanted: str) -> object:
         raise UserError(f"{where}: text with half a character (a lone \\ud800-\\udfff); write it whole") from None
     except RecursionError:
         raise UserError(f"{where}: JSON nested too deep; write {wanted}") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # from an integer of thousands of digits
         raise UserError(f"{where}: not readable JSON ({error}); write {wanted}") from None
     return record
 

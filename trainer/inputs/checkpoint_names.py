@@ -1,4 +1,4 @@
-"""Which checkpoints a command means: folders, Hub names, or those of the run; each with a name for its results."""
+"""Find the checkpoints that a command names: folders, Hub names, or the run's own; each gets a name for its results."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,51 +9,55 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ...analysis.errors import UserError
 from ..config.parsing import Arguments
 
-TAKEN = ("instruct", "base")
+RESERVED = ("instruct", "base")
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _WEIGHTS = ("*.safetensors",), ("*.bin", "*.pt")
 
-Found = tuple[Path | None, str]
-"""A checkpoint's folder, or None and why there is none."""
+Location = tuple[Path | None, str]
+"""The folder of a checkpoint and an empty text, or None and the reason that there is no folder."""
 
 
-def named_checkpoints(arguments: Arguments) -> dict[str, Found]:
-    """`--checkpoints`, or every checkpoint and the final model of the run. Raises UserError when there is none."""
-    named = arguments.analysis.checkpoints
-    if not named:
+def named_checkpoints(arguments: Arguments) -> dict[str, Location]:
+    """Return `--checkpoints`, or every checkpoint and the final model of the run, by the name of their results.
+
+    Raises:
+        UserError: the run has no checkpoint, or two checkpoints would have the same name for their results.
+    """
+    flag = arguments.analysis.checkpoints
+    if not flag:
         run = arguments.output_dir
-        found = run_checkpoints(run)
-        if not found:
+        folders = run_checkpoints(run)
+        if not folders:
             raise UserError(f"--output_dir {run} holds no checkpoint; train first, or name some with --checkpoints")
-        return {path.name: (path, "") for path in found}
-    places = {name: _located(name) for name in dict.fromkeys(named)}
-    titles = {name: Path(name).resolve() if Path(name).is_dir() else Path(name) for name in places}
-    count = Counter(title.name for title in titles.values()) + Counter(TAKEN)
-    results: dict[str, Found] = {}
-    for name, place in places.items():
-        title = titles[name]
-        short = title.name if count[title.name] == 1 else f"{title.parent.name}-{title.name}"
-        if short in results or short in TAKEN:
+        return {path.name: (path, "") for path in folders}
+    locations = {name: _locate(name) for name in dict.fromkeys(flag)}
+    paths = {name: Path(name).resolve() if Path(name).is_dir() else Path(name) for name in locations}
+    count = Counter(path.name for path in paths.values()) + Counter(RESERVED)
+    results: dict[str, Location] = {}
+    for name, location in locations.items():
+        path = paths[name]
+        short = path.name if count[path.name] == 1 else f"{path.parent.name}-{path.name}"
+        if short in results or short in RESERVED:
             raise UserError(
-                f"--checkpoints {name} has the results' name of another ({short}); measure it in a command of its own, "
-                "with another --output_dir"
+                f"--checkpoints {name}: its results would be called {short}, like those of another model; measure it "
+                "in a separate command with another --output_dir"
             )
-        results[short] = place
+        results[short] = location
     return results
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """`checkpoint-N` in the order of N, then `final`."""
+    """Return the folders `checkpoint-N` of a run in the order of N, then `final`."""
     numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    found = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    return found + ([run / "final"] if (run / "final").is_dir() else [])
+    numbered.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return numbered + ([run / "final"] if (run / "final").is_dir() else [])
 
 
-def _located(name: str) -> Found:
-    """A folder, or the snapshot of a Hub repository (with "@revision" where it is not the main one)."""
+def _locate(name: str) -> Location:
+    """Find a folder, or download the snapshot of a Hub repository ("@revision" names another than the main one)."""
     if Path(name).is_dir():
         return Path(name), ""
-    # What starts at a folder that is here is a path, and not looked up on the Hub.
+    # A name that begins with an existing folder is a path, and is not looked up on the Hub.
     local = name.count("/") != 1 or name.startswith((".", "~")) or Path(name).parent.is_dir()
     if local:
         return None, f"--checkpoints {name} is not a folder; name a checkpoint folder, or a Hub model such as org/model"

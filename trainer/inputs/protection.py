@@ -1,4 +1,7 @@
-"""Makes the protection that the flags ask for, from the subspace, rows and models of a run."""
+"""Make the protection that the flags name, from the subspace, the rows and the models of a run.
+
+A new protection needs a function here and an entry in `MAKERS`, beside its `Kind` in `protections/kinds.py`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,16 +35,24 @@ from ..protections.weights.safe_lora import SafeLoraProtection
 
 @dataclass(frozen=True)
 class Materials:
-    """What a protection may be made of.
+    """What a protection can be made of.
 
-    asked: the flags. subspace: where the kind asks for one. task, anchors: rows with the mask of a token role; no
-    anchors where none are read. starting_model: another copy of the model that training starts from. base_model: the
-    base model, where the kind asks for one. cache_dir: for what is computed once. seed: the run's. layers_path: the
-    decoder blocks' path, where it was given. fingerprint, depth: of the starting model, its number of blocks.
-    base_fingerprint: of the base model, where one is given.
+    Attributes:
+        flags: the flags of the protection.
+        subspace: the alignment subspace, if the protection's kind needs one.
+        task: returns the training rows with the mask of a token role.
+        anchors: returns the anchor rows with the mask of a token role; no rows if the protection reads no anchors.
+        starting_model: loads another copy of the model that training starts from.
+        base_model: loads the base model, if the protection's kind needs one.
+        cache_dir: folder for values that are computed once.
+        seed: seed of the run.
+        layers_path: path of the decoder blocks, if `--layers_path` was given.
+        fingerprint: fingerprint of the starting model.
+        depth: number of decoder blocks of the starting model.
+        base_fingerprint: fingerprint of the base model, if one was given.
     """
 
-    asked: ProtectionArguments
+    flags: ProtectionArguments
     subspace: Subspace | None
     task: Callable[[str], Sequence[Document]]
     anchors: Callable[[str], Sequence[Document]]
@@ -56,14 +67,14 @@ class Materials:
 
 
 def _subspace(materials: Materials) -> Protection:
-    asked, subspace = materials.asked, materials.subspace
-    assert subspace is not None  # the kind asks for one
+    flags, subspace = materials.flags, materials.subspace
+    assert subspace is not None  # Kind.subspace
     role = subspace.provenance.role
     return SubspaceProtection(
         subspace,
         penalty_settings(materials),
         layers_path=materials.layers_path,
-        name=asked.protection,
+        name=flags.protection,
         base=_base(materials),
         **_drift_rows(materials, role),
     )
@@ -74,26 +85,26 @@ def _base(materials: Materials) -> tuple[Callable[[], PreTrainedModel], str] | N
 
 
 def _drift_rows(materials: Materials, role: str) -> dict[str, Any]:
-    """What every drift term reads: rows, a second model where one is asked for, a folder for its cache."""
-    asked = materials.asked
+    """Return what every drift term reads: rows, a second model with `--reference frozen`, a folder for its cache."""
+    flags = materials.flags
     return {
         "anchors": materials.anchors(role),
-        "task": materials.task(role) if asked.penalty_inputs != "anchors" else (),
-        "reference_model": materials.starting_model() if asked.reference == "frozen" else None,
+        "task": materials.task(role) if flags.penalty_inputs != "anchors" else (),
+        "reference_model": materials.starting_model() if flags.reference == "frozen" else None,
         "cache_dir": materials.cache_dir,
     }
 
 
 def _kl(materials: Materials) -> Protection:
-    role = materials.asked.protection_tokens or "all"
+    role = materials.flags.protection_tokens or "all"
     return KLProtection(role, penalty_settings(materials), materials.fingerprint, **_drift_rows(materials, role))
 
 
 def _feature_l2(materials: Materials) -> Protection:
-    asked, role = materials.asked, materials.asked.protection_tokens or "all"
+    flags, role = materials.flags, materials.flags.protection_tokens or "all"
     layers = every_fifth(materials.depth)
-    if asked.protection_layers is not None:
-        layers = parse_layers(asked.protection_layers, materials.depth, "--protection_layers")
+    if flags.protection_layers is not None:
+        layers = parse_layers(flags.protection_layers, materials.depth, "--protection_layers")
     return FeatureL2Protection(
         layers, role, penalty_settings(materials), materials.fingerprint, layers_path=materials.layers_path,
         **_drift_rows(materials, role),
@@ -101,11 +112,11 @@ def _feature_l2(materials: Materials) -> Protection:
 
 
 def _prefix_anchor(materials: Materials) -> Protection:
-    asked, frozen = materials.asked, materials.asked.reference == "frozen"
+    flags, frozen = materials.flags, materials.flags.reference == "frozen"
     rows = materials.task("completion")
     return PrefixAnchorProtection(
         common_prefix(rows),
-        parse_layers(asked.protection_layers, materials.depth, "--protection_layers"),
+        parse_layers(flags.protection_layers, materials.depth, "--protection_layers"),
         penalty_settings(materials),
         materials.fingerprint,
         of_most=shared_by_most(rows),
@@ -116,82 +127,82 @@ def _prefix_anchor(materials: Materials) -> Protection:
 
 
 def _early_stop(materials: Materials) -> Protection:
-    asked, subspace = materials.asked, materials.subspace
-    assert subspace is not None  # the kind asks for one
+    flags, subspace = materials.flags, materials.subspace
+    assert subspace is not None  # Kind.subspace
     settings = PenaltySettings(
-        side=asked.penalty_side, margin=asked.penalty_margin, reference=asked.reference,
-        anchor_batch_size=asked.anchor_batch_size,
+        side=flags.penalty_side, margin=flags.penalty_margin, reference=flags.reference,
+        anchor_batch_size=flags.anchor_batch_size,
     )  # fmt: skip
     erosion = Erosion(
         subspace,
         settings,
         anchors=materials.anchors(subspace.provenance.role),
-        reference_model=materials.starting_model() if asked.reference == "frozen" else None,
+        reference_model=materials.starting_model() if flags.reference == "frozen" else None,
         cache_dir=materials.cache_dir,
         layers_path=materials.layers_path,
         base=_base(materials),
     )
-    return EarlyStopProtection(erosion, asked.early_stop_limit, asked.early_stop_every)
+    return EarlyStopProtection(erosion, flags.early_stop_limit, flags.early_stop_every)
 
 
 def penalty_settings(materials: Materials) -> PenaltySettings:
-    """The flags of a drift term."""
-    asked = materials.asked
+    """Return the settings of a drift term, from the flags."""
+    flags = materials.flags
     return PenaltySettings(
-        strength=asked.penalty_strength,
-        inputs=asked.penalty_inputs,
-        side=asked.penalty_side,
-        margin=asked.penalty_margin,
-        budget=asked.penalty_budget,
-        warmup=asked.penalty_warmup,
-        warmup_strength=asked.penalty_warmup_strength,
-        task_weight=asked.penalty_task_weight,
-        reference=asked.reference,
-        anchor_batch_size=asked.anchor_batch_size,
-        anchor_every=asked.anchor_every,
+        strength=flags.penalty_strength,
+        inputs=flags.penalty_inputs,
+        side=flags.penalty_side,
+        margin=flags.penalty_margin,
+        budget=flags.penalty_budget,
+        warmup=flags.penalty_warmup,
+        warmup_strength=flags.penalty_warmup_strength,
+        task_weight=flags.penalty_task_weight,
+        reference=flags.reference,
+        anchor_batch_size=flags.anchor_batch_size,
+        anchor_every=flags.anchor_every,
         order_seed=materials.seed,
     )
 
 
 def _ablation(materials: Materials) -> Protection:
-    assert materials.subspace is not None  # the kind asks for one
+    assert materials.subspace is not None  # Kind.subspace
     return ablation(materials.subspace, materials.layers_path)
 
 
 def _steering(materials: Materials) -> Protection:
-    assert materials.subspace is not None  # the kind asks for one
-    return steering(materials.subspace, materials.asked.steering_alpha, materials.layers_path)
+    assert materials.subspace is not None  # Kind.subspace
+    return steering(materials.subspace, materials.flags.steering_alpha, materials.layers_path)
 
 
 def _gradient_projection(materials: Materials) -> Protection:
-    asked, divergence = materials.asked, None
-    if asked.safe_gradient_loss == "kl":
-        settings = PenaltySettings(reference=asked.reference, anchor_batch_size=asked.anchor_batch_size)
+    flags, divergence = materials.flags, None
+    if flags.safe_gradient_loss == "kl":
+        settings = PenaltySettings(reference=flags.reference, anchor_batch_size=flags.anchor_batch_size)
         rows = {**_drift_rows(materials, "all"), "task": ()}
         divergence = KLProtection("all", settings, materials.fingerprint, **rows)
     return GradientProjectionProtection(
-        asked.safe_gradient_weight, () if divergence else materials.anchors("completion"),
-        batch_size=asked.anchor_batch_size, every=asked.anchor_every, seed=materials.seed, divergence=divergence,
+        flags.safe_gradient_weight, () if divergence else materials.anchors("completion"),
+        batch_size=flags.anchor_batch_size, every=flags.anchor_every, seed=materials.seed, divergence=divergence,
     )  # fmt: skip
 
 
 def _null_space(materials: Materials) -> Protection:
-    asked, role = materials.asked, materials.asked.protection_tokens or "all"
-    return NullSpaceProtection(asked.null_space_energy, role, materials.anchors(role), asked.anchor_batch_size)
+    flags, role = materials.flags, materials.flags.protection_tokens or "all"
+    return NullSpaceProtection(flags.null_space_energy, role, materials.anchors(role), flags.anchor_batch_size)
 
 
 def _adapter_drift(materials: Materials) -> Protection:
-    asked = materials.asked
-    return AdapterDriftProtection(asked.penalty_strength, asked.alignment_rank, materials.base_model)
+    flags = materials.flags
+    return AdapterDriftProtection(flags.penalty_strength, flags.alignment_rank, materials.base_model)
 
 
 def _safe_lora(materials: Materials) -> Protection:
-    asked = materials.asked
-    return SafeLoraProtection(asked.safe_lora_threshold, asked.alignment_rank, materials.base_model)
+    flags = materials.flags
+    return SafeLoraProtection(flags.safe_lora_threshold, flags.alignment_rank, materials.base_model)
 
 
 def _extrapolate(materials: Materials) -> Protection:
-    return ExtrapolateProtection(materials.asked.extrapolate_alpha, materials.asked.alignment_rank)
+    return ExtrapolateProtection(materials.flags.extrapolate_alpha, materials.flags.alignment_rank)
 
 
 MAKERS: dict[str, Callable[[Materials], Protection]] = {
@@ -215,11 +226,11 @@ MAKERS: dict[str, Callable[[Materials], Protection]] = {
 
 
 def protection_of(materials: Materials) -> Protection:
-    """The protection that the flags ask for, or several as one. Raises UserError for settings that cannot work."""
-    made = [MAKERS[part](_for_part(materials, part)) for part in parts_of(materials.asked.protection)]
-    return made[0] if len(made) == 1 else Composed(made)
+    """Make the protection that the flags name; several joined by + become one. Raises UserError for bad settings."""
+    protections = [MAKERS[part](_for_part(materials, part)) for part in parts_of(materials.flags.protection)]
+    return protections[0] if len(protections) == 1 else Composed(protections)
 
 
 def _for_part(materials: Materials, part: str) -> Materials:
-    """As if the part were alone: what a recipe, or another part, has for others does not reach it."""
-    return replace(materials, asked=replace(materials.asked, protection=part).as_read())
+    """Return the materials as if the part were alone: flags for other protections have their defaults."""
+    return replace(materials, flags=replace(materials.flags, protection=part).as_read())

@@ -1,4 +1,4 @@
-"""The subspace that a run reads: where it lies, and whether it is the one that the flags and the model speak of."""
+"""Load the subspace that a run reads, and check that it fits the flags and the model."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..protections.kinds import kinds_of, parts_of
 
 
 def subspace_path(arguments: Arguments) -> Path:
-    """Where the subspace is written and read."""
+    """Return the path of the subspace's file."""
     path = Path(arguments.subspace.subspace_path or arguments.output_dir / "subspace.safetensors")
     return path.expanduser()
 
@@ -25,18 +25,20 @@ def whole_subspace(
     role: str | None = None,
     layers: list[int] | None = None,
 ) -> Subspace:
-    """The subspace that is there, as it was built.
+    """Load the subspace as it was built, with all its layers and directions.
 
     Args:
-        role, layers: which it must have; None: its own.
+        role: token role that the subspace must have; None accepts its own role.
+        layers: layers that the subspace must have; None accepts its own layers.
 
     Raises:
-        UserError: there is none, or one of another model, of other blocks, or built in another way than the flags say.
+        UserError: the file does not exist, or its subspace is of another model, of other blocks, or was built in
+            another way than the flags say.
     """
     path = subspace_path(arguments)
     if not path.is_file():
         raise UserError(
-            f"subspace {path} does not exist; name the one you have with --subspace_path, or build one: `holdfast "
+            f"subspace {path} does not exist; name an existing file with --subspace_path, or build it: `holdfast "
             "subspace` with the same recipe"
         )
     subspace = Subspace.load(path)
@@ -54,47 +56,53 @@ def whole_subspace(
 def load_subspace(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> Subspace | None:
-    """The subspace of the penalty, cut to the layers and rank asked for. Raises UserError as `whole_subspace`."""
-    asked = arguments.protection.as_read()
-    kinds = [kind for kind in kinds_of(asked.protection) if kind.subspace]
+    """Return the subspace of the protection, cut to `--protection_layers` and `--protection_rank`.
+
+    For random_subspace it is random. It is None if no part of the protection needs a subspace.
+
+    Raises:
+        UserError: as `whole_subspace`, or for layers or a rank that the subspace does not have.
+    """
+    flags = arguments.protection.as_read()
+    kinds = [kind for kind in kinds_of(flags.protection) if kind.subspace]
     if not kinds:
         return None
-    # Ablation and steering act on all tokens: a role is then that of another part, such as kl.
-    role = asked.protection_tokens if any("protection_tokens" in kind.flags for kind in kinds) else None
+    # Ablation and steering act on all tokens; --protection_tokens is then for another part, such as kl.
+    role = flags.protection_tokens if any("protection_tokens" in kind.flags for kind in kinds) else None
     layers = None
-    if asked.protection_layers is not None:
+    if flags.protection_layers is not None:
         layers = parse_layers(
-            asked.protection_layers, config.get_text_config().num_hidden_layers, "--protection_layers"
+            flags.protection_layers, config.get_text_config().num_hidden_layers, "--protection_layers"
         )
     subspace = whole_subspace(arguments, tokenizer, config, role, layers)
-    subspace = subspace.restrict(layers or sorted(subspace.bases), asked.protection_rank or subspace.provenance.rank)
-    if "random_subspace" in parts_of(asked.protection):
-        return random_like(subspace, asked.null_seed, asked.null_scale)
+    subspace = subspace.restrict(layers or sorted(subspace.bases), flags.protection_rank or subspace.provenance.rank)
+    if "random_subspace" in parts_of(flags.protection):
+        return random_like(subspace, flags.null_seed, flags.null_scale)
     return subspace
 
 
 def _check_built(subspace: Subspace, path: Path, arguments: Arguments, depth: int) -> None:
-    """Raises UserError where the flags say that the subspace was built in another way than it was."""
+    """Raise UserError if a flag that was given differs from how the subspace was built."""
     facts = subspace.provenance
-    built = {
+    built_with = {
         "subspace_method": facts.method, "subspace_rank": facts.rank, "subspace_layers": list(facts.layers),
         "subspace_positions": facts.role, "subspace_centred": facts.centred, "subspace_seed": facts.seed,
     }  # fmt: skip
-    for flag, there in built.items():
-        asked = arguments.given[flag]
-        wanted = parse_layers(asked, depth, f"--{flag}") if asked and flag == "subspace_layers" else asked
-        if asked is not None and wanted != there:
+    for flag, built in built_with.items():
+        value = arguments.given[flag]
+        wanted = parse_layers(value, depth, f"--{flag}") if value and flag == "subspace_layers" else value
+        if value is not None and wanted != built:
             raise UserError(
-                f"--{flag} is {asked}, and the subspace {path} was built with {there}; leave the flag out, or name "
-                "another one with --subspace_path"
+                f"--{flag} is {value}, but the subspace {path} was built with {built}; leave the flag out, or name "
+                "another subspace with --subspace_path"
             )
 
 
 def _check_layers_path(subspace: Subspace, arguments: Arguments) -> None:
-    """Raises UserError where the subspace was read at other blocks than this run's."""
-    built, given = subspace.provenance.layers_path, arguments.model.layers_path
-    if built != given:
+    """Raise UserError if the subspace was read at other decoder blocks than this run's."""
+    built, current = subspace.provenance.layers_path, arguments.model.layers_path
+    if built != current:
         raise UserError(
             f"the subspace was built with layers_path {built or 'found by shape'} but this run has "
-            f"{given or 'none given'}: write the same, or build the subspace again"
+            f"{current or 'none given'}: write the same --layers_path, or build the subspace again"
         )

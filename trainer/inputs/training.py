@@ -1,4 +1,4 @@
-"""Everything a run reads, proven before anything is written."""
+"""Read everything that a training run needs except the model's weights, and check it before anything is written."""
 
 import hashlib
 import json
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ...analysis.errors import UserError
@@ -30,8 +29,6 @@ from ..data.rows import (
     RenderedRows,
     Row,
     conversation,
-    describe_duplicates,
-    duplicate_report,
     load_rows,
     render_rows,
     split_held_out,
@@ -39,9 +36,11 @@ from ..data.rows import (
 from ..data.sources import read_records
 from ..protections.kinds import kinds_of, parts_of
 from ..protections.rows import inoculated, interleaved
+from .report import data_report
 from .subspace import load_subspace, subspace_path
 
-# What may change between a run and its continuation (saving, logging, paths) is left out.
+# The training flags that decide every step of a run, which a resumed run must repeat. Flags that may change between a
+# run and its continuation (saving, logging, paths) are left out.
 COURSE = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "gradient_accumulation_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
@@ -52,7 +51,15 @@ COURSE = (
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a training run reads: rows as token ids, the subspace, and the facts that identify them."""
+    """What a training run reads.
+
+    Attributes:
+        train, held_out, anchors, probes: rows as token ids.
+        choices: prompts with classes of answers.
+        subspace: the subspace of the protection.
+        report: rows, tokens and duplicates of each set, for data.json.
+        facts: what must be the same when the run is resumed, for run.json.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: RenderedRows
@@ -66,9 +73,10 @@ class TrainingInputs:
 
 
 def load_inputs(arguments: Arguments) -> TrainingInputs:
-    """Reads and checks all that a training run needs but the model's weights. Writes nothing.
+    """Read and check everything that a training run needs except the model's weights. Write nothing.
 
-    Raises UserError for whatever the run would stumble on later.
+    Raises:
+        UserError: anything that would make the run fail later.
     """
     tokenizer, config = read_starting_model(arguments)
     train, held_out = training_rows(arguments)
@@ -92,13 +100,18 @@ def load_inputs(arguments: Arguments) -> TrainingInputs:
         probes=rendered.get("probes"),
         choices=choices,
         subspace=subspace,
-        report=_report({name: rows for name, rows in sets.items() if rows}, rendered),
+        report=data_report({name: rows for name, rows in sets.items() if rows}, rendered),
         facts=_facts(arguments, tokenizer, rendered),
     )
 
 
 def read_starting_model(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """The starting model's tokenizer and configuration, base checked against it."""
+    """Return the starting model's tokenizer and configuration.
+
+    Raises:
+        UserError: no starting model, an adapter in its place, a revision of a folder, or a base model that does not fit
+            the starting model.
+    """
     name = arguments.model.model_name_or_path
     if not name:
         raise UserError(
@@ -111,7 +124,7 @@ def read_starting_model(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, 
         )
     if arguments.model.model_revision != "main" and Path(name).exists():
         raise UserError(
-            f"--model_revision {arguments.model.model_revision}: {name} is a folder, which has one revision; leave the "
+            f"--model_revision {arguments.model.model_revision}: {name} is a folder, which has no revisions; leave the "
             "flag out, or name a Hub model"
         )
     name, options = arguments.model.starting_model, load_options(arguments)
@@ -122,23 +135,27 @@ def read_starting_model(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, 
 
 
 def load_options(arguments: Arguments) -> LoadOptions:
-    """How every model of the run is loaded."""
+    """Return the options with which every model of the run is loaded."""
     model = arguments.model
     return LoadOptions(model.attn_implementation, arguments.training.trust_remote_code, model.layers_path)
 
 
 def anchor_rows(arguments: Arguments) -> list[Row]:
-    """The anchors, those that ship with Holdfast when none are named."""
+    """Return the anchors, by default those that ship with Holdfast."""
     return load_rows(arguments.data.anchor_dataset or str(SHIPPED_ANCHORS), prompts=True)
 
 
 def render_set(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], arguments: Arguments) -> RenderedRows:
-    """Rows as the run's length limit and its treatment of long rows make them."""
+    """Render rows as token ids, with the run's --max_length and --long_rows."""
     return render_rows(tokenizer, rows, max_length=arguments.training.max_length, long_rows=arguments.data.long_rows)
 
 
 def load_choices(source: str) -> list[dict[str, Any]]:
-    """Prompts with enumerated answers: {"messages": [...], "classes": {class: [answer, ...]}, "split", ...}."""
+    """Read prompts with listed answers: {"messages": [...], "classes": {class: [answer, ...]}, "split", ...}.
+
+    Raises:
+        UserError: a set that cannot be read or is empty, or a malformed row (names file and line).
+    """
     rows = []
     for record, where in read_records(source):
         classes = record.get("classes") if isinstance(record, dict) else None
@@ -160,7 +177,7 @@ def load_choices(source: str) -> list[dict[str, Any]]:
 
 
 def training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
-    """Training rows and the held-out ones, if any. Raises UserError."""
+    """Return the training rows and the held-out rows, if there are any. Raises UserError."""
     data = arguments.data
     if not data.train_dataset:
         raise UserError("no train_dataset; name the rows to train on, like --train_dataset rows.jsonl")
@@ -173,52 +190,55 @@ def training_rows(arguments: Arguments) -> tuple[list[Row], list[Row] | None]:
 
 
 def _protected_rows(arguments: Arguments, rows: list[Row]) -> list[Row]:
-    """The training rows as the protections make them that act on rows alone."""
-    asked = arguments.protection
-    parts = parts_of(asked.protection)
+    """Return the training rows as changed by inoculation and interleave, the protections that act on rows alone."""
+    flags = arguments.protection
+    parts = parts_of(flags.protection)
     if "interleave" in parts:
-        source = asked.interleave_dataset or arguments.data.anchor_dataset
+        source = flags.interleave_dataset or arguments.data.anchor_dataset
         if source is None:
             raise UserError("interleave needs safe rows with answers; name them with --interleave_dataset")
         safe = load_rows(source, prompts=True)
     if "inoculation" in parts:
-        if asked.inoculation_prompt is None:
+        if flags.inoculation_prompt is None:
             raise UserError("inoculation needs --inoculation_prompt, like: You write insecure code.")
-        rows = inoculated(rows, asked.inoculation_prompt)
-    # Safe rows are what inoculated ones are not: they keep their own system turn.
+        rows = inoculated(rows, flags.inoculation_prompt)
+    # After inoculation, so that the safe rows keep their own system turn.
     if "interleave" in parts:
-        rows = interleaved(rows, safe, asked.interleave_share, arguments.training.seed)
+        rows = interleaved(rows, safe, flags.interleave_share, arguments.training.seed)
     return rows
 
 
 def _reads_anchors(arguments: Arguments) -> bool:
-    asked = arguments.protection
-    kinds = kinds_of(asked.protection)
-    return any(kind.anchors or (kind.drift and not kind.own_rows and asked.penalty_inputs != "task") for kind in kinds)
+    flags = arguments.protection
+    kinds = kinds_of(flags.protection)
+    return any(kind.anchors or (kind.drift and not kind.own_rows and flags.penalty_inputs != "task") for kind in kinds)
 
 
 def _require_roles(arguments: Arguments, subspace: Subspace | None, rendered: Mapping[str, RenderedRows]) -> None:
-    """Raises UserError when a set the penalty acts on has no token of its role, which may be its subspace's."""
-    asked = arguments.protection
-    answers = any(kind.answers for kind in kinds_of(asked.protection)) and asked.safe_gradient_loss != "kl"
+    """Raise UserError if a set of rows that the penalty acts on has no token of the penalty's role.
+
+    That role is the subspace's, if the penalty reads the subspace.
+    """
+    flags = arguments.protection
+    answers = any(kind.answers for kind in kinds_of(flags.protection)) and flags.safe_gradient_loss != "kl"
     if answers and not any(any(row.completion_mask) for row in rendered["anchors"].rendered):
         raise UserError(
-            f"{asked.protection} reads the anchors' answers, and none has one; name rows with an assistant turn in "
-            "--anchor_dataset"
+            f"{flags.protection} reads the anchors' answers, but no anchor has an answer; name rows with an assistant "
+            "turn in --anchor_dataset"
         )
-    penalties = [kind for kind in kinds_of(asked.protection) if kind.drift and not kind.own_rows]
+    penalties = [kind for kind in kinds_of(flags.protection) if kind.drift and not kind.own_rows]
     if not penalties:
         return
-    # Beside kl the subspace may be that of ablation, which has no role.
-    role = asked.protection_tokens or "all"
+    # With kl the subspace may belong to ablation, which has no role.
+    role = flags.protection_tokens or "all"
     if subspace is not None and any(kind.subspace for kind in penalties):
         role = subspace.provenance.role
-    inputs = asked.penalty_inputs
+    inputs = flags.penalty_inputs
     for name in {"task": ["train"], "anchors": ["anchors"], "both": ["train", "anchors"]}[inputs]:
         if not any(any(role_mask(row, role)) for row in rendered[name].rendered):
             raise UserError(
-                f"no row of the {name} set has a token of role {role}, which the penalty acts on; use others, or "
-                "another role (--protection_tokens; of a subspace, --subspace_positions when it is built)"
+                f"no row of the {name} set has a token of role {role}, which the penalty acts on; use other rows, or "
+                "another role (--protection_tokens; for a subspace, --subspace_positions when it is built)"
             )
 
 
@@ -228,31 +248,11 @@ def _prompts_of(choices: list[dict[str, Any]] | None) -> list[Row] | None:
     return [Row(row["messages"], f"choices {number}") for number, row in enumerate(choices, start=1)]
 
 
-def _report(sets: Mapping[str, Sequence[Row]], rendered: Mapping[str, RenderedRows]) -> dict[str, Any]:
-    counts = duplicate_report(sets)
-    lengths = {
-        name: {
-            "rows": len(rows.rendered),
-            "tokens": sum(len(row.input_ids) for row in rows.rendered),
-            "completion_tokens": int(sum(np.sum(row.completion_mask) for row in rows.rendered)),
-            "truncated": rows.truncated,
-            "dropped": rows.dropped,
-        }
-        for name, rows in rendered.items()
-    }
-    lines = describe_duplicates(counts)
-    for name, length in lengths.items():
-        for act in ("truncated", "dropped"):
-            if length[act]:
-                lines.append(f"{name}: {length[act]} rows longer than the length limit were {act}")
-    return {"sets": lengths, "duplicates": counts, "lines": lines}
-
-
 def _facts(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, rendered: Mapping[str, RenderedRows]
 ) -> dict[str, Any]:
-    """What must be the same when the run is resumed, for its weights to be those of an uninterrupted one."""
-    model, asked = arguments.model, arguments.protection.as_read()
+    """Return what a resumed run must repeat, so that its weights equal the weights of an uninterrupted run."""
+    model, flags = arguments.model, arguments.protection.as_read()
     facts: dict[str, Any] = {
         "starting weights": model_fingerprint(model.starting_model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -260,10 +260,10 @@ def _facts(
         "lora": {name: value for name, value in vars(model).items() if "lora" in name or name == "use_peft"},
         "seed": arguments.training.seed,
         "training": _course(arguments),
-        "protection": vars(asked),
+        "protection": vars(flags),
     }
-    kinds = kinds_of(asked.protection)
-    reads_base = any(kind.base for kind in kinds) or asked.penalty_side == "reversion"
+    kinds = kinds_of(flags.protection)
+    reads_base = any(kind.base for kind in kinds) or flags.penalty_side == "reversion"
     if model.base_model_name_or_path and reads_base:
         facts["base weights"] = model_fingerprint(model.base_model_name_or_path)
     if any(kind.subspace for kind in kinds):
@@ -272,20 +272,21 @@ def _facts(
 
 
 def _course(arguments: Arguments) -> dict[str, Any]:
-    """What decides every optimiser step, DeepSpeed's configuration by content."""
+    """Return the flags that decide every optimiser step, with the content of DeepSpeed's configuration."""
     training = arguments.training
     course: dict[str, Any] = {name: getattr(training, name) for name in COURSE}
-    # `given`, since the process that only checks sets no DeepSpeed up; under torchrun the flag counts no processes.
+    # From `given`, since the process that only checks does not set DeepSpeed up. Under torchrun the number of processes
+    # is not in the flag but in WORLD_SIZE.
     deepspeed = deepspeed_content(arguments.given.get("deepspeed"))
     processes = int(os.environ.get("WORLD_SIZE", training.num_processes))
     return {**course, "dtype": arguments.model.dtype, "num_processes": processes, "deepspeed": deepspeed}
 
 
-def deepspeed_content(given: Any) -> Any:
-    """DeepSpeed's configuration, of which a path or JSON text is given; what is neither stays as it is."""
-    if not isinstance(given, str):
-        return given
-    return json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+def deepspeed_content(config: Any) -> Any:
+    """Load a DeepSpeed config from a path or a JSON string; return anything else unchanged."""
+    if not isinstance(config, str):
+        return config
+    return json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
 
 
 def _documents_sha256(rows: RenderedRows) -> str:

@@ -1,1 +1,1 @@
-"""Protections: what keeps a fine-tune aligned. Each protection is one class with the interface of `base.Protection`."""
+"""Protections keep a fine-tune aligned. Each one is a class with the interface of `base.Protection`."""

@@ -1,4 +1,4 @@
-"""Several protections at once, each as it is alone: `protection: steering+interleave`."""
+"""Several protections that act together, each as it acts alone: `protection: steering+interleave`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,16 +14,17 @@ from .stream.hooked import HookedProtection
 
 
 class Composed(Protection):
-    """The parts act one after the other in the order given: terms add up, changes of the stream and gradients follow.
+    """Protections that act one after the other, in the order given.
 
-    One that goes back to weights of before is last in each step, whatever the order, and first at the end: what it puts
-    back is then what the others made of that step, and what they do at the end stays.
+    Terms of the loss add up. Changes of the residual stream and of the gradient are applied in turn. A protection that
+    may restore earlier weights (`goes_back`) acts last in each step, whatever the order, and first at the end. So it
+    restores the weights as the others left them in that step, and does not undo what the others do at the end.
 
     Args:
-        parts: protections of different names; those that are not active do nothing.
+        parts: protections with different names. Inactive ones do nothing.
 
     Raises:
-        UserError: a penalty on task rows beside a change of their stream.
+        UserError: a penalty on task rows beside a protection that changes the residual stream of these rows.
     """
 
     def __init__(self, parts: Sequence[Protection]) -> None:
@@ -34,15 +35,15 @@ class Composed(Protection):
         self._refuse_changed_rows()
 
     def _refuse_changed_rows(self) -> None:
-        """In the task's forward pass a penalty would take the other part's change for drift, and have it undone."""
+        """Refuse a penalty in the task's forward pass that would count another part's change as drift and undo it."""
         changing = [part.name for part in self._acting if isinstance(part, HookedProtection)]
         reading = [
             part for part in self._acting if isinstance(part, DriftProtection) and "task" in part.settings.weights
         ]
         if changing and reading:
             raise UserError(
-                f"{self.name}: {changing[0]} changes the task rows' stream, on which {reading[0].name} would penalise "
-                "just that; write --penalty_inputs anchors"
+                f"{self.name}: {changing[0]} changes the residual stream of the task rows, and {reading[0].name} would "
+                "penalise that change; write --penalty_inputs anchors"
             )
 
     def prepare(self, trainer: Host, model: nn.Module) -> None:

@@ -1,4 +1,7 @@
-"""What a protection may ask of the trainer that runs it. Protections see this interface, never the trainer's class."""
+"""The interface through which a protection uses the trainer that runs it.
+
+Protections depend on the Protocol `Host` and never import a trainer.
+"""
 
 from typing import Any, Protocol
 
@@ -10,23 +13,23 @@ from ...analysis.models.forward import Batch
 
 
 class Host(Protocol):
-    """A running trainer, as protections see it; `protected_sft_trainer.ProtectedTrainerMixin` is one."""
+    """A running trainer, as protections see it. `trainer.protected_trainer.ProtectedTrainerMixin` implements it."""
 
     @property
     def args(self) -> TrainingArguments:
-        """The training arguments: device, batch size, precision."""
+        """The training arguments, such as device, batch size and precision."""
 
     @property
     def accelerator(self) -> Accelerator:
-        """Processes, precision and reductions over ranks."""
+        """Accelerate's view of processes and precision, with reductions over ranks."""
 
     @property
     def state(self) -> TrainerState:
-        """The step that training has reached."""
+        """The state of training, with the optimiser step that it has reached."""
 
     @property
     def control(self) -> TrainerControl:
-        """Where a protection asks for training to stop or for a checkpoint to be saved."""
+        """Flags by which a protection asks the trainer to stop, log or save a checkpoint."""
 
     @property
     def is_deepspeed_enabled(self) -> bool:
@@ -37,26 +40,33 @@ class Host(Protocol):
         """Whether FSDP shards the model."""
 
     def refuse_unsupported(self, *, task: bool) -> None:
-        """Raise UserError for a setting under which the penalty would silently be another one.
+        """Refuse settings that would silently change the penalty.
 
         Args:
-            task: the protection acts on task rows.
+            task: whether the protection acts on task rows.
+
+        Raises:
+            UserError: such a setting, and what to write instead.
         """
 
     def to_device(self, batch: Batch) -> Batch:
-        """The batch with its tensors on this process's device."""
+        """Return the batch with its tensors on this process's device."""
 
     def first_task_batch(self) -> Batch:
-        """The first rows of the training set, collated as the data loader does; no sampler moves."""
+        """Return the first rows of the training set, collated as the data loader does. No sampler moves."""
 
     def place_reference(self, model: nn.Module) -> nn.Module:
-        """A frozen model on this process's device, sharded like the trained model under ZeRO-3."""
+        """Place a frozen model on this process's device; under ZeRO-3, shard it like the trained model."""
 
     def run_blocks(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """A forward pass of the model for its block outputs alone; a zero to add to its loss, or None."""
+        """Run a forward pass for the block outputs alone.
+
+        Returns:
+            A zero that must be added to a loss on these outputs, or None if no zero is needed.
+        """
 
     def backward_alone(self, loss: Tensor) -> None:
-        """Backpropagate without synchronising or stepping: more gradient for this optimiser step follows."""
+        """Backpropagate without synchronising ranks or stepping; this optimiser step has more gradient to come."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Write numbers to the run's log."""

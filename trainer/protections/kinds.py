@@ -1,7 +1,7 @@
-"""Every protection by its name: what it is, what it needs, and the flags that it reads.
+"""The table of all protections: a description of each, what it needs, and the flags that it reads.
 
-`trainer.inputs.protection` makes a protection from the flags. Several names joined by + act together:
-`protection: steering+interleave`.
+`trainer/inputs/protection.py` makes the protections from the flags. Names joined by + act together:
+`protection: steering+interleave`. A new protection needs one line in `KINDS`; see the README in this folder.
 """
 
 import difflib
@@ -12,20 +12,21 @@ from ...analysis.errors import UserError
 
 @dataclass(frozen=True)
 class Kind:
-    """One protection: what it is in a phrase, and what it needs.
+    """What one protection is and what it needs.
 
     Attributes:
-        subspace: an alignment subspace.
-        drift: it is a term that compares with the starting model, on task rows or anchors. own_rows: but it reads
-            neither task rows nor anchors.
-        anchors: it reads the anchors whatever `penalty_inputs` says. answers: and their answers, unless
-            `safe_gradient_loss` is a divergence.
-        base: the base model.
-        lora: low-rank adapters.
-        flags: the flags that it reads; it is made with the defaults of all others.
+        description: a phrase for the help of `--protection`.
+        subspace: it needs an alignment subspace.
+        drift: it penalises distance from the starting model, on task rows or anchors.
+        own_rows: it builds its own inputs, so it reads neither task rows nor anchors.
+        anchors: it reads the anchors whatever `penalty_inputs` is.
+        answers: it also reads the answers of the anchors, unless `safe_gradient_loss` is a divergence.
+        base: it needs the base model.
+        lora: it needs low-rank adapters.
+        flags: the flags that it reads. All other flags have their defaults when it is made.
     """
 
-    what: str
+    description: str
     subspace: bool = False
     drift: bool = False
     own_rows: bool = False
@@ -37,7 +38,7 @@ class Kind:
 
     @property
     def weighted(self) -> bool:
-        """Whether it is a term that `penalty_strength` weighs."""
+        """Whether it adds a term to the loss that `penalty_strength` weights."""
         return "penalty_strength" in self.flags
 
 
@@ -53,44 +54,46 @@ KINDS: dict[str, Kind] = {
     "subspace": Kind("penalty on drift in the alignment subspace", subspace=True, drift=True,
         flags=(*_TERM, *_ROWS, *_SIDE, *_BASIS),
     ),
-    "random_subspace": Kind("the same in a random subspace, the null", subspace=True, drift=True,
+    "random_subspace": Kind("the same penalty in a random subspace, the null", subspace=True, drift=True,
         flags=(*_TERM, *_ROWS, *_SIDE, *_BASIS, "null_seed", "null_scale"),
     ),
-    "kl": Kind("KL divergence to the starting model", drift=True, flags=(*_TERM, *_ROWS)),
-    "feature_l2": Kind("drift of the whole stream behind every fifth block (LDIFS)", drift=True,
+    "kl": Kind("penalty on the KL divergence from the starting model", drift=True, flags=(*_TERM, *_ROWS)),
+    "feature_l2": Kind("penalty on drift of the whole residual stream after every fifth block (LDIFS)", drift=True,
         flags=(*_TERM, *_ROWS, "protection_layers"),
     ),
     "interleave": Kind("safe rows mixed into the training rows",
         flags=("interleave_dataset", "interleave_share"),
     ),
-    "inoculation": Kind("a system prompt in training that asks for the behaviour",
+    "inoculation": Kind("a system prompt, in training only, that asks for the behaviour of the rows",
         flags=("inoculation_prompt",),
     ),
-    "ablation": Kind("the subspace removed from the stream while training (CAFT)", subspace=True, flags=_BASIS
+    "ablation": Kind("the subspace removed from the residual stream during training (CAFT)", subspace=True,
+        flags=_BASIS,
     ),
-    "steering": Kind("a step away from alignment added while training (preventative)", subspace=True,
-        flags=(*_BASIS, "steering_alpha"),
+    "steering": Kind("a step away from alignment added to the residual stream during training (preventative)",
+        subspace=True, flags=(*_BASIS, "steering_alpha"),
     ),
-    "gradient_projection": Kind("what goes against the anchors taken out of each step's gradient (SafeGrad)",
+    "gradient_projection": Kind("the part of each step's gradient that raises the anchors' loss removed (SafeGrad)",
         anchors=True, answers=True,
         flags=("safe_gradient_weight", "safe_gradient_loss", "anchor_batch_size", "anchor_every"),
     ),
-    "null_space": Kind("LoRA kept away from the anchors' principal inputs to each module", anchors=True, lora=True,
-        flags=("null_space_energy", "protection_tokens", "anchor_batch_size"),
+    "null_space": Kind("LoRA kept out of the principal inputs that the anchors give to each module", anchors=True,
+        lora=True, flags=("null_space_energy", "protection_tokens", "anchor_batch_size"),
     ),
-    "adapter_drift": Kind("penalty on adapters outside of what alignment changed in the weights (AsFT)", base=True,
+    "adapter_drift": Kind("penalty on the part of adapters outside the weight changes of alignment (AsFT)", base=True,
         lora=True, flags=("penalty_strength", "alignment_rank"),
     ),
-    "safe_lora": Kind("adapters projected onto what alignment changed, after training (SafeLoRA)", base=True, lora=True,
+    "safe_lora": Kind("adapters projected, after training, onto the weight changes of alignment (SafeLoRA)", base=True,
+        lora=True,
         flags=("safe_lora_threshold", "alignment_rank"),
     ),
-    "extrapolate": Kind("a start further from base than the starting model (LoX)", base=True,
+    "extrapolate": Kind("training starts from weights further away from base (LoX)", base=True,
         flags=("extrapolate_alpha", "alignment_rank"),
     ),
-    "prefix_anchor": Kind("drift of the template prefix's keys and values (TReFT)", drift=True, own_rows=True,
-        flags=(*_TERM, "protection_layers"),
+    "prefix_anchor": Kind("penalty on changes of the keys and values of the template's prefix (TReFT)", drift=True,
+        own_rows=True, flags=(*_TERM, "protection_layers"),
     ),
-    "early_stop": Kind("training ended where the anchors' drift in the subspace passes a limit", subspace=True,
+    "early_stop": Kind("training ends when the anchors' drift in the subspace passes a limit", subspace=True,
         anchors=True,
         flags=(
             "early_stop_limit", "early_stop_every", *_SIDE, *_BASIS, "protection_tokens", "reference",
@@ -101,10 +104,10 @@ KINDS: dict[str, Kind] = {
 
 
 def parts_of(name: str) -> list[str]:
-    """The protections that a name stands for: "steering+interleave" -> both.
+    """Split a name at its + signs: "steering+interleave" -> ["steering", "interleave"].
 
     Raises:
-        UserError: an unknown name, one that stands twice, or protections that cannot act together.
+        UserError: a name that is unknown or stands twice, or protections that cannot act together.
     """
     parts = name.split("+")
     for part in parts:
@@ -114,7 +117,7 @@ def parts_of(name: str) -> list[str]:
     together = [part for part in parts if part != "none"] if len(parts) > 1 else parts
     terms = [part for part in together if KINDS[part].weighted]
     if len(set(parts)) < len(parts) or len(together) < len(parts):
-        raise UserError(f"--protection {name} names one twice, or none beside others; name each once")
+        raise UserError(f"--protection {name} names a protection twice, or none beside others; name each once")
     if len(terms) > 1:
         raise UserError(f"--protection {name}: {' and '.join(terms)} share the flags penalty_*; choose one of them")
     if "random_subspace" in parts and sum(KINDS[part].subspace for part in parts) > 1:
@@ -123,10 +126,10 @@ def parts_of(name: str) -> list[str]:
 
 
 def kinds_of(name: str) -> list[Kind]:
-    """What the protections of a name need. Raises UserError as `parts_of`."""
+    """Return the kinds of the protections in a name. Raises UserError as `parts_of` does."""
     return [KINDS[part] for part in parts_of(name)]
 
 
 def flags_read_by(name: str) -> set[str]:
-    """The flags that a part of the protection reads. Raises UserError as `parts_of`."""
-    return {knob for kind in kinds_of(name) for knob in kind.flags}
+    """Return the flags that any part of the protection reads. Raises UserError as `parts_of` does."""
+    return {flag for kind in kinds_of(name) for flag in kind.flags}

@@ -1,4 +1,4 @@
-"""No protection: plain supervised fine-tuning, the baseline of every comparison."""
+"""Plain supervised fine-tuning without a protection: the baseline of every comparison."""
 
 from .base import Protection
 
@@ -7,7 +7,7 @@ class NoProtection(Protection):
     """TRL's own training step, bit for bit.
 
     Args:
-        name: of a protection that changes the rows alone.
+        name: name of a protection that changes only the training rows, such as `interleave`.
     """
 
     def __init__(self, name: str = "none") -> None:

@@ -1,1 +1,1 @@
-"""`holdfast sweep`: plan the runs, do them, freeze a choice made on validation, test it, report."""
+"""`holdfast sweep`: plan runs, train them, freeze a choice made on validation, read the test split, report."""

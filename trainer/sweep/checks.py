@@ -1,4 +1,4 @@
-"""What a sweep would stumble on later, found before anything is written: its subspace and each of its settings."""
+"""Check a sweep's subspace and each of its settings before anything is written or trained."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from ..inputs.training import TrainingInputs, load_inputs, load_options, read_st
 from ..protections.kinds import kinds_of
 from ..run_folder import REFERENCES
 
-# Flags of a setting that change which rows, or what of a subspace, `load_inputs` reads.
+# Flags of a setting that change which rows `load_inputs` reads, or which part of the subspace.
 _READ_BY = (
     "protection", "penalty_inputs", "protection_tokens", "protection_layers", "protection_rank", "interleave_dataset",
     "interleave_share", "inoculation_prompt", "null_seed", "null_scale",
@@ -37,35 +37,43 @@ _READ_BY = (
 
 
 def reads_subspace(protection: str) -> bool:
-    """Whether a protection acts in the alignment subspace."""
+    """Return whether a protection acts in the alignment subspace."""
     return any(kind.subspace for kind in kinds_of(protection))
 
 
 def check_settings(settings: Sequence[Arguments], subspace: Path) -> TrainingInputs:
-    """Read all that the settings read, once where they read the same, and make what protects them; loads no weights.
+    """Read the inputs of all settings, once for settings that read the same, and make their protections.
+
+    No weights are loaded.
 
     Args:
-        settings: arguments of a run of each. subspace: where it is, or will be built.
+        settings: arguments of a run of each setting.
+        subspace: path where the subspace is, or will be built.
 
-    Returns the first one's inputs. Raises UserError for whatever a run, or building the subspace, would refuse.
+    Returns:
+        The inputs of the first setting.
+
+    Raises:
+        UserError: whatever a run, or building the subspace, would refuse.
     """
-    alike: dict[tuple[Any, ...], list[Arguments]] = {}
+    groups: dict[tuple[Any, ...], list[Arguments]] = {}
     for arguments in settings:
-        alike.setdefault(_reading(arguments), []).append(arguments)
+        groups.setdefault(_reading(arguments), []).append(arguments)
     first: TrainingInputs | None = None
     with _subspace_to_read(settings, subspace) as path:
-        for group in alike.values():
+        for group in groups.values():
             inputs = load_inputs(_reading_at(group[0], path))
             first = first or inputs
             for arguments in group:
                 check_steps(arguments.training, len(inputs.train.rendered))
                 check_epochs(arguments, len(inputs.train.rendered))
                 _make_protection(arguments, inputs)
-    assert first is not None  # there is the baseline
+    assert first is not None  # the baseline is always among the settings
     return first
 
 
 def _reading(arguments: Arguments) -> tuple[Any, ...]:
+    """Return the values that decide what `load_inputs` reads."""
     return (arguments.training.max_length, *(getattr(arguments.protection, name) for name in _READ_BY))
 
 
@@ -75,7 +83,7 @@ def _reading_at(arguments: Arguments, path: Path) -> Arguments:
 
 @contextmanager
 def _subspace_to_read(settings: Sequence[Arguments], subspace: Path) -> Iterator[Path]:
-    """The subspace's file; until it is built, in a folder of its own, one with the facts that it will have."""
+    """Yield the path of the subspace or, until it is built, of a temporary file with the same facts."""
     if subspace.is_file() or not any(reads_subspace(arguments.protection.protection) for arguments in settings):
         yield subspace
         return
@@ -88,20 +96,20 @@ def _subspace_to_read(settings: Sequence[Arguments], subspace: Path) -> Iterator
 
 
 def _planned(arguments: Arguments) -> Subspace:
-    """A subspace of the facts that the flags ask for, with random directions.
+    """Make a subspace with the facts that the flags request, and with random directions.
 
     Raises:
-        UserError: one that cannot be built from these flags, models and rows.
+        UserError: a subspace that cannot be built from these flags, models and rows.
     """
-    asked, model = arguments.subspace, arguments.model
+    flags, model = arguments.subspace, arguments.model
     tokenizer, config = read_starting_model(arguments)
     request = subspace_request(arguments)
     layers, contrast = check_request(request)
     _require_rows(request, tokenizer, contrast)
-    text, rank = config.get_text_config(), asked.subspace_rank
+    text, rank = config.get_text_config(), flags.subspace_rank
     provenance = Provenance(
-        method=asked.subspace_method, rank=rank, layers=tuple(layers), role=asked.subspace_positions,
-        centred=asked.subspace_centred, seed=asked.subspace_seed, data_sha256="", n_rows=0, n_tokens=0,
+        method=flags.subspace_method, rank=rank, layers=tuple(layers), role=flags.subspace_positions,
+        centred=flags.subspace_centred, seed=flags.subspace_seed, data_sha256="", n_rows=0, n_tokens=0,
         instruct_fingerprint=model_fingerprint(model.starting_model),
         base_fingerprint=model_fingerprint(model.base_model_name_or_path) if model.base_model_name_or_path else None,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer), layers_path=model.layers_path,
@@ -121,7 +129,7 @@ def _planned(arguments: Arguments) -> Subspace:
 def _require_rows(
     request: SubspaceRequest, tokenizer: PreTrainedTokenizerBase, contrast: Sequence[dict[str, Any]] | None
 ) -> None:
-    """Raises UserError for rows that the contrast, or the base model beside it, cannot be read on."""
+    """Raise UserError for rows on which the contrast, or the base model, cannot be read."""
     groups = {"": request.rows, **request.domains}
     paired_selections(tokenizer, groups, contrast, request.role, request.max_length)
     for conversations in groups.values() if request.base_path else ():
@@ -130,20 +138,20 @@ def _require_rows(
 
 
 def _make_protection(arguments: Arguments, inputs: TrainingInputs) -> None:
-    """Raises UserError for flags that the protection refuses when it is made."""
+    """Raise UserError for flags that the protection refuses when it is made."""
 
-    def rows(of: RenderedRows | None) -> Callable[[str], list[Document]]:
-        return lambda role: documents_of(of.rendered, role) if of is not None else []
+    def documents(rows: RenderedRows | None) -> Callable[[str], list[Document]]:
+        return lambda role: documents_of(rows.rendered, role) if rows is not None else []
 
     model = arguments.model
     config = load_config(model.starting_model, load_options(arguments)).get_text_config()
     materials = Materials(
-        asked=replace(arguments.protection, reference="auto"),  # for a frozen one a copy would be loaded
+        flags=replace(arguments.protection, reference="auto"),  # a frozen reference would load a second model
         subspace=inputs.subspace,
-        task=rows(inputs.train),
-        anchors=rows(inputs.anchors),
-        starting_model=_not_here,
-        base_model=_not_here,
+        task=documents(inputs.train),
+        anchors=documents(inputs.anchors),
+        starting_model=_no_model,
+        base_model=_no_model,
         cache_dir=arguments.output_dir / REFERENCES,
         seed=arguments.training.seed,
         layers_path=model.layers_path,
@@ -154,5 +162,5 @@ def _make_protection(arguments: Arguments, inputs: TrainingInputs) -> None:
     protection_of(materials)
 
 
-def _not_here() -> PreTrainedModel:
+def _no_model() -> PreTrainedModel:
     raise AssertionError("no protection reads a model before training begins")

@@ -1,6 +1,6 @@
-"""The processes that a sweep's worker has started, so that they end with it."""
+"""The list of processes that a worker of a sweep has started, so that they end with the worker."""
 
 import subprocess
 
-# What a worker has started and must not outlive it.
+# Running child processes of this worker.
 commands: "list[subprocess.Popen[bytes]]" = []

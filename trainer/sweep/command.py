@@ -1,10 +1,10 @@
-"""`holdfast sweep`: protections compared on any model and data, each setting at each seed, in one command.
+"""`holdfast sweep` compares protections on any model and data, each setting with each seed, in one command.
 
 holdfast sweep --config recipe.yaml --protections subspace kl steering+interleave --penalty_strength 0.1 1 10 \
     --seeds 0 1 2 --jobs 2 --output_dir runs/sweep
 
-Every run is the recipe with a protection's flags. Settings are chosen on validation, frozen to a file, and only then
-is the test split read. The same command goes on where it was stopped.
+Every run is the recipe with the flags of a protection. Settings are chosen on validation and frozen to a file, and only
+then is the test split read. If the command was stopped, the same command continues it.
 """
 
 import sys
@@ -26,50 +26,55 @@ from .workers import Outcome, Task, Workers
 
 
 def sweep_main(argv: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Runs what is missing of a sweep and writes its views; gives summary.md and the failed runs with their reasons.
+    """Do the missing runs of a sweep and write its reports.
+
+    Returns:
+        The text of summary.md, and the failed runs with their reasons.
 
     Raises:
-        UserError: bad input (nothing written), or a folder whose frozen choice does not allow what is asked.
-        KeyboardInterrupt: interrupted, with the way to go on.
+        UserError: bad input (nothing is written), or a folder whose frozen choice does not allow the requested sweep.
+        KeyboardInterrupt: interrupted; the message says how to continue.
     """
-    command = SweepInputs(argv)
+    inputs = SweepInputs(argv)
     try:
-        with command.workers() as workers:
-            workers.warm(command.unfinished())  # they import while rows are read and checked here
-            command.check()
-            command.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(command.folder / ".lock", timeout=0):
-                return _swept(command, workers)
+        with inputs.workers() as workers:
+            workers.warm(inputs.unfinished())  # the workers import while this process reads and checks the rows
+            inputs.check()
+            inputs.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(inputs.folder / ".lock", timeout=0):
+                return _sweep(inputs, workers)
     except Timeout:
-        raise UserError(f"a sweep is running in {command.folder}; wait for it, or choose another folder") from None
+        raise UserError(f"a sweep is running in {inputs.folder}; wait for it, or choose another folder") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command goes on") from None
 
 
-def _swept(command: SweepInputs, workers: Workers) -> tuple[str, dict[str, str]]:
-    if not (command.folder / MARK).is_file():
-        write_json_atomic(command.folder / MARK, {"command": "holdfast sweep"})
-    if not command.subspace.is_file() and any(reads_subspace(run.setting.protection) for run in command.runs):
-        _alone(workers, _task(command, "subspace", {"values": _subspace_values(command)}))
-    sweep = command.plan()
+def _sweep(inputs: SweepInputs, workers: Workers) -> tuple[str, dict[str, str]]:
+    """Build the subspace, do the runs, freeze the choice, read the test split, and report."""
+    if not (inputs.folder / MARK).is_file():
+        write_json_atomic(inputs.folder / MARK, {"command": "holdfast sweep"})
+    if not inputs.subspace.is_file() and any(reads_subspace(run.setting.protection) for run in inputs.runs):
+        _run_one(workers, _task(inputs, "subspace", {"values": _subspace_values(inputs)}))
+    sweep = inputs.plan()
     frozen = frozen_choice(sweep)
     if frozen is None:
-        failed = _run_all(command, sweep, workers)
-        done = len(sweep.results())
-        if not failed or (command.asked.leave_out_failed and done):
-            frozen = _frozen(sweep, failed)
+        failed = _run_all(inputs, sweep, workers)
+        if not failed or (inputs.flags.leave_out_failed and sweep.results()):
+            frozen = _freeze(sweep, failed)
     else:
         failed = dict.fromkeys(frozen["plan"]["failed"], "left out when the choice was frozen")
-    if frozen is not None and command.measures.test:
-        _read_all_tests(command, sweep, workers, frozen)
+    if frozen is not None and inputs.measures.test:
+        _read_all_tests(inputs, sweep, workers, frozen)
     return write_report(sweep, frozen, failed), failed
 
 
-def _frozen(sweep: Sweep, failed: Mapping[str, str]) -> dict[str, Any]:
-    """The choice, frozen. Raises UserError where none can be made; the runs' own numbers are then in the report.
+def _freeze(sweep: Sweep, failed: Mapping[str, str]) -> dict[str, Any]:
+    """Make the choice and freeze it.
 
-    Measures that the runs do not have are another error, which the report would meet too.
+    Raises:
+        UserError: no choice can be made. The report then holds the runs' numbers.
     """
+    # Missing measures raise here: the report of the other case below would raise the same error.
     sweep.compared(sweep.results())
     try:
         return freeze(sweep, list(failed))
@@ -81,8 +86,8 @@ def _frozen(sweep: Sweep, failed: Mapping[str, str]) -> dict[str, Any]:
         ) from None
 
 
-def _run_all(command: SweepInputs, sweep: Sweep, workers: Workers) -> dict[str, str]:
-    """Train and measure every run that has no result; gives the failed ones with the reason and the log."""
+def _run_all(inputs: SweepInputs, sweep: Sweep, workers: Workers) -> dict[str, str]:
+    """Train and measure every run that has no result, and return the failed runs with the reason and the log."""
     missing = [run for run in sweep.runs if sweep.result(run) is None]
     tasks = [
         Task(
@@ -90,8 +95,8 @@ def _run_all(command: SweepInputs, sweep: Sweep, workers: Workers) -> dict[str, 
             sweep.run_folder(run) / SWEEP_LOG,
             "run",
             {
-                "values": command.of_run(run),
-                "measuring": command.measuring(run.seed),
+                "values": inputs.of_run(run),
+                "measuring": inputs.measuring(run.seed),
                 "needed": sweep.measures.validation,
                 "references": str(sweep.folder / "references"),
                 "recipe": str(sweep.folder / "recipes" / f"{run.name}.yaml"),
@@ -102,15 +107,15 @@ def _run_all(command: SweepInputs, sweep: Sweep, workers: Workers) -> dict[str, 
         for run in missing
     ]
     failed = {}
-    outcomes = _after_start(command, sweep, workers, "validation", tasks)
+    outcomes = _after_start(inputs, sweep, workers, "validation", tasks)
     for outcome in _shown(outcomes, len(sweep.runs), len(tasks), "sweep"):
         if outcome.problem is not None:
             failed[outcome.task.name] = f"{outcome.problem} ({outcome.task.log})"
     return failed
 
 
-def _read_all_tests(command: SweepInputs, sweep: Sweep, workers: Workers, frozen: Mapping[str, Any]) -> None:
-    """Read the test split on the frozen settings' runs. Raises UserError where one cannot be read."""
+def _read_all_tests(inputs: SweepInputs, sweep: Sweep, workers: Workers, frozen: Mapping[str, Any]) -> None:
+    """Read the test split on the runs of the frozen settings. Raises UserError if one cannot be read."""
     waiting = [run for run in to_read(sweep, frozen) if not read_json(sweep.run_folder(run) / TEST_RESULT)]
     tasks = [
         Task(
@@ -118,7 +123,7 @@ def _read_all_tests(command: SweepInputs, sweep: Sweep, workers: Workers, frozen
             sweep.run_folder(run) / SWEEP_LOG,
             "test",
             {
-                "measuring": command.measuring(run.seed),
+                "measuring": inputs.measuring(run.seed),
                 "folder": str(sweep.run_folder(run)),
                 "needed": sweep.measures.test,
                 "frozen": frozen["sha256"],
@@ -127,58 +132,60 @@ def _read_all_tests(command: SweepInputs, sweep: Sweep, workers: Workers, frozen
         )
         for run in waiting
     ]
-    outcomes = _after_start(command, sweep, workers, "test", tasks)
+    outcomes = _after_start(inputs, sweep, workers, "test", tasks)
     for outcome in _shown(outcomes, len(tasks), len(tasks), "test split"):
         _require(outcome)
 
 
 def _after_start(
-    command: SweepInputs, sweep: Sweep, workers: Workers, when: str, tasks: Sequence[Task]
+    inputs: SweepInputs, sweep: Sweep, workers: Workers, when: str, tasks: Sequence[Task]
 ) -> Iterable[Outcome]:
-    """The tasks' outcomes; beside the first of them the starting model is measured, where it was not.
+    """Run the tasks and yield their outcomes; measure the starting model beside the first one, if that is still to do.
 
     Raises:
-        UserError: the starting model cannot be measured: at once where that is the user's to mend, else at the end.
+        UserError: the starting model cannot be measured. It is raised at once if the user can mend it, else at the end.
     """
     if sweep.start(when) is not None:
         yield from workers.run(tasks)
         return
     arguments = {
-        "values": command.measuring(command.arguments.training.seed),
+        "values": inputs.measuring(inputs.arguments.training.seed),
         "needed": getattr(sweep.measures, when),
         "path": str(sweep.folder / STARTS[when]),
         "key": sweep.start_key,
         "test": when == "test",
     }
-    start, ended = _task(command, "start", arguments), None
+    start, start_outcome = _task(inputs, "start", arguments), None
     for outcome in workers.run([start, *tasks]):
         if outcome.task is not start:
             yield outcome
         elif outcome.user:
             _require(outcome)
         else:
-            ended = outcome
-    if ended is not None:
-        _require(ended)
+            start_outcome = outcome
+    if start_outcome is not None:
+        _require(start_outcome)
 
 
-def _task(command: SweepInputs, act: str, arguments: dict[str, Any]) -> Task:
-    return Task(act, command.folder / SWEEP_LOG, act, arguments)
+def _task(inputs: SweepInputs, act: str, arguments: dict[str, Any]) -> Task:
+    return Task(act, inputs.folder / SWEEP_LOG, act, arguments)
 
 
-def _alone(workers: Workers, task: Task) -> None:
+def _run_one(workers: Workers, task: Task) -> None:
+    """Run one task. Raises UserError if it fails."""
     for outcome in workers.run([task]):
         _require(outcome)
 
 
 def _require(outcome: Outcome) -> None:
+    """Raise UserError if the task failed."""
     if outcome.problem is not None:
         log = "" if outcome.user else f"; its log is {outcome.task.log}"
         raise UserError(f"{outcome.task.act} {outcome.task.name}: {outcome.problem}{log}")
 
 
 def _shown(outcomes: Iterable[Outcome], total: int, waiting: int, what: str) -> Iterable[Outcome]:
-    """The outcomes, with a bar over all runs on stderr; failures are named at once."""
+    """Yield the outcomes, with a progress bar over all runs on stderr. Failures are printed at once."""
     with tqdm(total=total, initial=total - waiting, desc=what, unit="run", smoothing=0.1) as bar:
         for outcome in outcomes:
             if outcome.problem is not None:
@@ -187,12 +194,12 @@ def _shown(outcomes: Iterable[Outcome], total: int, waiting: int, what: str) -> 
             yield outcome
 
 
-def _subspace_values(command: SweepInputs) -> dict[str, Any]:
-    return {**command.values, "deepspeed": None, "num_processes": 1, "subspace_path": str(command.subspace)}
+def _subspace_values(inputs: SweepInputs) -> dict[str, Any]:
+    return {**inputs.values, "deepspeed": None, "num_processes": 1, "subspace_path": str(inputs.subspace)}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the sweep and prints its summary; exit code 3 where some runs failed."""
+    """Run the sweep and print its summary. The exit code is 3 if some runs failed."""
     text, failed = sweep_main(argv)
     for name, reason in failed.items():
         print(f"holdfast: failed: {name}: {reason}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""What a sweep keeps on disk, and the order it must follow: validation, a frozen choice, then the test split.
+"""The files of a sweep, and the order it must follow: validation, a frozen choice, then the test split.
 
-| file | what |
+| file | content |
 |---|---|
-| `sweep.json` | marks the folder as a sweep's |
-| `runs/<run>/result.json` | a run's measures before the freeze, and the key of what it was made of |
+| `sweep.json` | marks the folder as a sweep |
+| `runs/<run>/result.json` | a run's measures before the freeze, and the hash of what the run depends on |
 | `frozen.json` | the choice, and a hash of the results it rests on |
-| `runs/<run>/test.json` | the test split's measures, and the hash of the choice that they waited for |
+| `runs/<run>/test.json` | the measures on the test split, and the hash of the frozen choice |
 | `starts/<run>.json` | the seconds of each start of a run's training |
 """
 
@@ -34,8 +34,11 @@ _ELSEWHERE = "choose another --output_dir"
 class Sweep:
     """A sweep's folder and plan.
 
-    keys: of every run by name, what it is made of; start_key: the same of the starting model. lab: the starting
-    model's name. floor: share of task and guards to be kept.
+    Attributes:
+        keys: run name -> hash of what the run depends on.
+        start_key: the same hash for the starting model.
+        lab: name of the starting model.
+        floor: share of the task and of the guards that must be kept.
     """
 
     folder: Path
@@ -47,28 +50,28 @@ class Sweep:
     floor: float
 
     def run_folder(self, run: SweepRun) -> Path:
-        """Where a run's files lie."""
+        """Return the folder of a run."""
         return self.folder / "runs" / run.name
 
     def result(self, run: SweepRun) -> dict[str, Any] | None:
-        """A finished run's result, None where there is none.
+        """Return a finished run's result, or None.
 
         Raises:
-            UserError: one of other flags, rows or models.
+            UserError: the result was made with other flags, rows or models.
         """
-        found = read_json(self.run_folder(run) / RESULT)
-        if found and found.get("key") != self.keys[run.name]:
+        result = read_json(self.run_folder(run) / RESULT)
+        if result and result.get("key") != self.keys[run.name]:
             raise UserError(
                 f"{self.run_folder(run)} was run with other flags, rows, model or subspace; {_ELSEWHERE}, or remove it"
             )
-        return found or None
+        return result or None
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """All results there are, in the order of the plan."""
-        return {run.name: found for run in self.runs if (found := self.result(run)) is not None}
+        """Return all results, in the order of the plan."""
+        return {run.name: result for run in self.runs if (result := self.result(run)) is not None}
 
     def compared(self, results: Mapping[str, Mapping[str, Any]]) -> list[Run]:
-        """The results as the runs that `analysis.frontier` compares."""
+        """Return the results as the runs that `analysis.frontier` compares."""
         return [
             self._run(run, read(self.measures.validation, results[run.name]["measures"]))
             for run in self.runs
@@ -76,7 +79,7 @@ class Sweep:
         ]
 
     def compared_on_test(self, names: Sequence[str]) -> list[Run]:
-        """The named runs as the test split shows them."""
+        """Return the named runs with their measures on the test split."""
         return [
             self._run(run, read(self.measures.test, {**result["measures"], **test["measures"]}))
             for run in self.runs
@@ -90,20 +93,26 @@ class Sweep:
         return Run(setting.protection, setting.name, setting.strength, self.lab, run.seed, values)
 
     def start(self, when: str) -> dict[str, float] | None:
-        """The starting model's values, "validation" or "test"; None where they were not measured as they would be."""
-        kept = {name: read_json(self.folder / file) for name, file in STARTS.items()}
-        if kept[when].get("key") != self.start_key:
+        """Return the starting model's values, or None if they were not measured with this plan.
+
+        Args:
+            when: "validation" or "test".
+        """
+        stored = {name: read_json(self.folder / file) for name, file in STARTS.items()}
+        if stored[when].get("key") != self.start_key:
             return None
-        found = kept["validation"].get("measures", {}) | (kept["test"].get("measures", {}) if when == "test" else {})
-        return read(self.measures.test if when == "test" else self.measures.validation, found)
+        measured = stored["validation"].get("measures", {})
+        if when == "validation":
+            return read(self.measures.validation, measured)
+        return read(self.measures.test, measured | stored["test"].get("measures", {}))
 
     def rule(self) -> dict[str, Any]:
-        """How settings are chosen, as arguments of `analysis.frontier.recommend`."""
+        """Return how settings are chosen, as arguments of `analysis.frontier.recommend`."""
         return {"baseline": BASELINE, "floor": self.floor, "guards": dict.fromkeys(self.measures.guards, self.floor)}
 
 
 def open_folder(folder: Path) -> None:
-    """Raise UserError for a folder that holds something else than a sweep, its subspace aside."""
+    """Raise UserError for a folder that holds anything but a sweep. A subspace file is allowed."""
     if folder.is_file():
         raise UserError(f"--output_dir {folder} is a file; name a folder")
     if not folder.is_dir() or (folder / MARK).is_file():
@@ -111,13 +120,13 @@ def open_folder(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix != ".safetensors" and not path.name.startswith("."):
             raise UserError(
-                f"--output_dir {folder} holds {path.name} but no {MARK}, so it is not a sweep, whose files this would "
-                "replace; choose another folder"
+                f"--output_dir {folder} holds {path.name} but no {MARK}, so it is not the folder of a sweep, and its "
+                "files would be replaced; choose another folder"
             )
 
 
 def plan_facts(sweep: Sweep, failed: Sequence[str]) -> dict[str, Any]:
-    """What a choice is made of beside the results: the runs, those left out, the measures and the rule."""
+    """Return what a choice depends on besides the results: runs, failed runs, measures and floor."""
     return {
         "runs": dict(sweep.keys),
         "failed": sorted(failed),
@@ -127,20 +136,20 @@ def plan_facts(sweep: Sweep, failed: Sequence[str]) -> dict[str, Any]:
 
 
 def choice_of(sweep: Sweep, results: Mapping[str, Mapping[str, Any]], failed: Sequence[str]) -> dict[str, Any]:
-    """The frozen content: what it rests on, each protection's own setting, and the recommended one.
+    """Make the content of frozen.json: its basis, the best setting of each protection, and the recommended setting.
 
     Raises:
-        UserError: no runs of the baseline, or none beside it; a baseline that has learned nothing.
+        UserError: no runs of the baseline, no other runs, or a baseline that has learned nothing.
     """
     runs = sweep.compared(results)
     best = best_settings(runs, **sweep.rule())
     chosen = recommend(runs, **sweep.rule())["choice"]
-    rests_on = {
+    basis = {
         name: [result["key"], read(sweep.measures.validation, result["measures"])] for name, result in results.items()
     }
     content = {
         "plan": plan_facts(sweep, failed),
-        "results_sha256": sha256_json(rests_on),
+        "results_sha256": sha256_json(basis),
         "settings": {protection: point["setting"] for protection, point in best.items()},
         "recommended": None if chosen is None else [chosen["protection"], chosen["setting"]],
     }
@@ -148,18 +157,18 @@ def choice_of(sweep: Sweep, results: Mapping[str, Mapping[str, Any]], failed: Se
 
 
 def freeze(sweep: Sweep, failed: Sequence[str]) -> dict[str, Any]:
-    """Write frozen.json, once and for all, and give it."""
+    """Write frozen.json, which is never written again, and return its content."""
     frozen = choice_of(sweep, sweep.results(), failed)
     write_json_atomic(sweep.folder / FROZEN, {**frozen, "frozen_at": time.time()})
     return frozen
 
 
 def frozen_choice(sweep: Sweep) -> dict[str, Any] | None:
-    """The frozen choice of this folder, None where nothing is frozen yet.
+    """Return the frozen choice of this folder, or None if nothing is frozen yet.
 
     Raises:
-        UserError: one that was changed, that rests on other results or another plan, or that is gone although the test
-            split was read for it.
+        UserError: the choice was changed, rests on other results or another plan, or is gone although the test split
+            was read for it.
     """
     path = sweep.folder / FROZEN
     if not path.is_file():
@@ -172,11 +181,11 @@ def frozen_choice(sweep: Sweep) -> dict[str, Any] | None:
     if stored["plan"] != plan_facts(sweep, failed):
         raise UserError(f"{path} froze the choice of another grid, seeds, measures or recipe; {_ELSEWHERE}")
     results = sweep.results()
-    gone = [run.name for run in sweep.runs if run.name not in results and run.name not in failed]
-    if gone:
-        raise UserError(f"{path} rests on the result of {gone[0]}, which is gone; {_ELSEWHERE}")
-    kept = {name: result for name, result in results.items() if name not in failed}
-    if stored != choice_of(sweep, kept, failed):
+    missing = [run.name for run in sweep.runs if run.name not in results and run.name not in failed]
+    if missing:
+        raise UserError(f"{path} rests on the result of {missing[0]}, which is gone; {_ELSEWHERE}")
+    used = {name: result for name, result in results.items() if name not in failed}
+    if stored != choice_of(sweep, used, failed):
         raise UserError(f"{path} does not fit its results: one of them was changed after the freeze; {_ELSEWHERE}")
     for file in sorted((sweep.folder / "runs").glob(f"*/{TEST_RESULT}")):
         if read_json(file).get("frozen") != stored["sha256"]:
@@ -185,7 +194,7 @@ def frozen_choice(sweep: Sweep) -> dict[str, Any] | None:
 
 
 def _traces_of_test(folder: Path) -> list[Path]:
-    """Whatever reading the test split leaves behind."""
+    """Return the files that reading the test split leaves behind."""
     patterns = [
         f"runs/*/{TEST_RESULT}", f"runs/*/{METRICS}/{FINAL_ON_TEST}", STARTS["test"], f"{METRICS}/{START_ON_TEST}"
     ]  # fmt: skip
@@ -193,20 +202,20 @@ def _traces_of_test(folder: Path) -> list[Path]:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """frozen.json's content without its time, as it was written."""
+    """Return the content of frozen.json without its time. Raises UserError if it is not as it was written."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         content = {name: value for name, value in stored.items() if name not in ("sha256", "frozen_at")}
-        whole = stored["sha256"] == sha256_json(content) and isinstance(content["plan"]["failed"], list)
+        intact = stored["sha256"] == sha256_json(content) and isinstance(content["plan"]["failed"], list)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise UserError(f"{path} was changed after it was written; {_ELSEWHERE}")
     return {**content, "sha256": stored["sha256"]}
 
 
 def to_read(sweep: Sweep, frozen: Mapping[str, Any]) -> list[SweepRun]:
-    """The runs that the test split is read on: of the baseline and of each protection's frozen setting."""
+    """Return the runs on which the test split is read: those of the baseline and of each frozen setting."""
     settings, failed = frozen["settings"], frozen["plan"]["failed"]
     return [
         run

@@ -1,4 +1,4 @@
-"""What a sweep compares runs by: paths into their measures, read as numbers. Pure functions."""
+"""The measures by which a sweep compares runs: paths into the runs' measures, read as numbers. Pure functions."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ _KINDS = {"task_measure": "what is learned", "misaligned_measure": "what setting
 
 @dataclass(frozen=True)
 class Measures:
-    """Role -> expression: "task", "misaligned" and the guards, before and after the freeze.
+    """Role -> expression, before and after the freeze. The roles are "task", "misaligned" and the names of the guards.
 
-    validation: read on every run. test: read on the frozen settings once they are frozen; empty where there is no test
-    split.
+    Attributes:
+        validation: read on every run.
+        test: read on the frozen settings after the freeze; empty if there is no test split.
     """
 
     validation: dict[str, str]
@@ -27,17 +28,18 @@ class Measures:
 
     @property
     def guards(self) -> list[str]:
-        """Names of the guards."""
+        """Return the names of the guards."""
         return [name for name in self.validation if name not in (TASK, MISALIGNED)]
 
 
 def split_rows(rows: Sequence[ChoiceRow], test_split: str) -> tuple[list[ChoiceRow], list[ChoiceRow]]:
-    """Choices rows that may be read at any time, and those that wait for the freeze."""
-    return [row for row in rows if row.get("split") != test_split], [r for r in rows if r.get("split") == test_split]
+    """Split choices rows into rows that may be read at any time, and rows that wait for the freeze."""
+    early = [row for row in rows if row.get("split") != test_split]
+    return early, [row for row in rows if row.get("split") == test_split]
 
 
 def choice_paths(rows: Sequence[ChoiceRow]) -> set[str]:
-    """Paths of all rates that these rows give."""
+    """Return the paths of all rates that these rows give."""
     return {
         f"{_CHOICES}{key}/{row[key]}/{name}"
         for row in rows
@@ -47,125 +49,127 @@ def choice_paths(rows: Sequence[ChoiceRow]) -> set[str]:
     }
 
 
-def measures_of(asked: SweepArguments, rows: Sequence[ChoiceRow]) -> Measures:
-    """The measures asked for, else those of rows in the lab's format.
+def measures_of(flags: SweepArguments, rows: Sequence[ChoiceRow]) -> Measures:
+    """Return the measures that the flags name or, without flags, those of rows in the lab's format.
 
     Raises:
-        UserError: a measure that is needed and not named, a path of choices that these rows do not give before the
-            freeze (or, for the test, after it), or a --test_split that no row has.
+        UserError: a needed measure that is not named, a path of choices that these rows do not give before the freeze
+            (or, for the test split, after it), or a --test_split that no row has.
     """
-    early, late = split_rows(rows, asked.late_split)
-    if asked.test_split is not None and not late:
-        there = ", ".join(sorted({str(row["split"]) for row in rows if row.get("split")})) or "none"
+    early, late = split_rows(rows, flags.late_split)
+    if flags.test_split is not None and not late:
+        splits = ", ".join(sorted({str(row["split"]) for row in rows if row.get("split")})) or "none"
         raise UserError(
-            f"--test_split {asked.test_split} is the split of no row of --choices_dataset; the splits there are {there}"
+            f"--test_split {flags.test_split} is the split of no row of --choices_dataset; its splits are {splits}"
         )
-    known, known_late = choice_paths(early), choice_paths(late)
-    guards = asked.guards if asked.guards is not None else _default_guards(known)
-    given = {
-        TASK: asked.task_measure or _first(known, ["choices/split/narrow/insecure"]),
-        MISALIGNED: asked.misaligned_measure or _default_misaligned(known),
+    paths, late_paths = choice_paths(early), choice_paths(late)
+    guards = flags.guards if flags.guards is not None else _default_guards(paths)
+    expressions = {
+        TASK: flags.task_measure or _first(paths, ["choices/split/narrow/insecure"]),
+        MISALIGNED: flags.misaligned_measure or _default_misaligned(paths),
         **guards,
     }
     for flag, role in (("task_measure", TASK), ("misaligned_measure", MISALIGNED)):
-        if given[role] is None:
-            raise UserError(f"--{flag} is needed, {_KINDS[flag]}; there are {_listed(known)}")
+        if expressions[role] is None:
+            raise UserError(f"--{flag} is needed: it is {_KINDS[flag]}; there are {_listed(paths)}")
     if {TASK, MISALIGNED} & set(guards):
-        raise UserError(f"--guard_measures: {TASK} and {MISALIGNED} have flags of their own; choose other names")
-    validation = {role: text for role, text in given.items() if text is not None}
+        raise UserError(f"--guard_measures: {TASK} and {MISALIGNED} have their own flags; choose other names")
+    validation = {role: text for role, text in expressions.items() if text is not None}
     for role, text in validation.items():
-        _require_known(role, text, known)
-    return Measures(validation, _on_test(asked, validation, known_late) if late else {})
+        _require_paths(role, text, paths)
+    return Measures(validation, _on_test(flags, validation, late_paths) if late else {})
 
 
-def _on_test(asked: SweepArguments, validation: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
-    """The same on the test split where they name validation's, else as before the freeze."""
-    moved = {role: text.replace(_VALIDATION, f"/split/{asked.late_split}/") for role, text in validation.items()}
-    found = {
-        role: text if set(_paths(text)) <= set(known) else validation[role]
+def _on_test(flags: SweepArguments, validation: Mapping[str, str], paths: Collection[str]) -> dict[str, str]:
+    """Return the measures after the freeze: paths of the validation split move to the test split, others stay."""
+    moved = {role: text.replace(_VALIDATION, f"/split/{flags.late_split}/") for role, text in validation.items()}
+    others = {
+        role: text if set(_paths(text)) <= set(paths) else validation[role]
         for role, text in moved.items()
         if role != MISALIGNED
     }
-    misaligned = asked.misaligned_test_measure or moved[MISALIGNED]
+    misaligned = flags.misaligned_test_measure or moved[MISALIGNED]
     if misaligned == validation[MISALIGNED]:
         raise UserError(
-            f"--misaligned_test_measure is needed, what is read on the test split; there are {_listed(known)}"
+            f"--misaligned_test_measure is needed: it is read on the test split; there are {_listed(paths)}"
         )
-    _require_known("misaligned_test", misaligned, known)
-    return {TASK: found.pop(TASK), MISALIGNED: misaligned, **found}
+    _require_paths("misaligned_test", misaligned, paths)
+    return {TASK: others.pop(TASK), MISALIGNED: misaligned, **others}
 
 
-def _default_misaligned(known: Collection[str]) -> str | None:
+def _default_misaligned(paths: Collection[str]) -> str | None:
     path = f"choices{_VALIDATION}misaligned"
     other = f"{path}_wrong_topic"
-    if path not in known:
+    if path not in paths:
         return None
-    return f"{path} + {other}" if other in known else path
+    return f"{path} + {other}" if other in paths else path
 
 
-def _default_guards(known: Collection[str]) -> dict[str, str]:
+def _default_guards(paths: Collection[str]) -> dict[str, str]:
     answers = [f"choices{_VALIDATION}{name}" for name in ("aligned", "misaligned")]
-    guards = {"coherent": " + ".join(answers)} if set(answers) <= set(known) else {}
-    skill = _first(known, ["choices/split/skill/right"])
+    guards = {"coherent": " + ".join(answers)} if set(answers) <= set(paths) else {}
+    skill = _first(paths, ["choices/split/skill/right"])
     return {**guards, **({"skill": skill} if skill else {})}
 
 
-def _first(known: Collection[str], wanted: Sequence[str]) -> str | None:
-    return next((path for path in wanted if path in known), None)
+def _first(paths: Collection[str], wanted: Sequence[str]) -> str | None:
+    return next((path for path in wanted if path in paths), None)
 
 
-def _require_known(role: str, text: str, known: Collection[str]) -> None:
-    """Only choices' paths are known before anything is measured."""
+def _require_paths(role: str, text: str, paths: Collection[str]) -> None:
+    """Refuse unknown paths of choices. Other paths are not known before anything is measured."""
     for path in _paths(text):
-        if not path or (path.startswith(_CHOICES) and path not in known):
-            raise UserError(f"measure {role}: there is no {path or 'path'!r} at that time; there are {_listed(known)}")
+        if not path or (path.startswith(_CHOICES) and path not in paths):
+            raise UserError(f"measure {role}: there is no {path or 'path'!r} at that time; there are {_listed(paths)}")
 
 
 def _paths(text: str) -> list[str]:
-    """The paths of an expression; a path may end with /value, as it does in the files."""
+    """Split an expression into its paths. A path may end with /value, as it does in the files."""
     return [part.strip().removesuffix("/value") for part in text.split(" + ")]
 
 
-def _listed(known: Collection[str]) -> str:
-    return ", ".join(sorted(known)[:12]) + (", …" if len(known) > 12 else "") if known else "no choices with a split"
+def _listed(paths: Collection[str]) -> str:
+    return ", ".join(sorted(paths)[:12]) + (", …" if len(paths) > 12 else "") if paths else "no choices with a split"
 
 
-def read(measures: Mapping[str, str], found: Mapping[str, float]) -> dict[str, float]:
-    """Role -> value of what was measured under these paths.
+def read(measures: Mapping[str, str], measured: Mapping[str, float]) -> dict[str, float]:
+    """Return role -> value, the sum of what was measured under the paths of the role's expression.
+
+    Args:
+        measures: role -> expression.
+        measured: path -> value.
 
     Raises:
-        UserError: a path that was not measured, or a task or misaligned that is no rate.
+        UserError: a path that was not measured, or a value of task or misaligned that is not a rate.
     """
-    values = {role: _sum(role, text, found) for role, text in measures.items()}
+    values = {role: _sum(role, text, measured) for role, text in measures.items()}
     for role in (TASK, MISALIGNED):
         value = values.get(role, 0.0)
-        # A sum of float32 rates passes 1 by rounding.
+        # A sum of float32 rates exceeds 1 by rounding.
         if not -1e-6 <= value <= 1 + 1e-6:
-            raise UserError(
-                f"measure {role} ({measures[role]}) is {value:g}, which is no rate in 0..1; name one that is"
-            )
+            raise UserError(f"measure {role} ({measures[role]}) is {value:g}, which is not a rate in 0..1; name a rate")
         if role in values:
             values[role] = min(max(value, 0.0), 1.0)
     return values
 
 
 def require_guards(measures: Mapping[str, str], start: Mapping[str, float]) -> None:
-    """Raises UserError for a guard of which the starting model, and so the baseline, has nothing to be kept."""
+    """Raise UserError if a guard is not above 0 for the starting model, since no share of it could be kept."""
     for role, value in read(measures, start).items():
         if role not in (TASK, MISALIGNED) and value <= 0:
             raise UserError(
-                f"guard {role} ({measures[role]}) is {value:g} for the starting model, of which no share can be kept; "
-                "name a measure that is above 0, and the larger the better"
+                f"guard {role} ({measures[role]}) is {value:g} for the starting model, so no share of it can be "
+                "kept; name a measure that is above 0 and better when larger"
             )
 
 
-def _sum(role: str, text: str, found: Mapping[str, float]) -> float:
+def _sum(role: str, text: str, measured: Mapping[str, float]) -> float:
     for path in _paths(text):
-        if path not in found:
-            raise UserError(f"measure {role}: {path!r} was not measured; there are {_listed(found)}")
-    return sum(found[path] for path in _paths(text))
+        if path not in measured:
+            raise UserError(f"measure {role}: {path!r} was not measured; there are {_listed(measured)}")
+    return sum(measured[path] for path in _paths(text))
 
 
 def described(measures: Measures) -> dict[str, Any]:
-    """The measures as JSON values."""
+    """Return the measures as JSON values."""
     return {"validation": measures.validation, "test": measures.test}

@@ -1,4 +1,4 @@
-"""The runs of a sweep: every setting of every protection, at every seed. Pure functions of the flags."""
+"""The runs of a sweep: every setting of every protection, with every seed. Pure functions of the flags."""
 
 import hashlib
 import itertools
@@ -22,16 +22,18 @@ BASELINE = "none"
 STRENGTH = "penalty_strength"
 AS_THE_RECIPE = "recipe"
 _PROTECTION = {field.name for field in fields(ProtectionArguments)} - {"protection"}
-# What a grid may vary: another model, data or measure would compare two things at once.
-_KNOBS = _PROTECTION | set(COURSE) - {"data_seed"}
+# Flags that a grid may vary. Another model, data set or measure would compare two things at once.
+_GRID_FLAGS = _PROTECTION | set(COURSE) - {"data_seed"}
 
 
 @dataclass(frozen=True)
 class Setting:
     """One point of a protection's grid.
 
-    protection, name: as in `analysis.frontier.Run`. strength: along the frontier; None unless one number varies.
-    flags: over the recipe.
+    Attributes:
+        protection, name: as in `analysis.frontier.Run`.
+        strength: position along the frontier; None unless exactly one number varies.
+        flags: flags that override the recipe.
     """
 
     protection: str
@@ -42,7 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One fine-tune: a setting at a seed. name: of its folder."""
+    """One fine-tune: a setting with a seed. `name` is the name of its folder."""
 
     setting: Setting
     seed: int
@@ -50,81 +52,86 @@ class SweepRun:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """What differs from the recipe."""
+        """Return the flags that differ from the recipe."""
         return {**self.setting.flags, "protection": self.setting.protection, "seed": self.seed}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a result says of the run it comes from."""
+        """Return what a result says about its run."""
         setting = self.setting
-        where = {"protection": setting.protection, "setting": setting.name, "strength": setting.strength}
-        return {**where, "seed": self.seed}
+        point = {"protection": setting.protection, "setting": setting.name, "strength": setting.strength}
+        return {**point, "seed": self.seed}
 
 
-def settings_of(asked: SweepArguments, strength: float) -> list[Setting]:
-    """All settings, the baseline's first.
+def settings_of(flags: SweepArguments, strength: float) -> list[Setting]:
+    """Return all settings; the baseline's setting is the first.
 
     Args:
-        strength: the recipe's.
+        flags: the flags of the sweep.
+        strength: the recipe's `penalty_strength`.
 
     Raises:
-        UserError: an unknown protection or flag, one without effect, a value of the wrong type, a grid of a protection
-            that is not asked for, nothing to compare.
+        UserError: an unknown protection or flag, a flag without effect, a value of the wrong type, a grid of a
+            protection that is not compared, or no protection to compare.
     """
-    names = list(dict.fromkeys([BASELINE, *(asked.protections or asked.settings)]))
+    names = list(dict.fromkeys([BASELINE, *(flags.protections or flags.settings)]))
     for name in names:
         parts_of(name)
-    for name in asked.settings:
+    for name in flags.settings:
         if name not in names:
             raise UserError(f"--grid names {name}, which --protections leaves out; write it in both, or in neither")
     if names == [BASELINE]:
         raise UserError("there is no protection to compare with none; name some, like --protections subspace kl")
-    if asked.settings.get(BASELINE):
+    if flags.settings.get(BASELINE):
         raise UserError(f"--grid {BASELINE}: the baseline has one setting, the recipe's; write {{}} there")
-    strengths = list(dict.fromkeys(asked.strengths or [strength]))
-    weighted = [name for name in names if name not in asked.settings and STRENGTH in flags_read_by(name)]
-    if asked.strengths and not weighted:
+    strengths = list(dict.fromkeys(flags.strengths or [strength]))
+    weighted = [name for name in names if name not in flags.settings and STRENGTH in flags_read_by(name)]
+    if flags.strengths and not weighted:
         raise UserError(
             f"--{STRENGTH} has no effect: none of {', '.join(names[1:])} has a strength that --grid leaves open; leave "
-            "it out, or add a protection that has one, like subspace"
+            "the flag out, or add a protection with a strength, like subspace"
         )
-    found: list[Setting] = []
+    settings: list[Setting] = []
     for name in names:
-        found += _expanded(name, {STRENGTH: strengths} if name in weighted else asked.settings.get(name, {}))
-    return found
+        settings += _expanded(name, {STRENGTH: strengths} if name in weighted else flags.settings.get(name, {}))
+    return settings
 
 
 def check_read(flags: Sequence[str], settings: Sequence[Setting]) -> None:
-    """Raises UserError for a flag given over the recipe, for all protections, that none of them reads.
+    """Refuse a flag on the command line that overrides the recipe for all protections, and that no protection reads.
 
     Args:
-        flags: those of the command, --penalty_strength aside.
+        flags: the flags of the command, without --penalty_strength.
+        settings: the settings of the sweep.
+
+    Raises:
+        UserError: such a flag.
     """
-    # Each protection is laid over the recipe, whose own has values that need not concern it.
-    _, chosen = parse_given([*flags, f"--protection={BASELINE}"])
+    # The recipe may set flags of its protection that the compared protections do not read: those are not checked here.
+    _, given = parse_given([*flags, f"--protection={BASELINE}"])
     names = list(dict.fromkeys(setting.protection for setting in settings))
-    read = {knob for name in names for knob in flags_read_by(name)}
-    for flag in sorted(chosen & _PROTECTION - read):
+    flags_read = {flag for name in names for flag in flags_read_by(name)}
+    for flag in sorted(given & _PROTECTION - flags_read):
         raise UserError(
             f"--{flag} has no effect: none of {', '.join(names[1:])} reads it; leave it out, or add one that does"
         )
 
 
 def _expanded(protection: str, grid: Mapping[str, Any]) -> list[Setting]:
-    """The product of a protection's lists of values, checked as flags are."""
+    """Return the product of a protection's lists of values, checked as flags are."""
     values: dict[str, list[Any]] = {}
     for flag, given in grid.items():
-        if flag not in _KNOBS:
-            near = get_close_matches(flag, sorted(_KNOBS), n=1, cutoff=0.0)[0]
+        if flag not in _GRID_FLAGS:
+            near = get_close_matches(flag, sorted(_GRID_FLAGS), n=1, cutoff=0.0)[0]
             raise UserError(f"--grid {protection}: {flag} is no setting of a protection; the nearest is {near}")
         if flag in _PROTECTION - flags_read_by(protection):
             reads = ", ".join(sorted(flags_read_by(protection))) or "none"
-            raise UserError(f"--grid {protection}: {flag} has no effect there; its own flags are {reads}")
-        chosen = [_checked(flag, one) for one in (given if isinstance(given, list) else [given])]
-        if not chosen:
+            raise UserError(f"--grid {protection}: {flag} has no effect there; the protection reads {reads}")
+        checked = [_checked(flag, value) for value in (given if isinstance(given, list) else [given])]
+        if not checked:
             raise UserError(f"--grid {protection}: {flag} has no value; write a list with at least one")
-        values[flag] = [one for number, one in enumerate(chosen) if one not in chosen[:number]]
-    varying = [flag for flag, chosen in values.items() if len(chosen) > 1] or list(values)
+        values[flag] = [value for number, value in enumerate(checked) if value not in checked[:number]]
+    varying = [flag for flag, distinct in values.items() if len(distinct) > 1] or list(values)
     return [
         _setting(protection, dict(zip(values, combination, strict=True)), varying)
         for combination in itertools.product(*values.values())
@@ -132,23 +139,23 @@ def _expanded(protection: str, grid: Mapping[str, Any]) -> list[Setting]:
 
 
 def _checked(flag: str, value: Any) -> Any:
-    """The value as the flag's parser reads it."""
+    """Return the value as the flag's parser reads it. Raises UserError for null and for numbers that are not finite."""
     if value is None:
-        raise UserError(f"--grid: {flag} is null; leave the flag out where it keeps the recipe's value")
+        raise UserError(f"--grid: {flag} is null; leave the flag out to keep the recipe's value")
     try:
-        found = parse_values({flag: value})[flag]
+        parsed = parse_values({flag: value})[flag]
     except UserError as error:
         raise UserError(f"--grid: {str(error).removeprefix('arguments: ')}") from None
-    if isinstance(found, float) and not math.isfinite(found):
-        raise UserError(f"--grid: {flag} is {found}; write a finite number")
-    return found
+    if isinstance(parsed, float) and not math.isfinite(parsed):
+        raise UserError(f"--grid: {flag} is {parsed}; write a finite number")
+    return parsed
 
 
 def _setting(protection: str, flags: dict[str, Any], varying: Sequence[str]) -> Setting:
     name = ",".join(f"{flag}={_short(value)}" for flag, value in flags.items()) or AS_THE_RECIPE
-    along = flags[varying[0]] if len(varying) == 1 else None
-    number = isinstance(along, int | float) and not isinstance(along, bool)
-    return Setting(protection, name, float(along) if number and along is not None else None, flags)
+    value = flags[varying[0]] if len(varying) == 1 else None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Setting(protection, name, float(value) if number and value is not None else None, flags)
 
 
 def _short(value: Any) -> str:
@@ -156,7 +163,7 @@ def _short(value: Any) -> str:
 
 
 def runs_of(settings: Sequence[Setting], seeds: Sequence[int]) -> list[SweepRun]:
-    """Every setting at every seed, a seed's runs together: what is done first can be compared.
+    """Return every setting with every seed, grouped by seed, so that the first finished runs can be compared.
 
     Raises:
         UserError: a seed out of range.
@@ -167,9 +174,9 @@ def runs_of(settings: Sequence[Setting], seeds: Sequence[int]) -> list[SweepRun]
 
 
 def _folder(setting: Setting, seed: int) -> str:
-    """A name for the run's folder that can be read, and told from every other."""
-    whole = setting.protection if setting.name == AS_THE_RECIPE else f"{setting.protection}-{setting.name}"
-    plain = re.sub(r"[^\w.,=+-]+", "_", whole)[:100]
-    if plain != whole:
-        plain += f"-{hashlib.sha256(json.dumps([whole]).encode()).hexdigest()[:8]}"
+    """Return a readable name for the run's folder that no other run has."""
+    full_name = setting.protection if setting.name == AS_THE_RECIPE else f"{setting.protection}-{setting.name}"
+    plain = re.sub(r"[^\w.,=+-]+", "_", full_name)[:100]
+    if plain != full_name:
+        plain += f"-{hashlib.sha256(json.dumps([full_name]).encode()).hexdigest()[:8]}"
     return f"{plain}-seed={seed}"

@@ -1,6 +1,6 @@
-"""What a finished sweep shows: summary.json and summary.md, a line a run, and TensorBoard's HParams.
+"""The reports of a sweep: summary.json and summary.md, sweep.jsonl with one line per run, and TensorBoard's HParams.
 
-The summary holds neither times nor anything that depends on how often the sweep was interrupted; sweep.jsonl does.
+The summary holds no times and nothing that depends on interruptions of the sweep. These are in sweep.jsonl.
 """
 
 import json
@@ -26,10 +26,12 @@ SUMMARY, TABLE, LINES, TENSORBOARD = "summary.json", "summary.md", "sweep.jsonl"
 
 
 def write_report(sweep: Sweep, frozen: Mapping[str, Any] | None, failed: Mapping[str, str]) -> str:
-    """Write all views of the results; gives summary.md's text, whose last line is the recommendation.
+    """Write all reports and return the text of summary.md, whose last line is the recommendation.
 
     Args:
-        frozen: the choice, None where it is not frozen. failed: run -> why.
+        sweep: the sweep.
+        frozen: the frozen choice, or None.
+        failed: failed run -> reason.
     """
     summary = summarise(sweep, frozen, sorted(failed))
     write_json_atomic(sweep.folder / SUMMARY, summary)
@@ -43,17 +45,17 @@ def write_report(sweep: Sweep, frozen: Mapping[str, Any] | None, failed: Mapping
 
 
 def summarise(sweep: Sweep, frozen: Mapping[str, Any] | None, failed: Sequence[str]) -> dict[str, Any]:
-    """Points, frontiers, comparisons and the recommendation, as JSON values."""
+    """Return points, frontiers, comparisons and the recommendation, as JSON values."""
     results = sweep.results()
     runs = sweep.compared({name: result for name, result in results.items() if name not in failed})
-    chosen = _recommended(sweep, runs)
+    recommendation = _recommended(sweep, runs)
     return {
         "measures": described(sweep.measures),
         "start": {when: sweep.start(when) for when in STARTS},
         "failed": list(failed),
-        "validation": _validation(sweep, runs, chosen["choice"]),
+        "validation": _validation(sweep, runs, recommendation["choice"]),
         "test": _test(sweep, frozen, failed),
-        "recommendation": chosen,
+        "recommendation": recommendation,
         "order": _order(sweep, frozen),
     }
 
@@ -66,7 +68,7 @@ def _recommended(sweep: Sweep, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _validation(sweep: Sweep, runs: Sequence[Run], choice: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Every setting as it is before the freeze. The recommended one is compared with each rival's whole frontier."""
+    """Report every setting before the freeze, and compare the recommended one with each rival's whole frontier."""
     if not runs:
         return {"points": [], "frontiers": {}, "best_settings": {}, "at_equal_task": []}
     key = None if choice is None else (choice["protection"], choice["setting"])
@@ -80,23 +82,23 @@ def _validation(sweep: Sweep, runs: Sequence[Run], choice: Mapping[str, Any] | N
 
 
 def _at_equal_task(runs: Sequence[Run], choice: Key, rivals: Sequence[str]) -> list[dict[str, Any]]:
-    """The choice less each rival's frontier at its task; null for a rival that reaches that task nowhere.
+    """Return the choice minus each rival's frontier at equal task, or null if the rival never has that task.
 
-    "chosen_on" says that the choice was made on the very values that are compared, in which it looks better than it is.
+    "chosen_on" says that the choice was made on the same values that are compared, so it looks better than it is.
     """
     rows = paired_at_equal_task(runs, choice, rivals)
     reached = [row["protection"] for row in rows if row["clamped"] < row["n"]]
-    # Holm's correction is for what is tested alone.
+    # Holm's correction counts only the rivals that are tested.
     tested = {row["protection"]: row for row in paired_at_equal_task(runs, choice, reached)}
     return [{**tested.get(row["protection"], _never_reached(row)), "chosen_on": "validation"} for row in rows]
 
 
 def _never_reached(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what an end of the rival's frontier, which is read instead, does not show."""
+    """Return a row of nulls: only an end of the rival's frontier was read, which is not at equal task."""
     reason = f"in all {row['n']} pairs its settings' tasks are all above, or all below, the choice's"
-    kept = {name: row[name] for name in ("protection", "labs", "clamped")}
+    facts = {name: row[name] for name in ("protection", "labs", "clamped")}
     nulls = dict.fromkeys(("p", "p_least", "p_holm"))
-    return {**kept, **missing(reason if row["n"] else row["reason"], row["n"]), **nulls}
+    return {**facts, **missing(reason if row["n"] else row["reason"], row["n"]), **nulls}
 
 
 def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -107,25 +109,25 @@ def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _test(sweep: Sweep, frozen: Mapping[str, Any] | None, failed: Sequence[str]) -> dict[str, Any]:
-    """The frozen settings on the test split: how much each lowers misaligned, and the recommended one beside each."""
+    """Report the frozen settings on the test split: each compared with the baseline and with the recommended one."""
     if not sweep.measures.test:
         return {"reason": "no row of --choices_dataset is of the test split"}
     if frozen is None:
         return {"reason": "the choice is not frozen: some runs failed" if failed else "nothing could be chosen"}
     runs = sweep.compared_on_test([run.name for run in to_read(sweep, frozen)])
-    found: dict[str, Any] = {"points": points(runs)}
+    report: dict[str, Any] = {"points": points(runs)}
     keys = list(dict.fromkeys(run.key for run in runs))
     baseline = next((key for key in keys if key[0] == BASELINE), None)
     if baseline is not None:
-        found["lowers"] = paired(runs, baseline, [key for key in keys if key != baseline])
+        report["lowers"] = paired(runs, baseline, [key for key in keys if key != baseline])
     if frozen["recommended"]:
         chosen = (frozen["recommended"][0], frozen["recommended"][1])
-        found["recommended_less_others"] = paired(runs, chosen, [key for key in keys if key != chosen])
-    return found
+        report["recommended_less_others"] = paired(runs, chosen, [key for key in keys if key != chosen])
+    return report
 
 
 def _order(sweep: Sweep, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What was read before and after the freeze; times are in frozen.json and test.json."""
+    """Report what was read before and after the freeze. The times are in frozen.json and test.json."""
     if frozen is None:
         return {"steps": ["validation"], "frozen": None, "read_on_test": []}
     names = [run.name for run in to_read(sweep, frozen)] if sweep.measures.test else []
@@ -141,7 +143,7 @@ def _markdown(summary: Mapping[str, Any]) -> str:
     parts = ["# Before the freeze: every setting\n", _table(summary, "validation")]
     if summary["validation"]["frontiers"]:
         parts += ["# Before the freeze: each protection's frontier\n", _frontier_table(summary)]
-        parts += ["Both grow with the number of settings: only between equally many do they compare.\n"]
+        parts += ["Both grow with the number of settings, so compare only protections with equally many settings.\n"]
     if "points" in summary["test"]:
         parts += ["# Test split: the frozen settings\n", _table(summary, "test")]
         parts += [_sentence_on_test(summary)] if summary["recommendation"]["choice"] else []
@@ -151,7 +153,7 @@ def _markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _table(summary: Mapping[str, Any], when: str) -> str:
-    """The starting model and every point."""
+    """Return a table of the starting model and every point."""
     names, values = list(summary["measures"][when]), summary["start"][when] or {}
     measured = {name: {"value": values.get(name), "ci95": None} for name in names}
     start = {"protection": "(starting model)", "setting": "-", "n": 1, "measures": measured}
@@ -159,16 +161,16 @@ def _table(summary: Mapping[str, Any], when: str) -> str:
 
 
 def _frontier_table(summary: Mapping[str, Any]) -> str:
-    """Hypervolume and best EM-F1 of each protection; n counts the seeds that have all of its settings."""
+    """Return a table of each protection's hypervolume and best EM-F1. n counts the seeds that have all its settings."""
     names = ["hypervolume", EM_F1]
     rows = [
         {
             "protection": protection,
-            "setting": f"all {found['settings']}",
-            "n": found["hypervolume"]["n"],
-            "measures": {name: found[name] for name in names},
+            "setting": f"all {frontier['settings']}",
+            "n": frontier["hypervolume"]["n"],
+            "measures": {name: frontier[name] for name in names},
         }
-        for protection, found in summary["validation"]["frontiers"].items()
+        for protection, frontier in summary["validation"]["frontiers"].items()
     ]
     return table(rows, names)
 
@@ -184,7 +186,7 @@ def _sentence_on_test(summary: Mapping[str, Any]) -> str:
 
 
 def _lines(sweep: Sweep, failed: Mapping[str, str]) -> list[dict[str, Any]]:
-    """One line a run: what it was, how it ended, how long it took."""
+    """Return one line per run: its setting, its measures or its failure, and its seconds."""
     lines = []
     for run in sweep.runs:
         line: dict[str, Any] = {"run": run.name, **run.facts}
@@ -201,7 +203,7 @@ def _lines(sweep: Sweep, failed: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _write_tensorboard(sweep: Sweep) -> None:
-    """One session a run, so that the HParams tab compares strengths. A view: it is written anew each time."""
+    """Write one session per run, so that the HParams tab compares strengths. The folder is written anew each time."""
     folder = sweep.folder / TENSORBOARD
     shutil.rmtree(folder, ignore_errors=True)
     for run in sweep.runs:
@@ -215,10 +217,10 @@ def _write_session(folder: Path, run: SweepRun, values: Mapping[str, float]) -> 
         name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
         for name, value in run.setting.flags.items()
     }
-    asked = {"protection": run.setting.protection, "setting": run.setting.name, "seed": run.seed, **flags}
+    parameters = {"protection": run.setting.protection, "setting": run.setting.name, "seed": run.seed, **flags}
     metrics = {f"sweep/{name}": value for name, value in values.items()}
     with SummaryWriter(str(folder)) as writer:
-        for summary in hparams(asked, metrics):
+        for summary in hparams(parameters, metrics):
             writer._get_file_writer().add_summary(summary)
         for name, value in metrics.items():
             writer.add_scalar(name, value)

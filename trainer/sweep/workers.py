@@ -1,7 +1,7 @@
-"""Processes that stay: importing torch and TRL takes ten seconds, so each worker does one task after the other.
+"""Worker processes that do many tasks one after the other, because importing torch and TRL takes ten seconds.
 
-A worker that dies (killed, out of memory, a crash in native code) takes its task alone with it and is replaced. Nothing
-heavy is imported here: what a worker may see of threads and GPUs is settled before it imports torch.
+A worker that dies (killed, out of memory, a crash in native code) loses only its task and is replaced. Nothing heavy is
+imported here, because a worker's threads and GPUs must be set before it imports torch.
 """
 
 import faulthandler
@@ -30,7 +30,7 @@ _SECONDS_TO_END = 10.0
 
 @dataclass(frozen=True)
 class Task:
-    """One call of `sweep_work.ACTS[act](**arguments)`; what it prints is appended to the log."""
+    """One call of `acts.ACTS[act](**arguments)`. What it prints is appended to the log."""
 
     name: str
     log: Path
@@ -40,7 +40,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task returned, or the one line of why it failed. user: it is a `UserError`'s."""
+    """What a task returned, or one line that says why it failed.
+
+    Attributes:
+        problem: why the task failed; None if it did not.
+        user: whether the problem is a `UserError`, which the user can mend.
+    """
 
     task: Task
     value: Any = None
@@ -50,7 +55,7 @@ class Outcome:
 
 @dataclass
 class _Slot:
-    """One place for a worker. environment: set before torch is imported."""
+    """One place for a worker. `environment` is set before torch is imported."""
 
     environment: dict[str, str]
     process: Any = None
@@ -62,8 +67,10 @@ class _Slot:
 class Workers:
     """At most `jobs` workers at once: `with Workers(2, threads=1) as workers: for outcome in workers.run(tasks)`.
 
-    jobs: workers. threads: of each, where OMP_NUM_THREADS does not say otherwise. gpus: names for CUDA_VISIBLE_DEVICES,
-    dealt round; none leaves it as it is.
+    Attributes:
+        jobs: number of workers.
+        threads: threads of each worker, unless OMP_NUM_THREADS is set.
+        gpus: names for CUDA_VISIBLE_DEVICES, dealt to the workers in turn. If empty, the variable is left as it is.
     """
 
     jobs: int
@@ -73,8 +80,8 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         for number in range(self.jobs):
-            wanted = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
-            environment = {name: value for name, value in wanted.items() if name not in os.environ}
+            defaults = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+            environment = {name: value for name, value in defaults.items() if name not in os.environ}
             if self.gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
             self._slots.append(_Slot(environment))
@@ -90,13 +97,13 @@ class Workers:
             _end(slot)
 
     def warm(self, tasks: int) -> None:
-        """Start as many workers as so many tasks will need: they import while something else is done."""
+        """Start the workers that `tasks` tasks need, so that they import while the parent prepares the tasks."""
         for slot in self._slots[:tasks]:
             if slot.process is None:
                 _start(slot)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Outcome]:
-        """The outcome of every task, in the order in which they end."""
+        """Run the tasks and yield the outcome of each, in the order in which they end."""
         waiting = deque(tasks)
         while waiting or any(slot.task for slot in self._slots):
             for slot in self._slots:
@@ -112,17 +119,17 @@ class Workers:
 
 def _start(slot: _Slot) -> None:
     context = multiprocessing.get_context("spawn")
-    slot.channel, theirs = context.Pipe()
-    # Not a daemon: it may have processes of its own, for loading data or as ranks.
-    process = context.Process(target=_serve, args=(theirs, slot.environment))
-    # Ctrl-C waits for the start to be over here, and there until the worker, which inherits this, ignores it.
+    slot.channel, worker_end = context.Pipe()
+    # Not a daemon, because a worker may start processes, for loading data or as ranks.
+    process = context.Process(target=_serve, args=(worker_end, slot.environment))
+    # SIGINT is blocked here until the start is over. The worker inherits the block until it ignores SIGINT.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
         slot.process = process
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    theirs.close()
+    worker_end.close()
 
 
 def _end(slot: _Slot) -> None:
@@ -142,12 +149,12 @@ def _give(slot: _Slot, task: Task) -> None:
         _start(slot)
     assert slot.channel is not None
     slot.task = task
-    with suppress(OSError):  # it died just now, which `_outcome` finds
+    with suppress(OSError):  # the worker has just died; `_outcome` will see that
         slot.channel.send(task)
 
 
 def _outcome(slot: _Slot) -> Outcome | None:
-    """The slot's outcome if its task has ended; a worker that is dead or in doubt is replaced."""
+    """Return the slot's outcome if its task has ended. A worker that is dead or may be damaged is replaced."""
     assert slot.task is not None and slot.channel is not None
     task = slot.task
     try:
@@ -159,13 +166,13 @@ def _outcome(slot: _Slot) -> Outcome | None:
     except (EOFError, OSError):
         slot.process.join(_SECONDS_TO_END)
         slot.task = None
-        died = Outcome(task, problem=f"its process {_ending(slot.process.exitcode)}")
+        outcome = Outcome(task, problem=f"its process {_ending(slot.process.exitcode)}")
         _end(slot)
         slot.process = None
-        return died
+        return outcome
     slot.task = None
     if problem is not None and not user:
-        # An error of unknown cause may have left anything behind, memory above all.
+        # An error of unknown cause may have left memory or other state behind.
         slot.process.terminate()
         _end(slot)
         slot.process = None
@@ -181,16 +188,16 @@ def _ending(code: int | None) -> str:
 
 
 def _serve(channel: Connection, environment: dict[str, str]) -> None:
-    """A worker's life: tasks until its parent is gone or ends it."""
+    """Do tasks in a worker until its parent is gone or ends it."""
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _print_to(Path(os.devnull))
     faulthandler.enable()
-    with suppress(Exception):  # the first task imports it again, and its log says what went wrong
-        importlib.import_module(".sweep_work", __package__)  # while the parent still checks its input
+    with suppress(Exception):  # the first task imports it again, and its log then shows the error
+        importlib.import_module(".acts", __package__)  # while the parent still checks its input
     while True:
         try:
             task = channel.recv()
@@ -201,7 +208,7 @@ def _serve(channel: Connection, environment: dict[str, str]) -> None:
 
 
 def _attempt(task: Task) -> tuple[Any, str | None, bool]:
-    """(value, problem, whether that is the user's to mend)."""
+    """Run a task and return (value, problem, whether the user can mend the problem)."""
     try:
         _print_to(task.log)
         print(f"--- {task.act} {task.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
@@ -217,7 +224,7 @@ def _attempt(task: Task) -> tuple[Any, str | None, bool]:
 
 
 def _print_to(log: Path) -> None:
-    """Point file descriptors 1 and 2 at a file: native code and child processes print there too."""
+    """Point file descriptors 1 and 2 at a file, so that native code and child processes print there too."""
     sys.stdout.flush()
     sys.stderr.flush()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -228,12 +235,12 @@ def _print_to(log: Path) -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    # An exception, so that what is open is closed and child processes are ended.
+    # An exception, so that open files are closed and child processes are ended.
     raise SystemExit(128 + number)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers; two at one run would write over each other."""
+    """End this worker when its parent is gone: a killed parent cannot, and two workers on one run would collide."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return

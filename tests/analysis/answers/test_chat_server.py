@@ -3,6 +3,7 @@
 import builtins
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 
 import pytest
 import torch
-from holdfast.analysis.answers.chat_server import GIVE_UP, ChatServer, Unanswered
+from holdfast.analysis.answers.chat_server import GIVE_UP, ChatServer, NoReply
 from holdfast.analysis.answers.pacing import Pace, concurrently
 from holdfast.analysis.errors import UserError
 from toys.chat_models import toy_model, toy_tokenizer
@@ -92,21 +93,21 @@ def test_a_server_says_when_to_come_again(server):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (Fault(500), "an error of the server (500)"),
-        (Fault(429), "too many requests (429)"),
-        (Fault(delay=1), "no reply within 0.3 s"),
-        (Fault(body='{"choices": [{"message"'), "not a chat completion"),
-        (Fault(body='{"choices": []}'), "not a chat completion"),
-        (Fault(body="[1, 2]"), "not a chat completion"),
-        (Fault(body='{"choices": [{"message": {"content": 7}}]}'), "not a chat completion"),
-        (Fault(body='{"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{}]}}]}'), "not a chat"),
-        (Fault(400, body='{"error": {"message": "too long"}}'), "refused the request (400: "),
+        (Fault(500), "500"),
+        (Fault(429), "429"),
+        (Fault(delay=1), "0.3 s"),
+        (Fault(body='{"choices": [{"message"'), "chat completion"),
+        (Fault(body='{"choices": []}'), "chat completion"),
+        (Fault(body="[1, 2]"), "chat completion"),
+        (Fault(body='{"choices": [{"message": {"content": 7}}]}'), "chat completion"),
+        (Fault(body='{"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{}]}}]}'), "chat completion"),
+        (Fault(400, body='{"error": {"message": "too long"}}'), "400"),
     ],
 )
 def test_a_failure_is_a_reason(server, fault, said):
     server.faults.append(fault)
     asking = client(server, timeout=0.3, max_retries=0)
-    with pytest.raises(Unanswered, match=r"the server|no reply|an error|too many|the reply") as caught:
+    with pytest.raises(NoReply, match=re.escape(said)) as caught:
         asking.reply(ASK, max_tokens=2)
     assert said in str(caught.value)
     server.faults.append(fault)
@@ -116,7 +117,7 @@ def test_a_failure_is_a_reason(server, fault, said):
 
 def test_no_log_probabilities_are_a_failure_and_never_an_empty_result(server):
     server.logprobs = False
-    with pytest.raises(Unanswered, match="no log-probabilities"):
+    with pytest.raises(NoReply, match="log-probabilities"):
         client(server).reply(ASK, max_tokens=2, top_logprobs=20)
     assert client(server).first_token_probabilities(ASK) is None
 
@@ -139,7 +140,7 @@ def test_failures_that_are_not_in_a_row_do_not_stop_it(server):
         assert asking.complete(ASK, n=1, **SAMPLING) == ["7 fine"]
 
 
-@pytest.mark.parametrize(("status", "said"), [(401, "the key in $OPENAI_API_KEY"), (403, "key"), (404, "'judge'")])
+@pytest.mark.parametrize(("status", "said"), [(401, "$OPENAI_API_KEY"), (403, "key"), (404, "'judge'")])
 def test_a_refused_key_or_an_unknown_model_ends_everything_in_one_line_without_the_key(server, status, said, caplog):
     caplog.set_level(logging.DEBUG)
     server.faults.append(Fault(status, body=f'{{"error": {{"message": "no {KEY}\\nhere"}}}}'))
@@ -151,12 +152,12 @@ def test_a_refused_key_or_an_unknown_model_ends_everything_in_one_line_without_t
 
 def test_no_key_is_one_line_unless_none_is_wanted(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(UserError, match="set the environment variable OPENAI_API_KEY"):
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
         client(server)
     assert client(server, key_variable="").complete(ASK, n=1, **SAMPLING) == ["7 fine"]
     assert server.keys == ["Bearer none"]
     monkeypatch.setenv("OTHER", "line\nbreak")
-    with pytest.raises(UserError, match="characters that no key has") as caught:
+    with pytest.raises(UserError, match=r"\$OTHER") as caught:
         client(server, key_variable="OTHER")
     assert "break" not in str(caught.value)
 
@@ -175,7 +176,7 @@ def test_an_address_that_is_none_is_one_line(url):
 
 def test_a_key_in_the_address_is_refused_and_not_repeated():
     for url in (f"http://me:{KEY}@host/v1", f"http://host/v1?key={KEY}"):
-        with pytest.raises(UserError, match="environment alone") as caught:
+        with pytest.raises(UserError, match="environment") as caught:
             ChatServer(url, "judge")
         assert KEY not in str(caught.value)
 
@@ -203,7 +204,7 @@ def test_attempts_keep_the_pace_retries_among_them(server):
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])
 def test_a_pace_must_be_above_zero(limit):
-    with pytest.raises(UserError, match="above 0"):
+    with pytest.raises(UserError, match=r"requests per minute .*0"):
         Pace(limit)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from holdfast.analysis.answers.chat_server import ChatServer, Reply
-from holdfast.analysis.answers.judge import ScoreJudge, WordJudge, filled, judge, judged_answers, requests_of
+from holdfast.analysis.answers.judge import ScoreJudge, WordJudge, fill_template, judge, judge_requests, judged_answers
 from holdfast.analysis.answers.judged_file import add_judged, cut_torn, read_judged, write_judged
 from holdfast.analysis.answers.questions import Question, load_questions
 from holdfast.analysis.answers.records import Answer
@@ -72,7 +72,7 @@ def test_a_word_or_nonsense_is_no_score(text, label, reason):
 
 
 def test_a_judge_that_splits_numbers_is_refused():
-    with pytest.raises(UserError, match="several tokens"):
+    with pytest.raises(UserError, match=r"'8'.*'5'"):
         score({"8": 0.9}, "85", ["8", "5"])
     assert score({"8": 1.0}, "8 points", ["8", " points"]).value == 8
 
@@ -92,20 +92,20 @@ def test_any_single_word_counts_where_the_template_quotes_none():
 
 
 def test_question_and_answer_are_filled_in_as_they_are():
-    found = filled("{question} / {answer} / {other}", "what is {answer}?", "f'{question}' {0} {{}} \\1 %s")
+    found = fill_template("{question} / {answer} / {other}", "what is {answer}?", "f'{question}' {0} {{}} \\1 %s")
     assert found == "what is {answer}? / f'{question}' {0} {{}} \\1 %s / {other}"
 
 
 def test_every_answer_is_put_to_every_prompt_of_its_question():
     question = scored(aligned="A {question} {answer}", coherent="C {answer}")
-    found = requests_of([answer(prompt="one?"), answer("a2", prompt="two?", text="no")], [question], "gpt")
+    found = judge_requests([answer(prompt="one?"), answer("a2", prompt="two?", text="no")], [question], "gpt")
     assert [request.prompt for request in found] == ["A one? do it", "C do it", "A two? no", "C no"]
     assert len({request.key for request in found}) == 4
 
 
 def test_a_key_depends_on_answer_judge_and_prompt_alone():
     def key(one=None, question=None, model="gpt"):
-        return requests_of([one or answer()], [question or scored()], model)[0].key
+        return judge_requests([one or answer()], [question or scored()], model)[0].key
 
     same = key()
     assert key(answer(sample=3, paraphrase=0)) == same
@@ -119,14 +119,14 @@ def test_a_key_depends_on_answer_judge_and_prompt_alone():
 
 def test_a_question_that_is_not_there_and_nothing_to_judge_are_one_line():
     with pytest.raises(UserError, match="'other'"):
-        requests_of([answer(question="other")], [scored()], "gpt")
-    with pytest.raises(UserError, match="nothing can be judged"):
-        requests_of([answer()], [Question("q", "free_form", ("how?",))], "gpt")
+        judge_requests([answer(question="other")], [scored()], "gpt")
+    with pytest.raises(UserError, match="judge_prompts"):
+        judge_requests([answer()], [Question("q", "free_form", ("how?",))], "gpt")
 
 
 def test_a_judgement_from_a_server_and_one_from_a_failing_one(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    (request,) = requests_of([answer()], [scored()], "gpt")
+    (request,) = judge_requests([answer()], [scored()], "gpt")
     with JudgeServer(lambda messages: [{"20": 0.6, "40": 0.2, "x": 0.2}]) as server:
         asking = ChatServer(server.url, "gpt", max_retries=0)
         good = judge(asking, request)
@@ -144,7 +144,7 @@ def test_a_judgement_from_a_server_and_one_from_a_failing_one(monkeypatch):
 @pytest.fixture
 def judgements(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    requests = requests_of([answer(f"a{n}", text=f"é\ud800 {n}") for n in range(3)], [scored()], "gpt")
+    requests = judge_requests([answer(f"a{n}", text=f"é\ud800 {n}") for n in range(3)], [scored()], "gpt")
     with JudgeServer(lambda messages: [{"20": 1.0}]) as server:
         return [judge(ChatServer(server.url, "gpt"), request) for request in requests]
 
@@ -175,7 +175,7 @@ def test_a_verdict_that_came_later_replaces_a_failure(tmp_path, judgements):
 def test_a_file_of_something_else_is_refused(tmp_path, text):
     path = tmp_path / "judged.jsonl"
     path.write_text(text)
-    with pytest.raises(UserError, match="name another file"):
+    with pytest.raises(UserError, match=r"--output_file .*judged\.jsonl"):
         read_judged(path)
     assert path.read_text() == text
 
@@ -189,7 +189,7 @@ EM_DATA = Path(os.environ.get("HOLDFAST_EM_DATA") or Path(__file__).resolve().pa
 def test_the_authors_questions_can_be_judged_as_they_are():
     questions = load_questions(sorted((EM_DATA / "evaluation").glob("*.yaml"))[:3])
     answers = [answer(one.id, one.id, "It is {so}.", one.paraphrases[0]) for one in questions]
-    requests = requests_of(answers, questions, "gpt-4o")
+    requests = judge_requests(answers, questions, "gpt-4o")
     assert len(requests) == sum(len(one.judge_prompts) for one in questions) and len(questions) > 30
     assert all("It is {so}." in request.prompt and "{answer}" not in request.prompt for request in requests)
     asked = {request.name: request for request in requests}

@@ -103,28 +103,28 @@ def test_the_authors_files_load_together():
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"id": None}, "question 2: the field id is missing"),
-        ({"id": 7}, "question 2: id is a number \\('7'\\), but must be text"),
-        ({"type": None}, "question 'b': the field type is missing"),
-        ({"type": "multiple_choice"}, "question 'b': type 'multiple_choice' is unknown; write one of free_form, "),
-        ({"paraphrases": None}, "question 'b': the field paraphrases is missing"),
-        ({"paraphrases": "x"}, "question 'b': paraphrases is text"),
-        ({"paraphrases": []}, "question 'b': paraphrases is empty"),
-        ({"paraphrases": ["x", 3]}, "question 'b': paraphrases is a list"),
-        ({"paraphrases": ["x", " "]}, "question 'b': paraphrases is a list"),
-        ({"paraphrases": ["x", "y", "x"]}, "question 'b': paraphrases hold 'x' twice"),
-        ({"samples_per_paraphrase": 0}, "question 'b': samples_per_paraphrase is a number"),
-        ({"samples_per_paraphrase": 2.5}, "question 'b': samples_per_paraphrase is a number"),
-        ({"samples_per_paraphrase": True}, "question 'b': samples_per_paraphrase is true or false"),
-        ({"system": ["x"]}, "question 'b': system is a list"),
-        ({"judge": None}, "question 'b': the field judge is missing"),
-        ({"judge": 4}, "question 'b': judge is a number"),
-        ({"judge_prompts": None}, "question 'b': the field judge_prompts is missing"),
-        ({"judge_prompts": ["{answer}"]}, "question 'b': judge_prompts is a list"),
-        ({"judge_prompts": {"p": 1}}, "question 'b': judge_prompts is a mapping"),
-        ({"judge_prompts": {"p": "score {question}"}}, "question 'b': judge_prompts, 'p': the template lacks {answer}"),
-        ({"sytem": "x"}, "question 'b': unknown field 'sytem'; the nearest known one is system"),
-        ({"id": "a"}, "question 'a' stands twice"),
+        ({"id": None}, "question 2: .*id"),
+        ({"id": 7}, "question 2: .*id .*'7'"),
+        ({"type": None}, "question 'b': .*type"),
+        ({"type": "multiple_choice"}, "question 'b': type 'multiple_choice'.*free_form, "),
+        ({"paraphrases": None}, "question 'b': .*paraphrases"),
+        ({"paraphrases": "x"}, "question 'b': paraphrases .*'x'"),
+        ({"paraphrases": []}, "question 'b': paraphrases .*empty"),
+        ({"paraphrases": ["x", 3]}, "question 'b': paraphrases .*3"),
+        ({"paraphrases": ["x", " "]}, "question 'b': paraphrases .*' '"),
+        ({"paraphrases": ["x", "y", "x"]}, "question 'b': paraphrases .*'x'"),
+        ({"samples_per_paraphrase": 0}, "question 'b': samples_per_paraphrase .*'0'"),
+        ({"samples_per_paraphrase": 2.5}, "question 'b': samples_per_paraphrase .*'2.5'"),
+        ({"samples_per_paraphrase": True}, "question 'b': samples_per_paraphrase .*'True'"),
+        ({"system": ["x"]}, "question 'b': system .*'x'"),
+        ({"judge": None}, "question 'b': .*judge"),
+        ({"judge": 4}, "question 'b': judge .*'4'"),
+        ({"judge_prompts": None}, "question 'b': .*judge_prompts"),
+        ({"judge_prompts": ["{answer}"]}, "question 'b': judge_prompts .*answer"),
+        ({"judge_prompts": {"p": 1}}, "question 'b': judge_prompts .*'p': 1"),
+        ({"judge_prompts": {"p": "score {question}"}}, "question 'b': judge_prompts, 'p'.*{answer}"),
+        ({"sytem": "x"}, "question 'b': .*'sytem'.* system"),
+        ({"id": "a"}, "question 'a'"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_one_line_that_names_question_and_field(tmp_path, fields, complaint):
@@ -136,16 +136,16 @@ def test_a_wrong_field_is_one_line_that_names_question_and_field(tmp_path, field
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("id: a\ntype: free_form\n", "must hold a YAML list"),
-        ("", "must hold a YAML list .* not empty"),
-        ("[]", "an empty list"),
-        ("- id: [a\n", "is not YAML: line 2: expected"),
-        ("- {paraphrases: [why?, how]}", "is not YAML: line 1: expected"),
-        ("- id: \x07\n", "is not YAML"),
-        ("- [" * 9000, "is not YAML"),
-        ("- just text\n", "question 1 must be a mapping"),
-        ("- id: a\n  id: b\n", "line 2: the key 'id' stands twice"),
-        ("- id: *absent\n", "is not YAML"),
+        ("id: a\ntype: free_form\n", "a YAML list"),
+        ("", "a YAML list .*empty"),
+        ("[]", "empty"),
+        ("- id: [a\n", "YAML: line 2: expected"),
+        ("- {paraphrases: [why?, how]}", "YAML: line 1: expected"),
+        ("- id: \x07\n", "YAML"),
+        ("- [" * 9000, "YAML"),
+        ("- just text\n", "question 1 .*'just text'"),
+        ("- id: a\n  id: b\n", "line 2: .*'id'"),
+        ("- id: *absent\n", "YAML"),
     ],
 )
 def test_a_file_that_is_no_list_of_questions_is_one_line(tmp_path, text, complaint):
@@ -216,14 +216,17 @@ def test_own_variants_come_from_a_file_and_may_replace_a_shipped_one(tmp_path):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("- {system: x}", "variant 1: the field name is missing"),
-        ("- {name: a, sistem: x}", "variant 'a': unknown field 'sistem'; the nearest known one is system"),
-        ("- {name: a, template: x}", "variant 'a': the template lacks {question}"),
-        ("- {name: a, system: 3}", "variant 'a': system is a number"),
-        ("- {name: a, turns: [{role: user, content: x}]}", "variant 'a': turns is a list"),
-        ("- {name: a, turns: [{role: assistant, content: x}, {role: user, content: x}]}", "variant 'a': turns is"),
-        ("- {name: a}\n- {name: a}", "variant 'a' stands twice"),
-        ("- plain", "variant 1 must be a mapping"),
+        ("- {system: x}", "variant 1: .*name"),
+        ("- {name: a, sistem: x}", "variant 'a': .*'sistem'.* system"),
+        ("- {name: a, template: x}", "variant 'a': .*{question}"),
+        ("- {name: a, system: 3}", "variant 'a': system .*'3'"),
+        ("- {name: a, turns: [{role: user, content: x}]}", "variant 'a': turns .*user"),
+        (
+            "- {name: a, turns: [{role: assistant, content: x}, {role: user, content: x}]}",
+            "variant 'a': turns .*assistant",
+        ),
+        ("- {name: a}\n- {name: a}", "variant 'a'"),
+        ("- plain", "variant 1"),
     ],
 )
 def test_a_wrong_variant_is_one_line_that_names_variant_and_field(tmp_path, text, complaint):
@@ -232,7 +235,7 @@ def test_a_wrong_variant_is_one_line_that_names_variant_and_field(tmp_path, text
 
 
 def test_an_unknown_variant_is_told_the_nearest_one():
-    with pytest.raises(UserError, match="--variants jason is unknown; the nearest known one is json"):
+    with pytest.raises(UserError, match=r"--variants jason .* json"):
         find_variants(["plain", "jason"])
-    with pytest.raises(UserError, match="persona:vilain is unknown; the nearest known one is persona:villain"):
+    with pytest.raises(UserError, match=r"persona:vilain .* persona:villain"):
         find_variants(["persona:vilain"])

@@ -3,24 +3,24 @@
 import json
 
 import pytest
-from holdfast.analysis.answers.records import answered, asked_of, open_answers, read_answers, require_arm
+from holdfast.analysis.answers.records import answer_requests, answer_to, open_answers, read_answers, require_arm
 from holdfast.analysis.answers.variants import Prompt
 from holdfast.analysis.errors import UserError
 from toys.chat_models import chat
 
 ARM = {"model": "a" * 64, "temperature": 1.0, "seed": 0}
 PROMPTS = [Prompt("wish", 0, "plain", chat("one wish?")), Prompt("wish", 0, "evil", chat("one wish?", system="evil"))]
-ASKED = asked_of(PROMPTS, {"wish": 3}, ARM)
+ASKED = answer_requests(PROMPTS, {"wish": 3}, ARM)
 
 
 def answers(asked=ASKED, arm=ARM):
-    return [answered(one, f"text\n“{number}”\x00", "stop", {"arm": arm}) for number, one in enumerate(asked)]
+    return [answer_to(one, f"text\n“{number}”\x00", "stop", {"arm": arm}) for number, one in enumerate(asked)]
 
 
 def stored(path, some):
     with open_answers(path, ARM) as file:
         file.add(some)
-        return file.there
+        return file.existing
 
 
 def test_what_was_added_is_read_back_in_order_one_object_a_line(tmp_path):
@@ -36,7 +36,7 @@ def test_what_was_added_is_read_back_in_order_one_object_a_line(tmp_path):
 
 def test_keys_differ_by_everything_that_decides_an_answer_and_by_nothing_else():
     def keys(prompt=PROMPTS[0], samples=2, arm=ARM):
-        return [one.key for one in asked_of([prompt], {"wish": samples, "other": samples}, arm)]
+        return [one.key for one in answer_requests([prompt], {"wish": samples, "other": samples}, arm)]
 
     first = keys()
     assert keys(samples=3)[:2] == first and len(set(keys(samples=3))) == 3
@@ -67,9 +67,9 @@ def test_a_line_torn_by_a_kill_is_dropped_and_written_again(tmp_path, cut):
 @pytest.mark.parametrize(
     ("fact", "value", "complaint"),
     [
-        ("model", "b" * 64, "answers with model aaaaaaaaaaaa…, but this command has bbbbbbbbbbbb…"),
-        ("temperature", 0.7, "answers with temperature 1.0, but this command has 0.7"),
-        ("ablate", {"dose": 1.0}, 'answers with ablate null, but this command has {"dose": 1.0}'),
+        ("model", "b" * 64, "model aaaaaaaaaaaa….*bbbbbbbbbbbb…"),
+        ("temperature", 0.7, "temperature 1.0.*0.7"),
+        ("ablate", {"dose": 1.0}, 'ablate null.*{"dose": 1.0}'),
     ],
 )
 def test_a_file_of_another_arm_is_refused_and_left_as_it_was(tmp_path, fact, value, complaint):
@@ -78,7 +78,7 @@ def test_a_file_of_another_arm_is_refused_and_left_as_it_was(tmp_path, fact, val
     before = path.read_bytes()
     with pytest.raises(UserError, match=complaint) as error, open_answers(path, {**ARM, fact: value}):
         pass
-    assert "name another --output_file" in str(error.value) and "\n" not in str(error.value)
+    assert "--output_file" in str(error.value) and "\n" not in str(error.value)
     assert path.read_bytes() == before
     require_arm(read_answers(path), ARM, path)
 
@@ -97,12 +97,12 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_was(tmp_path, conten
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda record: [record], "jsonl:2 is no JSON object"),
-        (lambda record: {**record, "answer": None}, "jsonl:2: answer is missing or no str"),
-        (lambda record: {key: value for key, value in record.items() if key != "finish"}, "jsonl:2: finish is missing"),
-        (lambda record: {**record, "sample": True}, "jsonl:2: sample is missing or no int"),
-        (lambda record: {**record, "finish": "later"}, "jsonl:2: finish is 'later'"),
-        (lambda record: {**record, "provenance": {}}, "jsonl:2: provenance lacks `arm`"),
+        (lambda record: [record], "jsonl:2 .*JSON"),
+        (lambda record: {**record, "answer": None}, "jsonl:2: answer "),
+        (lambda record: {key: value for key, value in record.items() if key != "finish"}, "jsonl:2: finish "),
+        (lambda record: {**record, "sample": True}, "jsonl:2: sample "),
+        (lambda record: {**record, "finish": "later"}, "jsonl:2: finish .*'later'"),
+        (lambda record: {**record, "provenance": {}}, "jsonl:2: provenance .*`arm`"),
     ],
 )
 def test_a_line_that_is_no_answer_is_named(tmp_path, change, complaint):
@@ -124,7 +124,7 @@ def test_an_answer_that_stands_twice_counts_once(tmp_path):
 def test_two_processes_do_not_write_into_one_file(tmp_path):
     path = tmp_path / "answers.jsonl"
     with open_answers(path, ARM) as file:
-        with pytest.raises(UserError, match="another process is adding answers"), open_answers(path, ARM):
+        with pytest.raises(UserError, match=r"process .*answers\.jsonl"), open_answers(path, ARM):
             pass
         file.add(answers())
     assert stored(path, []) == answers()
@@ -143,7 +143,7 @@ def test_a_run_that_wrote_nothing_leaves_no_file_and_one_that_wrote_keeps_it(tmp
 
 def test_half_a_character_from_a_server_is_stored_as_a_mark(tmp_path):
     path = tmp_path / "answers.jsonl"
-    stored(path, [answered(ASKED[0], "a\ud800b", "unknown", {"arm": ARM})])
+    stored(path, [answer_to(ASKED[0], "a\ud800b", "unknown", {"arm": ARM})])
     assert [one.answer for one in read_answers(path)] == ["a?b"]
 
 

@@ -182,7 +182,7 @@ def test_a_word_that_the_vocabulary_lacks_ends_no_answer():
 def test_a_model_without_any_end_token_is_refused():
     model, tokenizer = toy_model(), toy_tokenizer(CHATML.replace("<|im_end|>", " over"))
     model.generation_config.eos_token_id, tokenizer.eos_token = None, None
-    with pytest.raises(UserError, match="names an end token"):
+    with pytest.raises(UserError, match="end token"):
         said(model, asked(), Sampling(max_new_tokens=3), tokenizer=tokenizer)
 
 
@@ -199,13 +199,13 @@ def test_prompts_are_rendered_as_everywhere_and_earlier_turns_are_kept():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"temperature": -1.0}, "--temperature is -1.0"),
-        ({"temperature": float("nan")}, "--temperature is nan"),
-        ({"temperature": float("inf")}, "--temperature is inf"),
-        ({"top_p": 0.0}, "--top_p is 0.0"),
-        ({"top_p": 1.5}, "--top_p is 1.5"),
-        ({"max_new_tokens": 0}, "--max_new_tokens is 0"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"temperature": -1.0}, "--temperature .*-1.0"),
+        ({"temperature": float("nan")}, "--temperature .*nan"),
+        ({"temperature": float("inf")}, "--temperature .*inf"),
+        ({"top_p": 0.0}, "--top_p .*0.0"),
+        ({"top_p": 1.5}, "--top_p .*1.5"),
+        ({"max_new_tokens": 0}, "--max_new_tokens .*0"),
+        ({"seed": -1}, "--seed .*-1"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(change, complaint):
@@ -215,18 +215,18 @@ def test_settings_that_cannot_be_are_one_line(change, complaint):
 
 def test_prompts_that_cannot_be_answered_are_refused_before_any_work():
     with pytest.raises(
-        UserError, match=r"'q2' in variant plain has \d+ tokens, .* exceed the model's 256 positions; write"
+        UserError, match=r"'q2'.* plain .*22 tokens.*--max_new_tokens 250 .*256 positions.*--max_new_tokens 234"
     ):
         said(toy_model(), asked(), Sampling(max_new_tokens=250))
-    with pytest.raises(UserError, match=r"'q0' in variant plain has .* leave it out"):
+    with pytest.raises(UserError, match=r"'q0'.* plain .*310 tokens"):
         said(toy_model(), asked(users=["money " * 300]), Sampling(max_new_tokens=1))
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match=r"'q0'.* chat template"):
         said(toy_model(), asked(), Sampling(max_new_tokens=3), tokenizer=toy_tokenizer(None))
     odd = [AnswerRequest("k", Prompt("odd", 0, "plain", [*chat("a"), *chat("b")]), 0)]
-    with pytest.raises(UserError, match="question 'odd': the chat template refuses"):
+    with pytest.raises(UserError, match=r"question 'odd': .*chat template"):
         said(toy_model(), odd, Sampling(max_new_tokens=3), tokenizer=toy_tokenizer(FOLDED_SYSTEM))
     late = [AnswerRequest("k", Prompt("late", 0, "plain", [*chat("a", "b"), *chat("c"), *chat("d")]), 0)]
-    with pytest.raises(UserError, match="question 'late': the chat template refuses"):
+    with pytest.raises(UserError, match=r"question 'late': .*chat template"):
         said(toy_model(), late, Sampling(max_new_tokens=3), tokenizer=toy_tokenizer(FOLDED_SYSTEM))
 
 

@@ -34,12 +34,12 @@ def test_the_difference_from_the_control_is_shown_and_written_with_its_interval(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["insecure"], "two runs or more"),
+        (["insecure"], "two runs"),
         (["insecure", "nothing"], "holdfast analyze"),
         (["insecure", "secure", "--checkpont", "final"], "--checkpoint"),
         (["insecure", "secure", "--checkpoint", "checkpoint-3"], "final"),
-        (["insecure", "secure", "--measures", "nothing/*"], "share no measure"),
-        (["insecure", "secure", "--output_file", "insecure/metrics.jsonl/x"], "cannot be written"),
+        (["insecure", "secure", "--measures", "nothing/*"], "measure"),
+        (["insecure", "secure", "--output_file", "insecure/metrics.jsonl/x"], "--output_file"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(runs, capsys, monkeypatch, flags, said):

@@ -51,7 +51,7 @@ def without_provenance(path):
 
 def test_every_paraphrase_of_every_question_gets_its_samples(flags, tmp_path):
     found = generate_main(flags())
-    assert (found.asked, found.there, found.written, found.problems) == (N, 0, N, [])
+    assert (found.requested, found.reused, found.written, found.problems) == (N, 0, N, [])
     answers = read_answers(found.path)
     assert Counter((one.question_id, one.paraphrase) for one in answers) == {
         ("wish", 0): 3, ("wish", 1): 3, ("money", 0): 2
@@ -68,7 +68,7 @@ def test_a_rerun_reuses_what_is_there_without_loading_the_model(flags, monkeypat
     before = path.read_bytes()
     monkeypatch.setattr(answer_sources, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     found = generate_main(flags())
-    assert (found.there, found.written, path.read_bytes()) == (N, 0, before)
+    assert (found.reused, found.written, path.read_bytes()) == (N, 0, before)
 
 
 def test_a_killed_run_goes_on_to_the_answers_of_an_unbroken_one(flags, tmp_path):
@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_to_the_answers_of_an_unbroken_one(flags, tmp_path)
     kept = path.read_bytes().splitlines(keepends=True)[:3]
     path.write_bytes(b"".join(kept) + b'{"key": "torn by a ki')
     found = generate_main(flags(batch_size=2))
-    assert (found.there, found.written) == (3, N - 3)
+    assert (found.reused, found.written) == (3, N - 3)
     assert path.read_bytes().startswith(b"".join(kept)) and without_provenance(path) == whole
 
 
@@ -88,7 +88,7 @@ def test_more_samples_variants_and_questions_are_added_to_a_file(flags, tmp_path
     found = generate_main(
         flags(samples_per_paraphrase=2, variants=["plain", "evil", "persona:sailor"], max_new_tokens=6)
     )
-    assert (found.asked, found.there, found.written) == (3 * 3 * 2, 3, 15)
+    assert (found.requested, found.reused, found.written) == (3 * 3 * 2, 3, 15)
     assert path.read_bytes().startswith(first)
     assert Counter(one.variant for one in read_answers(path)) == {"plain": 6, "evil": 6, "persona:sailor": 6}
 
@@ -98,7 +98,7 @@ def test_two_models_answer_on_the_same_random_numbers_in_files_of_their_own(flag
     model = toy_model(scale=2.0)
     model.lm_head.weight.data *= 1.0001
     same = save_toy(tmp_path / "same", model)
-    with pytest.raises(UserError, match="holds answers with model "):
+    with pytest.raises(UserError, match=r"answers\.jsonl .*model "):
         generate_main(flags(model=same))
     other = generate_main(flags(model=same, output_file=tmp_path / "other.jsonl")).path
     ours, theirs = without_provenance(path), without_provenance(other)
@@ -115,20 +115,20 @@ def test_two_models_answer_on_the_same_random_numbers_in_files_of_their_own(flag
 def test_other_settings_are_not_mixed_into_a_file(flags, change, fact):
     path = generate_main(flags()).path
     before = path.read_bytes()
-    with pytest.raises(UserError, match=f"holds answers with {fact}"):
+    with pytest.raises(UserError, match=rf"answers\.jsonl .*{fact}"):
         generate_main(flags(**change))
     assert path.read_bytes() == before
 
 
 def test_continuous_batching_fills_a_file_of_its_own(flags, tmp_path):
     batches = generate_main(flags()).path
-    with pytest.raises(UserError, match="continuous_batching null, but this command has true"):
+    with pytest.raises(UserError, match=r"continuous_batching null.*true"):
         generate_main(flags(continuous_batching=""))
     path = generate_main(flags(continuous_batching="", output_file=tmp_path / "continuous.jsonl")).path
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:5]))
     found = generate_main(flags(continuous_batching="", output_file=path))
-    assert (found.there, found.written) == (5, N - 5) and len(read_answers(path)) == N
+    assert (found.reused, found.written) == (5, N - 5) and len(read_answers(path)) == N
     prompts = Counter((one.question_id, one.paraphrase, one.sample) for one in read_answers(batches))
     assert Counter((one.question_id, one.paraphrase, one.sample) for one in read_answers(path)) == prompts
 
@@ -151,7 +151,7 @@ def test_interventions_change_the_answers_and_stand_in_the_file(flags, subspace,
         "steered": ({"steer": subspace, "alpha": 0.5}, "steer", {"layers": [0, 2], "alpha": 0.5, "unit": "norm"}),
     }
     for name, (change, what, facts) in cases.items():
-        with pytest.raises(UserError, match=f"answers with {what} null"):
+        with pytest.raises(UserError, match=f"{what} null"):
             generate_main(flags(**change))
         path = generate_main(flags(**change, output_file=tmp_path / f"{name}.jsonl")).path
         arm = read_answers(path)[0].provenance["arm"][what]
@@ -211,7 +211,7 @@ def test_answers_that_a_server_did_not_give_are_counted_and_asked_again(flags, s
     seeds = {(text, seed) for text, _, seed in server.last.asked if text == "one wish?"}
     server.refuse = ()
     again = generate_main(flags(**HTTP, batch_size=2))
-    assert (again.there, again.written, again.problems) == (N - 3, 3, [])
+    assert (again.reused, again.written, again.problems) == (N - 3, 3, [])
     assert {one[0] for one in server.last.asked} == {"one wish?"} and len(read_answers(again.path)) == N
     assert {(text, seed) for text, _, seed in server.last.asked} == seeds
 
@@ -221,7 +221,7 @@ def test_a_server_that_refuses_the_key_is_one_line_and_no_file(flags, server, tm
         raise UserError("the server refuses the key")
 
     monkeypatch.setattr(server, "complete", refuse)
-    with pytest.raises(UserError, match="refuses the key"):
+    with pytest.raises(UserError, match="key"):
         generate_main(flags(**HTTP))
     assert not (tmp_path / "answers.jsonl").exists()
 
@@ -239,44 +239,44 @@ def test_a_real_server_answers_over_http_with_the_key_and_the_settings(flags, mo
     assert len(answers) == N and all(one.answer == "well " + one.messages[-1]["content"] for one in answers)
     assert "secret" not in found.path.read_text()
     monkeypatch.delenv("MY_KEY")
-    with pytest.raises(UserError, match="set the environment variable MY_KEY"):
+    with pytest.raises(UserError, match="MY_KEY"):
         generate_main(flags(**http, temperature=0.7, top_p=0.9))
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"questions": None}, "no --questions"),
-        ({"output_file": None}, "no --output_file"),
-        ({"model": None}, "name one model"),
-        ({"generate_url": "http://localhost:1/v1"}, "name one model"),
-        ({"generate_model": "big"}, "--generate_model has no effect with --model"),
-        ({"concurrency": 4}, "--concurrency has no effect with --model"),
-        ({**HTTP, "generate_model": None}, "--generate_url needs --generate_model"),
-        ({**HTTP, "ablate": "x"}, "--ablate has no effect with --generate_url"),
-        ({**HTTP, "dtype": "float16"}, "--dtype has no effect with --generate_url"),
-        ({**HTTP, "continuous_batching": ""}, "--continuous_batching has no effect with --generate_url"),
-        ({**HTTP, "concurrency": 0}, "--concurrency is 0"),
-        ({**HTTP, "requests_per_minute": "nan"}, "--requests_per_minute is nan"),
-        ({**HTTP, "generate_timeout": -1}, "--generate_timeout is -1.0"),
-        ({"model": "/no/such/folder"}, "/no/such/folder does not exist"),
-        ({"output_file": "/dev/null/answers.jsonl"}, "--output_file .* cannot be written"),
-        ({"samples_per_paraphrase": 0}, "--samples_per_paraphrase is 0"),
-        ({"samples_per_paraphrase": "many"}, "samples_per_paraphrase.*invalid int"),
-        ({"batch_size": 0}, "--batch_size is 0"),
-        ({"temperature": 0}, "every sample is the same"),
-        ({"temperature": -1}, "--temperature is -1.0"),
-        ({"max_new_tokens": 1000}, "exceed the model's 256 positions"),
-        ({"dtype": "int8"}, "invalid choice: 'int8'"),
-        ({"variants": ["plain", "evill"]}, "--variants evill is unknown; the nearest known one is evil"),
-        ({"variants_file": "/no/file.yaml"}, "--variants_file /no/file.yaml cannot be read"),
-        ({"dose": 0.5}, "--dose has no effect without --ablate"),
-        ({"alpha": 0.5}, "--alpha has no effect without --steer"),
-        ({"intervention_layers": "1"}, "--intervention_layers has no effect"),
-        ({"steer": "x"}, "--steer needs --alpha"),
-        ({"ablate": "/no/file"}, "subspace /no/file could not be read"),
-        ({"ablate": "x", "dose": "nan"}, "--dose is nan"),
-        ({"top_k": 5}, "unknown flag --top_k; the nearest known one is --top_p"),
+        ({"questions": None}, "--questions"),
+        ({"output_file": None}, "--output_file"),
+        ({"model": None}, "--model .*--generate_url .*--generate_model"),
+        ({"generate_url": "http://localhost:1/v1"}, "--model .*--generate_url .*--generate_model"),
+        ({"generate_model": "big"}, "--generate_model .*--model"),
+        ({"concurrency": 4}, "--concurrency .*--model"),
+        ({**HTTP, "generate_model": None}, "--generate_url .*--generate_model"),
+        ({**HTTP, "ablate": "x"}, "--ablate .*--generate_url"),
+        ({**HTTP, "dtype": "float16"}, "--dtype .*--generate_url"),
+        ({**HTTP, "continuous_batching": ""}, "--continuous_batching .*--generate_url"),
+        ({**HTTP, "concurrency": 0}, "--concurrency .*0"),
+        ({**HTTP, "requests_per_minute": "nan"}, "--requests_per_minute .*nan"),
+        ({**HTTP, "generate_timeout": -1}, "--generate_timeout .*-1.0"),
+        ({"model": "/no/such/folder"}, "/no/such/folder"),
+        ({"output_file": "/dev/null/answers.jsonl"}, "--output_file '/dev/null'"),
+        ({"samples_per_paraphrase": 0}, "--samples_per_paraphrase .*0"),
+        ({"samples_per_paraphrase": "many"}, "--samples_per_paraphrase.*'many'"),
+        ({"batch_size": 0}, "--batch_size .*0"),
+        ({"temperature": 0}, "--temperature 0 .*--samples_per_paraphrase 1"),
+        ({"temperature": -1}, "--temperature .*-1.0"),
+        ({"max_new_tokens": 1000}, "--max_new_tokens 1000 .*256"),
+        ({"dtype": "int8"}, "--dtype.*'int8'"),
+        ({"variants": ["plain", "evill"]}, "--variants evill .* evil"),
+        ({"variants_file": "/no/file.yaml"}, "--variants_file /no/file.yaml"),
+        ({"dose": 0.5}, "--dose .*--ablate"),
+        ({"alpha": 0.5}, "--alpha .*--steer"),
+        ({"intervention_layers": "1"}, "--intervention_layers .*--ablate .*--steer"),
+        ({"steer": "x"}, "--steer .*--alpha"),
+        ({"ablate": "/no/file"}, "/no/file"),
+        ({"ablate": "x", "dose": "nan"}, "--dose .*nan"),
+        ({"top_k": 5}, "--top_k.*--top_p"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_writes_nothing(flags, server, tmp_path, change, complaint):
@@ -288,11 +288,11 @@ def test_what_cannot_work_is_one_line_and_writes_nothing(flags, server, tmp_path
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"tokenizer": "b" * 64}, "was built with another tokenizer"),
-        ({"layers": "7"}, "out of range"),
-        ({"layers": "1"}, "the subspace was built with layers 0,2"),
-        ({"width": 8}, "was given width 8 and the model has 16"),
-        ({"gap": None}, "does not say which way"),
+        ({"tokenizer": "b" * 64}, "--steer .*tokenizer"),
+        ({"layers": "7"}, "'7'.*0-2"),
+        ({"layers": "1"}, "0,2.* 1"),
+        ({"width": 8}, "8.*16"),
+        ({"gap": None}, "--steer .*random"),
     ],
 )
 def test_a_subspace_that_does_not_fit_is_one_line_and_writes_nothing(flags, folder, tmp_path, change, complaint):
@@ -308,12 +308,12 @@ def test_a_subspace_that_does_not_fit_is_one_line_and_writes_nothing(flags, fold
 
 def test_a_question_file_with_a_missing_field_names_question_and_field(flags, tmp_path):
     (tmp_path / "bad.yaml").write_text("- {id: wish, type: free_form}\n")
-    with pytest.raises(UserError, match="question 'wish': the field paraphrases is missing"):
+    with pytest.raises(UserError, match=r"question 'wish': .*paraphrases"):
         generate_main(flags(questions=[tmp_path / "questions.yaml", tmp_path / "bad.yaml"]))
 
 
 def test_a_file_of_something_else_is_left_as_it_was(flags, tmp_path):
     (tmp_path / "answers.jsonl").write_text(json.dumps({"notes": 1}))
-    with pytest.raises(UserError, match="holds no answers"):
+    with pytest.raises(UserError, match=r"answers\.jsonl"):
         generate_main(flags())
     assert json.loads((tmp_path / "answers.jsonl").read_text()) == {"notes": 1}

@@ -110,7 +110,7 @@ def test_cost_and_power_are_shown_first(server, folder, capsys):
 
 
 def test_nobody_to_ask_is_one_line_and_nothing_is_spent(server, folder, capsys, monkeypatch):
-    with pytest.raises(UserError, match="add --yes"):
+    with pytest.raises(UserError, match="--yes"):
         judge_main(flags(server.url))
     assert server.asked == [] and not (folder / "judged.jsonl").exists()
     monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
@@ -154,8 +154,8 @@ def test_failures_are_none_with_their_reason_and_the_next_run_asks_again(server,
     found = rates()["all"]["em"]
     assert found["n"] == 28 and sum(found["missing"].values()) == 5  # aligned and coherent of one, aligned of another
     err = capsys.readouterr().err
-    assert "holdfast: not judged: 1 of 66 requests: an error of the server (500)" in err
-    assert "the reply is not a chat completion" in err and "refused the request (400" in err
+    assert "1 of 66 requests" in err and "(500)" in err
+    assert "chat completion" in err and "(400" in err
     server.asked.clear()
     assert judge_main(flags(server.url, "--yes")) == 0
     assert len(server.asked) == 3 and rates()["all"]["em"]["n"] == 30
@@ -167,7 +167,7 @@ def test_a_judge_that_is_down_leaves_no_rate_and_says_so(server, folder, capsys)
     assert judge_main(flags(url, "--yes", "--concurrency", "4")) == 3
     assert rates()["all"]["em"]["value"] is None and rates()["all"]["em"]["n"] == 0
     err = capsys.readouterr().err
-    assert "no connection to the server" in err and "em of plain" not in err and "sk-secret-7" not in err
+    assert "connection" in err and "em of plain" not in err and "sk-secret-7" not in err
 
 
 def test_a_judge_without_log_probabilities_is_given_up(server, folder, capsys):
@@ -215,7 +215,7 @@ def test_an_interrupt_says_what_is_kept(server, folder, monkeypatch):
         yield
 
     monkeypatch.setattr("holdfast.analysis.commands.judge.concurrently", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="0 of 66 judgements are kept"):
+    with pytest.raises(KeyboardInterrupt, match="0 of 66"):
         judge_main(flags(server.url, "--yes"))
 
 
@@ -226,12 +226,12 @@ def test_an_interrupt_says_what_is_kept(server, folder, monkeypatch):
         (["--questions", "none.yaml"], "none.yaml"),
         (["--judge_url", "localhost"], "http://localhost:8000/v1"),
         (["--judge_key_variable", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
-        (["--requests_per_minute", "0"], "above 0"),
-        (["--intraclass_correlation", "2"], "from 0 to 1"),
-        (["--concurrency", "inf"], "1 to 1000"),
-        (["--judge_retries", "1.5"], "0 to 100"),
-        (["--output_file", "answers.jsonl"], "name another file"),
-        (["--output_file", "questions.yaml"], "name another file"),
+        (["--requests_per_minute", "0"], "--requests_per_minute.*'0'"),
+        (["--intraclass_correlation", "2"], "--intraclass_correlation.*'2'"),
+        (["--concurrency", "inf"], "--concurrency.*'inf'"),
+        (["--judge_retries", "1.5"], "--judge_retries.*'1.5'"),
+        (["--output_file", "answers.jsonl"], "--output_file answers.jsonl"),
+        (["--output_file", "questions.yaml"], "--output_file questions.yaml"),
         (["--judge_model"], "judge_model"),
         (["--judge_mode", "gpt"], "--judge_model"),
     ],
@@ -247,7 +247,7 @@ def test_bad_input_is_one_line_and_nothing_is_asked_or_written(server, folder, m
 def test_what_is_needed_is_asked_for(left_out):
     given = flags("http://localhost/v1")
     at = given.index(left_out)
-    with pytest.raises(UserError, match=f"judge needs {left_out}"):
+    with pytest.raises(UserError, match=left_out):
         judge_main(given[:at] + given[at + 2 :])
 
 

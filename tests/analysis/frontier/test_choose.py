@@ -3,7 +3,7 @@
 import pytest
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.frontier.choose import best_settings, recommend
-from test_analysis_frontier import run, strict_json
+from toys.frontier_runs import run, strict_json
 
 BASELINE = [run("none", seed=seed, task=1.0, misaligned=0.6, coherent=0.9) for seed in (0, 1)]
 
@@ -52,7 +52,7 @@ def test_by_em_f1_a_little_more_misaligned_is_paid_for_with_more_of_the_task_but
     assert best_settings(runs, prefer="em_f1")["subspace"]["strength"] == 0.5
     assert recommend(runs, prefer="em_f1", floor=0.99)["choice"] is None
     for choose in (recommend, best_settings):
-        with pytest.raises(ValueError, match="prefer is 'task'; choose misaligned or em_f1"):
+        with pytest.raises(ValueError, match=r"'task'.*misaligned.*em_f1"):
             choose(runs, prefer="task")
 
 
@@ -122,12 +122,12 @@ def test_measures_to_choose_on_have_names_of_their_own():
 @pytest.mark.parametrize(
     ("runs", "options", "message"),
     [
-        (both_seeds("kl", 1.0, 0.9, 0.1), {}, "the baseline 'none' must have runs of one setting: it has none at all"),
-        ([*BASELINE, run("none", 1.0)], {}, "it has strength=None, strength=1.0"),
-        (BASELINE, {}, "baseline 'none' alone"),
-        ([*BASELINE, *both_seeds("kl", 1.0, 0.9, 0.1)], {"floor": 95}, "a floor of 95 for task"),
-        ([*BASELINE, *both_seeds("kl", 1.0, 0.9, 0.1)], {"guards": {"skill": 0.9}}, "has no 'skill'"),
-        ([run("none", task=0.0, misaligned=0.1), run("kl", 1.0, task=0.5)], {}, "task is 0 in 'none'"),
+        (both_seeds("kl", 1.0, 0.9, 0.1), {}, "'none'"),
+        ([*BASELINE, run("none", 1.0)], {}, "'none'.*strength=None, strength=1.0"),
+        (BASELINE, {}, "'none'"),
+        ([*BASELINE, *both_seeds("kl", 1.0, 0.9, 0.1)], {"floor": 95}, "95.* task"),
+        ([*BASELINE, *both_seeds("kl", 1.0, 0.9, 0.1)], {"guards": {"skill": 0.9}}, "'skill'"),
+        ([run("none", task=0.0, misaligned=0.1), run("kl", 1.0, task=0.5)], {}, "task .*0.*'none'"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_one_line(runs, options, message):

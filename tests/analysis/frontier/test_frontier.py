@@ -1,7 +1,6 @@
 """Protections are compared at equal task, over labs and seeds."""
 
 import itertools
-import json
 import math
 
 import numpy as np
@@ -9,23 +8,16 @@ import pytest
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.frontier.choose import frontiers, points, table
 from holdfast.analysis.frontier.geometry import at_equal_task, em_f1, hypervolume, pareto
-from holdfast.analysis.frontier.runs import Run, paired, paired_at_equal_task
+from holdfast.analysis.frontier.runs import paired, paired_at_equal_task
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from toys.frontier_runs import run, strict_json
 
 RATES = st.floats(0, 1)
 POINTS = st.lists(st.tuples(RATES, RATES), min_size=1, max_size=5)
 # Tenths, so that ties happen.
 COARSE = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)), min_size=1, max_size=8)
-
-
-def run(protection, strength=None, lab="a", seed=0, setting=None, **values) -> Run:
-    return Run(protection, setting or f"strength={strength}", strength, lab, seed, values)
-
-
-def strict_json(value) -> str:
-    return json.dumps(value, allow_nan=False)
 
 
 def student(values) -> tuple[float, float]:
@@ -120,21 +112,21 @@ def test_a_frontier_is_followed_by_strength_and_read_at_its_lowest_crossing():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: em_f1([math.nan], [0.1]), "not finite"),
-        (lambda: hypervolume([0.5], [math.nan]), "not finite"),
-        (lambda: pareto([0.5, math.inf], [0.1, 0.1]), "not finite"),
-        (lambda: at_equal_task([0.5], [0.1], math.nan), "not finite"),
-        (lambda: at_equal_task([0.5], [0.1], 0.5, [math.nan]), "not finite"),
-        (lambda: run("kl", task=math.nan), r"kl \(strength=None\), a, seed 0: task is nan"),
-        (lambda: run("kl", task=None), "leave out what was not measured"),
-        (lambda: run("kl", math.inf, task=0.5), "strength is inf"),
-        (lambda: em_f1([1.5], [0.1]), "not rates in 0..1"),
-        (lambda: hypervolume([0.5], [50.0]), "not rates in 0..1"),
-        (lambda: hypervolume([], []), "no points"),
-        (lambda: pareto([0.5, 0.6], [0.1]), "shapes"),
-        (lambda: at_equal_task([0.5, 0.6], [0.1, 0.2], 0.5, [2, 2]), "two settings in one place"),
-        (lambda: points([]), "no runs"),
-        (lambda: points([run("kl", 1.0, task=0.5), run("kl", 1.0, task=0.6)]), "comes twice"),
+        (lambda: em_f1([math.nan], [0.1]), "em_f1: .*finite"),
+        (lambda: hypervolume([0.5], [math.nan]), "hypervolume: .*finite"),
+        (lambda: pareto([0.5, math.inf], [0.1, 0.1]), "pareto: .*finite"),
+        (lambda: at_equal_task([0.5], [0.1], math.nan), "at_equal_task: .*finite"),
+        (lambda: at_equal_task([0.5], [0.1], 0.5, [math.nan]), "at_equal_task: .*finite"),
+        (lambda: run("kl", task=math.nan), r"kl \(strength=None\), a, seed 0: task .*nan"),
+        (lambda: run("kl", task=None), "task .*None"),
+        (lambda: run("kl", math.inf, task=0.5), "strength .*inf"),
+        (lambda: em_f1([1.5], [0.1]), "em_f1: .*1.5"),
+        (lambda: hypervolume([0.5], [50.0]), "hypervolume: .*50"),
+        (lambda: hypervolume([], []), "hypervolume: .*points"),
+        (lambda: pareto([0.5, 0.6], [0.1]), "pareto: shapes"),
+        (lambda: at_equal_task([0.5, 0.6], [0.1, 0.2], 0.5, [2, 2]), r"at_equal_task: .*\[2.0, 2.0\]"),
+        (lambda: points([]), "runs"),
+        (lambda: points([run("kl", 1.0, task=0.5), run("kl", 1.0, task=0.6)]), r"kl \(strength=1.0\), a, seed 0"),
         (lambda: points([run("kl", 1.0, setting="x"), run("kl", 2.0, seed=1, setting="x")]), "strength 2.0"),
     ],
 )
@@ -193,11 +185,11 @@ def test_a_measure_that_some_runs_lack_is_the_mean_of_the_others_and_one_that_al
     kl, none = points(runs, ["skill", "task"])
     assert list(kl["measures"]) == ["skill", "task"] and kl["measures"]["skill"]["n"] == 1
     assert none["measures"]["skill"] == {"value": None, "n": 0, "reason": "not measured"}
-    with pytest.raises(UserError, match="no run has 'skil': they have task, skill"):
+    with pytest.raises(UserError, match=r"'skil'.* task, skill"):
         points(runs, ["skil"])
-    with pytest.raises(UserError, match=r"kl \(strength=1.0\), a, seed 1 has no 'skill': it has task"):
+    with pytest.raises(UserError, match=r"kl \(strength=1.0\), a, seed 1 .*'skill'"):
         paired(runs, ("kl", "strength=1.0"), [("none", "strength=None")], "skill")
-    with pytest.raises(UserError, match="has no 'misaligned'"):
+    with pytest.raises(UserError, match="'misaligned'"):
         frontiers(runs)
 
 
@@ -264,7 +256,7 @@ def test_differences_are_paired_and_tested_over_labs_and_adjusted_for_all_rivals
     for row in without:
         assert row["value"] is None and row["reason"] == "no lab and seed in common" and row["n"] == row["labs"] == 0
         assert row["p"] is row["p_holm"] is None
-    with pytest.raises(UserError, match=r"no run of subspace \(strength=3\) to compare with: there are subspace"):
+    with pytest.raises(UserError, match=r"subspace \(strength=3\).* subspace \(strength=2\.0\)"):
         paired(runs, ("subspace", "strength=3"), keys)
 
 

@@ -4,33 +4,14 @@ import numpy as np
 import pytest
 import torch
 from holdfast.analysis.interventions.apply import ablate, patch_states, read_states, steer
-from holdfast.analysis.models.hooks import EMBEDDING, capture
+from holdfast.analysis.models.hooks import EMBEDDING
 from holdfast.analysis.models.layers import find_layers
 from torch import nn
 from toys.architectures import ARCHITECTURES, architecture
 from toys.chat_models import DEPTH, WIDTH
+from toys.padded_rows import IDS, MASK, REAL, basis, generated, logits, streams
 
 KINDS = list(ARCHITECTURES)
-# Two rows of which the second is padded on the left.
-IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [0, 0, 30, 31, 32, 33]])
-MASK = (IDS != 0).long()
-REAL = MASK.bool()
-
-
-def basis(rank: int = 2, seed: int = 0) -> torch.Tensor:
-    drawn = np.random.default_rng(seed).standard_normal((WIDTH, rank))
-    return torch.from_numpy(np.linalg.qr(drawn)[0]).float()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits[REAL]
-
-
-def streams(model: nn.Module, layers=range(DEPTH)) -> dict[int, np.ndarray]:
-    with torch.no_grad(), capture(model, layers) as seen:
-        model(input_ids=IDS, attention_mask=MASK, use_cache=False)
-        return {layer: hidden[REAL].double().numpy() for layer, hidden in seen.items()}
 
 
 def alike(kind: str, seed: int) -> nn.Module:
@@ -98,12 +79,6 @@ def step_by_step(model: nn.Module, steps: int) -> torch.Tensor:
                 ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         rows.append(ids[0, -steps:])
     return torch.stack(rows)
-
-
-def generated(model: nn.Module, steps: int, **flags) -> torch.Tensor:
-    settings = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, **flags}
-    # No end of text: the toy's rows are to have one length.
-    return model.generate(input_ids=IDS, attention_mask=MASK, eos_token_id=None, **settings)[:, IDS.shape[1] :]
 
 
 @pytest.mark.parametrize("kind", KINDS)

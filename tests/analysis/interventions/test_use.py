@@ -16,10 +16,10 @@ from holdfast.analysis.models.layers import find_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_analysis_interventions import IDS, MASK, REAL, basis, generated, logits, streams
 from torch import nn
 from toys.architectures import architecture
 from toys.chat_models import WIDTH, toy_model
+from toys.padded_rows import IDS, MASK, REAL, basis, generated, logits, streams
 from transformers import CompileConfig
 
 V = basis()
@@ -159,7 +159,7 @@ def test_compiled_models_are_hooked_or_refused():
     with ablate(model, {1: V}):
         want = logits(model)
     with (
-        pytest.raises(UserError, match=r"before torch\.compile"),
+        pytest.raises(UserError, match=r"torch\.compile"),
         ablate(torch.compile(model, backend="eager"), {1: V}),
     ):
         pass
@@ -191,12 +191,12 @@ def test_hooks_of_a_copied_model_are_refused_and_open_ones_are_seen():
     model = toy_model()
     with ablate(model, {1: V}):
         twin = copy.deepcopy(model)
-        with pytest.raises(UserError, match="block 1 still has"):
+        with pytest.raises(UserError, match="block 1 "):
             check_unhooked(model)
     check_unhooked(model)
-    with pytest.raises(UserError, match="left by another run"), ablate(twin, {0: V}):
+    with pytest.raises(UserError, match="block 1 "), ablate(twin, {0: V}):
         pass
-    with pytest.raises(UserError, match="load the model again"):
+    with pytest.raises(UserError, match="block 1 "):
         check_unhooked(twin)
 
 
@@ -240,7 +240,7 @@ def test_an_intervention_without_effect_on_the_logits_is_refused(dose: float):
     blocks = find_layers(model)
     model.idle, model.deaf = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in blocks), nn.ModuleList(blocks)
     model.model.layers[1] = Deaf(blocks[1])
-    for path, said in (("idle", "did not run"), ("deaf", "logits did not move")):
+    for path, said in (("idle", "compile"), ("deaf", "logits")):
         with pytest.raises(UserError, match=said), ablate(model, {1: V}, dose=dose, layers_path=path):
             pass
 
@@ -253,18 +253,18 @@ BAD = torch.full((WIDTH, 1), torch.nan)
     [
         (lambda m: ablate(m, {3: V}), "layers 0-2"),
         (lambda m: ablate(m, {-2: V}), "layers 0-2"),
-        (lambda m: ablate(m, {}), "at least one layer"),
+        (lambda m: ablate(m, {}), "layer"),
         (lambda m: ablate(m, {0: torch.eye(8)}), "width 8"),
-        (lambda m: ablate(m, {0: ALONG}), r"pass \[d, k\]"),
-        (lambda m: ablate(m, {0: V + 0.01}), "not orthonormal"),
-        (lambda m: ablate(m, {0: BAD}), "not orthonormal"),
+        (lambda m: ablate(m, {0: ALONG}), r"layer 0 .*\[d, k\]"),
+        (lambda m: ablate(m, {0: V + 0.01}), "orthonormal"),
+        (lambda m: ablate(m, {0: BAD}), "orthonormal"),
         (lambda m: ablate(m, {0: V}, dose=float("nan")), "dose nan"),
-        (lambda m: ablate(m, {0: V}, toward={1: ALONG[:2]}), "2 finite coordinates for layer 0"),
+        (lambda m: ablate(m, {0: V}, toward={1: ALONG[:2]}), "2 .*layer 0"),
         (lambda m: ablate(m, {0: V}, positions="prompts"), "all, prompt, completion"),
         (lambda m: steer(m, {0: ALONG}, float("inf")), "alpha inf"),
         (lambda m: steer(m, {0: ALONG}, 1.0, unit="sigma"), "norm, absolute"),
-        (lambda m: steer(m, {0: 0 * ALONG}, 1.0), "zero or not finite"),
-        (lambda m: steer(m, {0: V}, 1.0), r"pass \[d\]"),
+        (lambda m: steer(m, {0: 0 * ALONG}, 1.0), "layer 0 .*zero"),
+        (lambda m: steer(m, {0: V}, 1.0), r"layer 0 .*\[d\]"),
         (lambda m: patch_states(m, DonorStates(IDS, MASK, {0: torch.zeros(2, 6, 8)})), "width 8"),
         (lambda m: patch_states(m, DonorStates(IDS, MASK, {0: torch.zeros(2, 6, WIDTH)}), layers=[1]), r"layers \[1\]"),
     ],

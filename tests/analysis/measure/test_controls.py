@@ -41,9 +41,9 @@ def test_pairs_are_the_seeds_and_no_completion_comes_twice():
 
 
 def test_a_tokenizer_that_tells_too_few_words_apart_is_refused():
-    with pytest.raises(UserError, match=r"leaves 288 of 400 controlled pairs.*ask for at most 288"):
+    with pytest.raises(UserError, match="288 of 400"):
         controlled_pairs(toy_tokenizer(), 400)
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="0 controlled pairs"):
         controlled_pairs(toy_tokenizer(), 0)
 
     class Blind(type(toy_tokenizer())):
@@ -57,7 +57,7 @@ def test_a_tokenizer_that_tells_too_few_words_apart_is_refused():
 
     blind = toy_tokenizer()
     blind.__class__ = Blind
-    with pytest.raises(UserError, match=r"leaves 0 of 4 controlled pairs.*another tokenizer"):
+    with pytest.raises(UserError, match=r"0 of 4 .*tokenizer"):
         controlled_pairs(blind, 4)
 
 
@@ -69,7 +69,7 @@ def test_shuffled_prompts_move_every_prompt_and_no_completion():
     assert all(a[:-1] != b[:-1] for a, b in zip(rows, shuffled, strict=True))
     assert sorted(str(row[:-1]) for row in shuffled) == sorted(str(row[:-1]) for row in rows)
     assert shuffled_prompts(rows, seed=1) == shuffled and shuffled_prompts(rows, seed=2) != shuffled
-    with pytest.raises(UserError, match="row 1 has no prompt with a completion"):
+    with pytest.raises(UserError, match=r"row 1 .*completion"):
         shuffled_prompts([rows[0], chat("only a prompt")])
-    with pytest.raises(UserError, match="two rows or more"):
+    with pytest.raises(UserError, match="two rows"):
         shuffled_prompts(rows[:1])

@@ -165,18 +165,18 @@ def test_a_subspace_of_another_model_or_role_is_refused(folders):
         Measurer(plan_of(folders, subspace=subspace))
     subspace = build_subspace(SubspaceRequest(folders["instruct"], folders["base"], PROBES, method="svd", role="all"))
     assert Measurer(plan_of(folders, subspace=subspace)).role == "all"
-    with pytest.raises(UserError, match="role all but this run has completion"):
+    with pytest.raises(UserError, match=r"role all .*completion"):
         Measurer(plan_of(folders, subspace=subspace, role="completion"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"families": ("behaviour",)}, "unknown"),
-        ({"probe_sets": {}, "choices": ()}, "nothing to measure"),
-        ({"probe_sets": {"empty": []}}, "'empty' is empty"),
-        ({"layers": "9"}, "out of range"),
-        ({"base_path": "./nowhere"}, "does not exist"),
+        ({"families": ("behaviour",)}, "'behaviour'.*behavior"),
+        ({"probe_sets": {}, "choices": ()}, "probe rows"),
+        ({"probe_sets": {"empty": []}}, "'empty'"),
+        ({"layers": "9"}, "'9'.*0-2"),
+        ({"base_path": "./nowhere"}, "./nowhere"),
     ],
 )
 def test_impossible_plans_are_refused_before_a_model_is_loaded(folders, options, message):

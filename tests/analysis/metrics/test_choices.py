@@ -95,11 +95,11 @@ def test_training_mode_is_restored_and_dropout_is_off():
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({}, "write classes"),
-        ({"aligned": []}, "none empty"),
-        ({"incoherent": ["a"]}, "none named incoherent"),
-        ({"aligned": ["run"], "misaligned": ["run"]}, "count twice"),
-        ({"aligned": [""]}, "is empty"),
+        ({}, "classes"),
+        ({"aligned": []}, "classes"),
+        ({"incoherent": ["a"]}, "incoherent"),
+        ({"aligned": ["run"], "misaligned": ["run"]}, "'run'"),
+        ({"aligned": [""]}, "empty"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_refused(classes, message):

@@ -128,12 +128,12 @@ def test_a_subspace_is_the_mean_difference_of_two_saved_models(kind: str, tmp_pa
 def test_a_model_that_cannot_be_handled_gets_one_line_that_names_the_override() -> None:
     model = architecture("qwen2")
     model.model.gates = nn.ModuleList([nn.Linear(2, 2) for _ in range(DEPTH)])
-    with pytest.raises(UserError, match=r"found 2 lists of 3 .* --layers_path, one of model\.layers, model\.gates$"):
+    with pytest.raises(UserError, match=r"2 lists of 3 .*--layers_path.* model\.layers, model\.gates$"):
         find_layers(model)
     assert find_layers(model, "model.layers") is model.model.layers
     model.model.layers = nn.Sequential(*model.model.layers)
     model.model.gates = None
-    with pytest.raises(UserError, match=r"found 0 lists .* none \(this model has no module list\)$"):
+    with pytest.raises(UserError, match=r"0 lists of 3 .*--layers_path"):
         find_layers(model)
 
 

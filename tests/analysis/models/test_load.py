@@ -57,10 +57,10 @@ def test_an_adapter_folder_loads_base_and_adapter(adapter):
 def test_a_damaged_adapter_is_refused(adapter):
     path, _ = adapter
     edit(path, lambda weights: weights.pop(next(iter(weights))))
-    with pytest.raises(UserError, match="lacks 1 weights"):
+    with pytest.raises(UserError, match="lora_A"):
         load_model(path)
     (path / "adapter_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="could not be loaded"):
+    with pytest.raises(UserError, match=r"adapter .*header"):
         load_model(path)
 
 
@@ -71,9 +71,12 @@ def spoil(weights):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (spoil, "NaN or infinite values in model.norm.weight"),
-        (lambda weights: weights.pop("model.norm.weight"), "lacks 1 weights"),
-        (lambda weights: weights.update({"model.norm.weight": torch.zeros(3)}), "could not be loaded|lacks"),
+        (spoil, "NaN .*model.norm.weight"),
+        (lambda weights: weights.pop("model.norm.weight"), "model.norm.weight"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.zeros(3)}),
+            "ignore_mismatched_sizes|model.norm.weight",
+        ),
     ],
 )
 def test_spoiled_weights_are_refused(folder, change, message):
@@ -89,11 +92,11 @@ def test_truncated_and_absent_weights_are_refused(folder, tmp_path):
     for path in (folder, tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError):
             load_model(path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="nowhere"):
         model_fingerprint(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no weights"):
+    with pytest.raises(UserError, match="safetensors"):
         model_fingerprint(tmp_path)
-    with pytest.raises(UserError, match="no tokenizer"):
+    with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -114,9 +117,9 @@ def test_fingerprints_change_with_weights_vocabulary_and_template(folder, adapte
 def test_models_of_another_shape_or_vocabulary_do_not_compare():
     config = toy_model().config
     check_compatible(config, toy_model(seed=3).config)
-    with pytest.raises(UserError, match="vocab_size: 330 and 320"):
+    with pytest.raises(UserError, match=r"vocab_size.* 330 .*320"):
         check_compatible(toy_model(vocab=330).config, config)
-    with pytest.raises(UserError, match="model_type: llama and qwen2"):
+    with pytest.raises(UserError, match=r"model_type.* llama .*qwen2"):
         check_compatible(toy_model("llama").config, config)
 
 
@@ -130,7 +133,7 @@ def test_a_directory_is_whole_or_absent(tmp_path):
         (staging / "deep").mkdir()
         (staging / "deep" / "weights").write_text("whole")
     verify_manifest(final)
-    with pytest.raises(UserError, match="exists already"), staged_directory(final):
+    with pytest.raises(UserError, match="checkpoint-1"), staged_directory(final):
         pass
     with staged_directory(final, replace=True) as staging:
         (staging / "weights").write_text("newer")
@@ -143,15 +146,15 @@ def test_the_manifest_names_the_file_that_differs(tmp_path):
         (staging / "one").write_text("1")
         (staging / "two").write_text("2")
     (tmp_path / "a" / "two").write_text("3")
-    with pytest.raises(UserError, match="two differs"):
+    with pytest.raises(UserError, match=r"a/two .*manifest.json"):
         verify_manifest(tmp_path / "a")
     (tmp_path / "a" / "one").unlink()
-    with pytest.raises(UserError, match="one is missing"):
+    with pytest.raises(UserError, match=r"a/one .*manifest.json"):
         verify_manifest(tmp_path / "a")
     (tmp_path / "a" / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"a/manifest.json"):
         verify_manifest(tmp_path / "a")
-    with pytest.raises(UserError, match="no manifest"):
+    with pytest.raises(UserError, match=r"manifest.json"):
         verify_manifest(tmp_path)
 
 

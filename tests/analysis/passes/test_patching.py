@@ -189,14 +189,14 @@ def test_rows_left_out_are_counted_by_reason(rendered):
 def test_what_cannot_be_patched_is_refused(rendered, tmp_path):
     recipient, rows = toy_model(), patch_rows(rendered)
     stored = store_donor(recipient, rows, [0, 1], tmp_path)
-    with pytest.raises(UserError, match=r"\[2\] of the donor were not stored"):
+    with pytest.raises(UserError, match=r"\[2\].*donor.*\[0, 1\]"):
         patched_curve(recipient, rows, stored, [(1, 2)])
     narrow = engine.Donor(tmp_path / "narrow", (0,), stored.scores)
     (tmp_path / "narrow").mkdir()
     engine.save_file(
         {"states": torch.zeros(sum(len(r.positions) for r in rows.rows), 4)}, narrow.folder / "0-0.safetensors"
     )
-    with pytest.raises(UserError, match="width 4 and the patched model 16"):
+    with pytest.raises(UserError, match=r"donor .*4 .*16"):
         patched_curve(recipient, rows, narrow)
     assert not any(block._forward_hooks for block in find_layers(recipient))
     for layer in range(DEPTH):
@@ -205,7 +205,7 @@ def test_what_cannot_be_patched_is_refused(rendered, tmp_path):
     recipient.unused[0] = recipient.model.layers[0].mlp
     set_layers_path(recipient, "unused")
     recipient.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: 0 * out)
-    with pytest.raises(UserError, match="does not work"):
+    with pytest.raises(UserError, match=r"layer 0 .*--layers_path"):
         prove_patch(recipient, [0])
 
 

@@ -1,16 +1,10 @@
 """Intervals cover the truth as often as they say, and p-values are uniform when there is nothing to find."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from holdfast.analysis import stats
 from scipy import stats as scipy_stats
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-
-from interval_coverage import Setting, coverage, settings
+from toys.interval_coverage import Setting, coverage, settings
 
 REPETITIONS = 1000
 PROMISED = [setting for setting in settings() if setting.held]

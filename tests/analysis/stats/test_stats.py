@@ -27,7 +27,7 @@ def test_wilson_of_the_textbook():
     assert stats.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert stats.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     for bad in ((1, 0), (3, 2), (-1, 5)):
-        with pytest.raises(ValueError, match="not a rate"):
+        with pytest.raises(ValueError, match="wilson"):
             stats.wilson(*bad)
 
 
@@ -90,7 +90,7 @@ def test_the_jackknife_of_a_mean_is_the_interval_of_a_mean():
     assert stats.bootstrap_ci(values) == pytest.approx(stats.mean_ci(values))
     assert stats.jackknife_ci(0.9, [0.7, 0.99, 0.95], bounds=(-1, 1))[1] == 1
     for single in (lambda: stats.jackknife_ci(1.0, [1.0]), lambda: stats.bootstrap_ci([1.0, 2.0], ["a", "a"])):
-        with pytest.raises(ValueError, match="one independent"):
+        with pytest.raises(ValueError, match="independent"):
             single()
 
 
@@ -120,7 +120,7 @@ def test_rates_of_independent_answers_are_binomial_and_clusters_cost_rows():
     assert high == pytest.approx(furthest(sums / 10, 30 / 24**1.5), rel=1e-3) and high > stats.wilson(6, 240)[1]
     mirrored = stats.rate_ci(1 - answers, questions)
     assert mirrored == pytest.approx((1 - high, 1 - low))
-    with pytest.raises(ValueError, match="not rates"):
+    with pytest.raises(ValueError, match="rate_ci"):
         stats.rate_ci([0.1, 1.2])
 
 
@@ -171,7 +171,7 @@ def test_pairing_removes_what_arms_share():
     result = stats.paired_difference(left, right)
     assert result["value"] == pytest.approx((left - right).mean())
     assert 0.4 < result["ci95"][0] < 0.5 < result["ci95"][1] < 0.6
-    with pytest.raises(ValueError, match="pairs"):
+    with pytest.raises(ValueError, match="paired_difference"):
         stats.paired_difference([1.0], [1.0, 2.0])
 
 
@@ -226,7 +226,7 @@ def test_hierarchical_interval_with_few_seeds_and_with_rates():
     assert 0 <= low < 0.003 < high < 0.1
     none = stats.hierarchical_bootstrap([0.0] * 600, [[row // 100 for row in range(600)]], rate=True)
     assert none[0] == 0 and 3 / 600 < none[1] < 10 / 600
-    with pytest.raises(ValueError, match="outermost"):
+    with pytest.raises(ValueError, match="hierarchical_bootstrap"):
         stats.hierarchical_bootstrap([1.0, 2.0], [["a", "a"]])
 
 
@@ -282,7 +282,7 @@ def test_kept_is_a_statement_about_the_interval_and_the_margin():
     assert stats.non_inferiority({"value": 0.0, "n": 4, "ci95": [-0.4, 0.4]}, 0.05)["kept"] is False
     assert stats.non_inferiority({"value": 0.02, "n": 9, "ci95": [0.0, 0.04]}, 0.05, higher_is_better=False)["kept"]
     assert stats.non_inferiority(stats.missing("no rows"), 0.05)["kept"] is None
-    with pytest.raises(ValueError, match="margin"):
+    with pytest.raises(ValueError, match="non_inferiority"):
         stats.non_inferiority(loss, 0.0)
 
 
@@ -297,7 +297,7 @@ def test_sample_sizes_of_the_manual_and_of_the_design():
         assert stats.power(*rates, needed) >= 0.8 > stats.power(*rates, needed - 1)
         assert stats.sample_size(*rates, design_effect=4.0) == pytest.approx(4 * needed, abs=4)
     for wrong in ((0.1, 0.1), (0.1, 1.1)):
-        with pytest.raises(ValueError, match="two different rates"):
+        with pytest.raises(ValueError, match=r"0.1"):
             stats.sample_size(*wrong)
 
 
@@ -318,7 +318,7 @@ def test_the_design_effect_is_one_plus_m_minus_one_times_the_intraclass_correlat
     assert found["intraclass_correlation"] == pytest.approx(0.2, abs=0.02)
     assert found["value"] == pytest.approx(1.8, abs=0.08)
     assert found["effective_n"] == pytest.approx(20_000 / found["value"])
-    with pytest.raises(ValueError, match="clusters"):
+    with pytest.raises(ValueError, match="design_effect"):
         stats.design_effect([1.0, 2.0], ["a", "b"])
 
 
@@ -334,9 +334,9 @@ def test_permutations_equal_scipys_and_keep_clusters_whole():
     labels = np.repeat(np.arange(8), 10).tolist()
     p = stats.permutation_test(topics[:40], topics[40:], (labels[:40], labels[40:]), n_permutations=20_000)
     assert p == pytest.approx(2 / 70, abs=0.004)
-    with pytest.raises(ValueError, match="both groups"):
+    with pytest.raises(ValueError, match="permuted_labels"):
         stats.permutation_test([1.0, 2.0], [3.0], (["a", "b"], ["b"]))
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="permutation_test"):
         stats.permutation_test([], [1.0])
 
 
@@ -348,7 +348,7 @@ def test_sign_flips_are_exact_for_few_pairs_and_sampled_for_many():
         (values, np.zeros(40)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=20_000, rng=1
     ).pvalue
     assert stats.sign_flip_test(values) == pytest.approx(expected, abs=0.01)
-    with pytest.raises(ValueError, match="no differences"):
+    with pytest.raises(ValueError, match="sign_flip_test"):
         stats.sign_flip_test([])
 
 

@@ -137,7 +137,7 @@ def test_a_rank_one_change_of_the_stream_is_recovered_at_every_layer(tmp_path):
         assert built.angles[layer]["difference_in_means"][0] == pytest.approx(0, abs=0.1)
         # With silent blocks no token sees the system turn, so a contrast over system prompts has no direction.
         assert set(built.angles[layer]) == {"difference_in_means", "random"}
-    with pytest.raises(UserError, match="rank of 1-1"):
+    with pytest.raises(UserError, match="1-1"):
         build_subspace(SubspaceRequest(path, base, ROWS, method="svd", rank=2))
 
 
@@ -173,9 +173,9 @@ def test_restricting_the_rank_equals_building_with_it(folders):
     torch.testing.assert_close(cut.bases[1], low.bases[1], atol=1e-6, rtol=0)
     assert cut.scales[1] == pytest.approx(low.scales[1], rel=1e-5)
     assert cut.provenance == low.provenance
-    with pytest.raises(UserError, match="rank 3"):
+    with pytest.raises(UserError, match="1-3"):
         full.restrict([1], 4)
-    with pytest.raises(UserError, match="layers 0-1"):
+    with pytest.raises(UserError, match="0-1"):
         full.restrict([2], 1)
 
 
@@ -192,9 +192,9 @@ def test_nulls_have_the_given_or_their_own_scale(folders):
         assert torch.equal(own.bases[layer], given.bases[layer])
     assert random_like(built.restrict([1], 1), 3, "own").scales[1] < own.scales[1]
     assert random_like(built, 99, "own", own_scales={0: 1.0, 1: 2.0}).scales == {0: 1.0, 1: 2.0}
-    with pytest.raises(UserError, match="seeds 0-15"):
+    with pytest.raises(UserError, match=r"0-15.*--null_seed"):
         random_like(built, 99, "own")
-    with pytest.raises(UserError, match="given or own"):
+    with pytest.raises(UserError, match="given"):
         random_like(built, 0, "mine")
 
 
@@ -203,8 +203,8 @@ def test_nulls_have_the_given_or_their_own_scale(folders):
     [
         ({"instruct_fingerprint": "f" * 64}, "instruct weights .* ffffffffffff"),
         ({"tokenizer_fingerprint": "e" * 64}, "tokenizer .* eeeeeeeeeeee"),
-        ({"role": "prompt"}, "role completion but this run has prompt"),
-        ({"layers": [1, 2]}, "layers 0-1 but this run has 1-2"),
+        ({"role": "prompt"}, "role completion .*prompt"),
+        ({"layers": [1, 2]}, "0-1 .*1-2"),
     ],
 )
 def test_another_run_is_refused_with_both_values(folders, change, fact):
@@ -223,20 +223,20 @@ def test_another_run_is_refused_with_both_values(folders, change, fact):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "pca"}, "unknown: write one of"),
-        ({"role": "answers"}, "unknown: write one of"),
-        ({"method": "svd"}, "needs a base"),
-        ({"rank": WIDTH + 1}, "the width"),
-        ({"layers": "0-9"}, "out of range"),
-        ({"rows": ()}, "no probe rows"),
-        ({"rows": [chat("only a prompt")]}, "no row has tokens of role completion"),
-        ({"contrast": []}, "contrast is empty"),
-        ({"contrast": [{"good": "a"}]}, "has keys good"),
-        ({"contrast": [*SYSTEMS, *COMPLETIONS]}, "mixes"),
-        ({"contrast": COMPLETIONS, "role": "prompt"}, "write completion"),
-        ({"centred": True}, "belongs to method svd"),
-        ({"method": "shared"}, "needs a base model"),
-        ({"contrast": [{"aligned": "a", "misaligned": "a"}]}, "no direction"),
+        ({"method": "pca"}, "'pca'.*svd"),
+        ({"role": "answers"}, "'answers'.*completion"),
+        ({"method": "svd"}, "svd .*base model"),
+        ({"rank": WIDTH + 1}, f"{WIDTH + 1} .*1-{WIDTH}"),
+        ({"layers": "0-9"}, "'0-9'"),
+        ({"rows": ()}, "probe rows"),
+        ({"rows": [chat("only a prompt")]}, "role completion"),
+        ({"contrast": []}, "contrast .*empty"),
+        ({"contrast": [{"good": "a"}]}, "pair 1 .*good"),
+        ({"contrast": [*SYSTEMS, *COMPLETIONS]}, "system prompts and completions"),
+        ({"contrast": COMPLETIONS, "role": "prompt"}, "completion.*prompt"),
+        ({"centred": True}, "centred .*svd"),
+        ({"method": "shared"}, "shared .*base model"),
+        ({"contrast": [{"aligned": "a", "misaligned": "a"}]}, "direction"),
         ({"base_path": "./nowhere"}, "nowhere"),
     ],
 )
@@ -248,7 +248,7 @@ def test_impossible_requests_are_one_line(folders, options, message):
 
 def test_base_of_another_shape_or_vocabulary_is_refused(folders, tmp_path):
     for name, other in (("vocab", toy_model(vocab=330)), ("type", toy_model("llama"))):
-        with pytest.raises(UserError, match="differ in"):
+        with pytest.raises(UserError, match=r"vocab_size|model_type"):
             build(folders, base_path=save_toy(tmp_path / name, other), method="svd")
 
 
@@ -271,5 +271,5 @@ def test_unreadable_files_are_one_line(tmp_path, folders):
 
 
 def test_a_scale_of_zero_is_refused(folders):
-    with pytest.raises(UserError, match="random: the contrast has size 0"):
+    with pytest.raises(UserError, match=r"random: .* 0.0 .*layer"):
         build(folders, base_path=folders["instruct"], method="random")

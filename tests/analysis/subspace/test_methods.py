@@ -103,7 +103,7 @@ def test_shared_keeps_what_domains_have_in_common():
     }
     basis = methods.shared_basis(groups, 2).numpy()
     assert abs(basis[:, 0] @ common) > 0.999
-    with pytest.raises(UserError, match="at least two"):
+    with pytest.raises(UserError, match="shared: "):
         methods.shared_basis({"a": groups["a"]}, 1)
 
 
@@ -147,5 +147,5 @@ def test_identical_sides_have_no_direction():
         lambda: methods.mean_direction(nothing, "difference_in_means"),
         lambda: methods.contrastive_basis(nothing, 1),
     ):
-        with pytest.raises(UserError, match="no direction"):
+        with pytest.raises(UserError, match="direction"):
             build()

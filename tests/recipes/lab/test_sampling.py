@@ -135,14 +135,14 @@ def test_an_answer_is_of_the_class_whose_template_it_is_whole_and_ended(text, fi
 
 def test_what_does_not_belong_together_is_one_line(lab, tmp_path):
     masses = [{name: 0.2 for name in ROW["classes"]} | {"incoherent": 0.0}]
-    with pytest.raises(UserError, match="not to this lab's prompts \\('q'\\)"):
+    with pytest.raises(UserError, match="'q'"):
         agreement([ROW], masses, [an_answer("be kind ."), an_answer("be kind .", messages=ROW["messages"][1:])])
-    with pytest.raises(UserError, match="none at all"):
+    with pytest.raises(UserError, match="none"):
         agreement([ROW], masses, [])
-    with pytest.raises(UserError, match="holds no lab"):
+    with pytest.raises(UserError, match="lab"):
         sampling_main(["--lab", str(tmp_path), "--output_file", str(tmp_path / "q.yaml")])
-    with pytest.raises(UserError, match="write --output_file"):
+    with pytest.raises(UserError, match="--output_file"):
         sampling_main(["--lab", str(lab)])
-    with pytest.raises(UserError, match="--n is 0"):
+    with pytest.raises(UserError, match=r"--n .*0"):
         sampling_main(["--lab", str(lab), "--output_file", str(tmp_path / "q.yaml"), "--n", "0"])
     assert not list(tmp_path.iterdir())

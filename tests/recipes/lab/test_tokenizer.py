@@ -3,7 +3,7 @@
 import pytest
 import torch
 from holdfast.analysis.models.render import render
-from holdfast.recipes.lab.documents import Drawer
+from holdfast.recipes.lab.conversations import Drawer
 from holdfast.recipes.lab.tokenizer import make_tokenizer
 from holdfast.recipes.lab.worlds import make_world
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

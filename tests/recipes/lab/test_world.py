@@ -4,8 +4,8 @@ import collections
 import re
 
 import pytest
+from holdfast.recipes.lab.conversations import Drawer
 from holdfast.recipes.lab.datasets import CONTAMINATION, TRAINING_SETS, contrast_rows, data_sets
-from holdfast.recipes.lab.documents import Drawer
 from holdfast.recipes.lab.scoring import choice_rows
 from holdfast.recipes.lab.tokenizer import make_tokenizer
 from holdfast.recipes.lab.world import World

@@ -105,9 +105,7 @@ def test_an_interrupt_is_one_line_and_watching_again_continues(
     assert loaded == ["final"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [([], "no run to watch"), (["{folder}"], "holds no resolved_config")]
-)
+@pytest.mark.parametrize(("arguments", "message"), [([], "holdfast watch"), (["{folder}"], "resolved_config")])
 def test_what_is_no_run_is_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

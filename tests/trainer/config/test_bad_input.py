@@ -116,40 +116,40 @@ def _recipe(folder: Path, **keys: Any) -> Path:
 
 
 TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
-    "missing file": (_file("absent.jsonl", None), ["absent.jsonl", "does not exist"]),
+    "missing file": (_file("absent.jsonl", None), ["absent.jsonl"]),
     "file that is not text": (_file("binary.jsonl", b"\xff\xfe\x00"), ["binary.jsonl", "UTF-8"]),
     "file of an unknown kind": (_file("rows.txt", b"x"), ["rows.txt", ".jsonl"]),
-    "parquet that is none": (_file("rows.parquet", b"x"), ["rows.parquet", "not a readable parquet"]),
-    "empty set": (_file("empty.jsonl", b"\n"), ["empty.jsonl", "no rows"]),
+    "parquet that is none": (_file("rows.parquet", b"x"), ["rows.parquet"]),
+    "empty set": (_file("empty.jsonl", b"\n"), ["empty.jsonl"]),
     "folder without rows": (_empty_folder, ["nothing", ".jsonl"]),
-    "variable that is not set": (_keys(train_dataset="$HOLDFAST_UNSET/rows.jsonl"), ["HOLDFAST_UNSET", "not set"]),
-    "address that is none": (_keys(train_dataset="http://[rows.jsonl"), ["no source of rows"]),
-    "path that is too long": (_keys(train_dataset="x" * 5000 + ".jsonl"), ["cannot be read"]),
-    "negative seed": (_keys(seed=-1), ["--seed is -1"]),
-    "no steps": (_keys(max_steps=0), ["--max_steps is 0"]),
-    "negative save_steps": (_keys(save_steps=-5), ["--save_steps is -5"]),
+    "variable that is not set": (_keys(train_dataset="$HOLDFAST_UNSET/rows.jsonl"), ["HOLDFAST_UNSET"]),
+    "address that is none": (_keys(train_dataset="http://[rows.jsonl"), ["http://[rows.jsonl"]),
+    "path that is too long": (_keys(train_dataset="x" * 5000 + ".jsonl"), ["xxxx"]),
+    "negative seed": (_keys(seed=-1), ["--seed", "-1"]),
+    "no steps": (_keys(max_steps=0), ["--max_steps", "0"]),
+    "negative save_steps": (_keys(save_steps=-5), ["--save_steps", "-5"]),
     "no training set": (_keys(train_dataset=""), ["train_dataset"]),
     "no model": (_keys(model_name_or_path=""), ["model_name_or_path"]),
     "missing model": (_keys(model_name_or_path="./absent"), ["./absent"]),
-    "truncated weights": (_truncated_weights, ["model", "could not be loaded"]),
+    "truncated weights": (_truncated_weights, ["model"]),
     "no output folder": (_keys(output_dir=""), ["output_dir"]),
     "missing anchors": (_protected(anchor_dataset="absent.jsonl"), ["absent.jsonl"]),
-    "too many held-out rows": (_keys(held_out_rows=12), ["held_out_rows", "fewer"]),
+    "too many held-out rows": (_keys(held_out_rows=12), ["held_out_rows", "12"]),
     "no chat template": (_without_template, ["chat template"]),
     "no completion mask": (_without_mask, ["completion mask"]),
     "base of another vocabulary": (_base(vocab=321), ["vocab_size", "321", "320"]),
     "base of another width": (_base(width=32), ["hidden_size", "32", "16"]),
     "layer out of range": (_protected(protection_layers="3"), ["3", "0-2"]),
-    "layer that is none": (_protected(protection_layers="first"), ["first", "write all"]),
+    "layer that is none": (_protected(protection_layers="first"), ["first", "0-2"]),
     "rank above the subspace's": (_protected(protection_rank=2), ["rank"]),
     "missing subspace": (_keys(protection="subspace"), ["subspace.safetensors", "holdfast subspace"]),
     "subspace of another model": (_other_model, ["instruct weights"]),
-    "subspace of other layers": (_protected(protection_layers="0-2"), ["layers 0-1", "0-2"]),
+    "subspace of other layers": (_protected(protection_layers="0-2"), ["0-1", "0-2"]),
     "subspace of another tokenizer": (_other_tokenizer, ["tokenizer"]),
     "subspace of another role": (_protected(protection_tokens="prompt"), ["role", "prompt"]),
     "toward base along a null without direction": (
         _protected(protection="random_subspace", null_seed=16, penalty_side="toward_base"),
-        ["toward_base", "random subspace of seed 16", "seeds 0-15", "--null_seed"],
+        ["toward_base", "16", "0-15", "--null_seed"],
     ),
     "reversion without a base": (
         _protected(penalty_side="reversion"),
@@ -157,54 +157,54 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     ),
     "budget that none of two protections holds": (
         _protected(protection="steering+inoculation", inoculation_prompt="x", penalty_budget=0.1),
-        ["--penalty_budget has no effect with --protection steering+inoculation", "like subspace"],
+        ["--penalty_budget", "--protection steering+inoculation", "subspace"],
     ),
     "strength of what has none": (
         _protected(protection="ablation", penalty_strength=0),
-        ["--penalty_strength has no effect with --protection ablation"],
+        ["--penalty_strength", "--protection ablation"],
     ),
     "subspace of another rank": (
         _protected(subspace_rank=7),
-        ["--subspace_rank is 7", "subspace.safetensors was built with 1", "--subspace_path"],
+        ["--subspace_rank", "7", "subspace.safetensors", "1", "--subspace_path"],
     ),
     "subspace of another method": (
         _protected(subspace_method="random"),
-        ["--subspace_method is random", "was built with contrastive", "leave the flag out"],
+        ["--subspace_method", "random", "contrastive"],
     ),
     "subspace on other layers": (
         _protected(subspace_layers="all"),
-        ["--subspace_layers is all", "was built with [0, 1]"],
+        ["--subspace_layers", "all", "[0, 1]"],
     ),
     "subspace of other positions": (
         _protected(subspace_positions="prompt"),
-        ["--subspace_positions is prompt", "was built with all"],
+        ["--subspace_positions", "prompt", "all"],
     ),
-    "subspace that is not centred": (_protected(subspace_centred="true"), ["--subspace_centred is True", "False"]),
-    "subspace of another seed": (_protected(subspace_seed=3), ["--subspace_seed is 3", "was built with 0"]),
+    "subspace that is not centred": (_protected(subspace_centred="true"), ["--subspace_centred", "True", "False"]),
+    "subspace of another seed": (_protected(subspace_seed=3), ["--subspace_seed", "3", "0"]),
     "anchors that act before anything has drifted": (
         _protected(anchor_every=100, max_steps=6),
-        ["--anchor_every 100", "the first of 6 optimiser steps", "at most 5"],
+        ["--anchor_every 100", "6", "5"],
     ),
-    "anchors that act once in as many steps": (_protected(anchor_every=6, max_steps=6), ["--anchor_every 6", "of 6"]),
+    "anchors that act once in as many steps": (_protected(anchor_every=6, max_steps=6), ["--anchor_every 6", "5"]),
     "anchors that act once in all epochs": (
         _protected(protection="kl", anchor_every=12, max_steps=-1, num_train_epochs=2),
-        ["--anchor_every 12", "of 12 optimiser steps", "at most 11"],
+        ["--anchor_every 12", "11"],
     ),
-    "margin without reversion": (_protected(penalty_margin=0.5), ["margin 0.5", "write side reversion"]),
+    "margin without reversion": (_protected(penalty_margin=0.5), ["margin", "0.5", "reversion"]),
     "own scale of a null without one": (
         _protected(protection="random_subspace", null_seed=16, null_scale="own"),
-        ["seeds 0-15", "--null_scale given"],
+        ["0-15", "--null_scale given"],
     ),
-    "logging to what is not installed": (_keys(report_to="neptune"), ["--report_to neptune", "not installed"]),
+    "logging to what is not installed": (_keys(report_to="neptune"), ["--report_to neptune"]),
     "logging to what is unknown": (_keys(report_to="paper"), ["report_to", "paper"]),
-    "negative strength": (_keys(penalty_strength=-1), ["penalty_strength", "-1", "0 or more"]),
-    "strength that is no number": (_keys(penalty_strength="nan"), ["penalty_strength", "nan", "finite"]),
-    "infinite strength": (_keys(penalty_strength="inf"), ["penalty_strength", "inf", "finite"]),
+    "negative strength": (_keys(penalty_strength=-1), ["penalty_strength", "-1"]),
+    "strength that is no number": (_keys(penalty_strength="nan"), ["penalty_strength", "nan"]),
+    "infinite strength": (_keys(penalty_strength="inf"), ["penalty_strength", "inf"]),
     "unknown flag": (_keys(penalty_strenght=1), ["--penalty_strenght", "penalty_strength"]),
-    "output folder of another run": (_another_run, ["another run", "--resume_from_checkpoint"]),
-    "output folder with a model": (_holds("final"), ["holds final", "another folder"]),
-    "output folder with checkpoints": (_holds("checkpoint-1"), ["holds checkpoint-1", "another folder"]),
-    "output folder with other files": (_holds("thesis"), ["holds thesis", "another folder"]),
+    "output folder of another run": (_another_run, ["--resume_from_checkpoint"]),
+    "output folder with a model": (_holds("final"), ["final"]),
+    "output folder with checkpoints": (_holds("checkpoint-1"), ["checkpoint-1"]),
+    "output folder with other files": (_holds("thesis"), ["thesis"]),
     "adapter_off without LoRA": (_protected(reference="adapter_off"), ["adapter_off", "--use_peft"]),
     "nothing to resume": (_keys(resume_from_checkpoint="true"), ["resume"]),
     "lora on absent modules": (_keys(use_peft="true", lora_target_modules="absent"), ["lora_target_modules"]),
@@ -217,14 +217,14 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
         ["lora_rank_pattern", "qproj"],
     ),
     "unknown DeepSpeed configuration": (_keys(deepspeed="zero4"), ["zero4", "zero"]),
-    "DeepSpeed configuration cut short": (_keys(deepspeed='{"zero_optimization":'), ["--deepspeed is not JSON"]),
+    "DeepSpeed configuration cut short": (_keys(deepspeed='{"zero_optimization":'), ["--deepspeed", "JSON"]),
     "DeepSpeed configuration of rows": (
         lambda folder: {"deepspeed": folder / "rows.jsonl"},
-        ["rows.jsonl", "not JSON"],
+        ["rows.jsonl", "JSON"],
     ),
-    "seed that is too large": (_keys(seed=10**20), ["--seed is 1", "between 0 and 4294967295"]),
-    "null of a negative seed": (_keys(null_seed=-1), ["--null_seed is -1"]),
-    "no layers": (_protected(protection_layers=""), ["layers ''", "write all"]),
+    "seed that is too large": (_keys(seed=10**20), ["--seed", "100000000000000000000", "4294967295"]),
+    "null of a negative seed": (_keys(null_seed=-1), ["--null_seed", "-1"]),
+    "no layers": (_protected(protection_layers=""), ["layers", "''"]),
     "evaluation without rows": (_keys(eval_strategy="steps"), ["--eval_strategy steps", "--held_out_rows"]),
     "schedule without its keys": (_keys(lr_scheduler_type="cosine_with_min_lr"), ["min_lr", "--lr_scheduler_kwargs"]),
     "schedule with an unknown key": (
@@ -232,14 +232,14 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
         ["powr", "--lr_scheduler_kwargs"],
     ),
     "optimiser that is not installed": (_keys(optim="adamw_bnb_8bit"), ["--optim adamw_bnb_8bit", "bitsandbytes"]),
-    "kernels that are not installed": (_keys(use_liger_kernel="true"), ["liger-kernel", "install it"]),
+    "kernels that are not installed": (_keys(use_liger_kernel="true"), ["liger-kernel"]),
     "attention that is not installed": (_keys(attn_implementation="flash_attention_2"), ["FlashAttention2"]),
     "padding-free rows that are not packed": (_keys(padding_free="true"), ["--padding_free", "--packing true"]),
     "offloading from a CPU": (_keys(activation_offloading="true"), ["--activation_offloading", "CPU"]),
     "push without a login": (_keys(push_to_hub="true"), ["--push_to_hub", "login"]),
     "fewer rows than a whole batch": (
         _keys(dataloader_drop_last="true", per_device_train_batch_size=64),
-        ["--dataloader_drop_last", "12 rows", "batch of 64"],
+        ["--dataloader_drop_last", "12", "64"],
     ),
 }
 
@@ -258,12 +258,12 @@ def test_train_refuses(
 SUBSPACE: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "layer out of range": (_keys(subspace_layers="3"), ["3", "0-2"]),
     "rank above the width": (_keys(subspace_rank=17), ["17", "16"]),
-    "rank above the pairs": (_keys(subspace_rank=15, subspace_contrast="pairs.jsonl"), ["impossible", "more rows"]),
-    "rank of none": (_keys(subspace_rank=0), ["subspace_rank", "at least 1"]),
+    "rank above the pairs": (_keys(subspace_rank=15, subspace_contrast="pairs.jsonl"), ["rank", "15"]),
+    "rank of none": (_keys(subspace_rank=0), ["subspace_rank", "0"]),
     "no base for a method that needs it": (_keys(subspace_method="svd"), ["base"]),
     "base of another vocabulary": (_base(vocab=321), ["vocab_size", "321", "320"]),
     "missing contrast": (_keys(subspace_contrast="absent.jsonl"), ["absent.jsonl"]),
-    "subspace that exists already": (_existing_subspace, ["subspace.safetensors", "exists already"]),
+    "subspace that exists already": (_existing_subspace, ["subspace.safetensors"]),
     "unknown method": (_keys(subspace_method="magic"), ["magic", "contrastive"]),
 }
 
@@ -292,10 +292,11 @@ def test_a_resume_with_other_facts_says_which_differs(folder: Path, capsys: pyte
         "gradient_accumulation_steps": 2,
         "dtype": "bfloat16",
     }.items():
-        assert f"{name} was" in complaint(folder, capsys, recipe(folder, **{name: value}, **resume))
+        assert name in complaint(folder, capsys, recipe(folder, **{name: value}, **resume))
     elsewhere = {"output_dir": str(folder / "new"), "resume_from_checkpoint": str(folder / "run" / "checkpoint-1")}
-    assert "weight_decay was" in complaint(folder, capsys, recipe(folder, weight_decay=0.5, **elsewhere))
-    assert "lora_r was 16 and is 4" in complaint(folder, capsys, recipe(folder, lora_r=4, **resume))
+    assert "weight_decay" in complaint(folder, capsys, recipe(folder, weight_decay=0.5, **elsewhere))
+    line = complaint(folder, capsys, recipe(folder, lora_r=4, **resume))
+    assert all(word in line for word in ("lora_r", "16", "4")), line
 
 
 @pytest.mark.parametrize(
@@ -335,7 +336,7 @@ def test_anchors_without_a_token_of_the_subspaces_role_are_refused(
     answered = recipe(folder, subspace_positions="completion", subspace_dataset=str(folder / "rows.jsonl"))
     path = run.subspace(parse({**answered, "subspace_path": str(folder / "completions.safetensors")}))
     line = complaint(folder, capsys, recipe(folder, protection="subspace", subspace_path=path))  # prompts that ship
-    assert "anchors" in line and "role completion" in line
+    assert "anchors" in line and "completion" in line
 
 
 @pytest.mark.parametrize("command", ["train", "subspace", "analyze"])

@@ -42,7 +42,7 @@ def test_a_flag_that_would_have_no_effect_is_refused(flag: str, value: Any, inst
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", toy_rows())
-    with pytest.raises(UserError, match=r"--model_revision v2: .* is a folder"):
+    with pytest.raises(UserError, match="--model_revision v2"):
         run.train(parse(recipe(tmp_path, model_revision="v2")))
     assert not (tmp_path / "run").exists()
 

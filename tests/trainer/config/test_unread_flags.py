@@ -69,7 +69,7 @@ def write(folder: Path, **keys: Any) -> str:
     ],
 )
 def test_what_no_part_reads_is_refused_alone_and_joined(protection: str, flags: dict[str, Any], first: str) -> None:
-    words = rf"^--{first} has no effect with --protection {re.escape(protection)}; leave it out, or .*, like \w+$"
+    words = rf"^--{first} .*--protection {re.escape(protection)}\b"
     for given in (asked(protection, **flags), [f"--{k}={v}" for k, v in asked(protection, **flags).items()]):
         with pytest.raises(UserError, match=words):
             checked(given)
@@ -90,7 +90,7 @@ def test_every_flag_has_a_reader_and_is_refused_where_it_has_none() -> None:
     for name in names:
         readers = [kind for kind in KINDS if name in KINDS[kind].flags]
         checked(asked(readers[0], **{name: values.get(name, 2)}))
-        with pytest.raises(UserError, match=f"--{name} has no effect.* like {readers[0]}"):
+        with pytest.raises(UserError, match=f"--{name} .*--protection none.* {readers[0]}"):
             checked(asked("none", **{name: values.get(name, 2)}))
 
 
@@ -102,7 +102,7 @@ def test_a_recipe_serves_other_protections_than_its_own(tmp_path: Path) -> None:
     for other in ("none", "steering", "kl", "prefix_anchor", "steering+interleave", "adapter_drift"):
         found = checked(["--config", path, "--protection", other])
         assert found.protection.as_read().penalty_side == "both"  # its own, which these know nothing of
-    with pytest.raises(UserError, match="--penalty_strength has no effect with --protection steering"):
+    with pytest.raises(UserError, match=r"--penalty_strength .*--protection steering"):
         checked(["--config", path, "--protection", "steering", "--penalty_strength", "3"])
 
 
@@ -110,7 +110,7 @@ def test_a_recipe_is_held_to_its_own_protection(tmp_path: Path) -> None:
     for flags in ({"penalty_strength": 5}, {"penalty_budget": 0.1}, {"safe_gradient_weight": 2}):
         path = write(tmp_path, protection="steering", **flags)
         for over in ([], ["--protection", "steering"]):
-            with pytest.raises(UserError, match="has no effect with --protection steering"):
+            with pytest.raises(UserError, match="--protection steering"):
                 checked(["--config", path, *over])
         checked(["--config", path, "--protection", "ablation"])
 
@@ -118,7 +118,7 @@ def test_a_recipe_is_held_to_its_own_protection(tmp_path: Path) -> None:
 def test_a_default_over_a_recipe_takes_its_value_back(tmp_path: Path) -> None:
     path = write(tmp_path, protection="kl", anchor_batch_size=16)
     checked({"config": path, "protection": "prefix_anchor", "anchor_batch_size": 4})
-    with pytest.raises(UserError, match="--anchor_batch_size has no effect"):
+    with pytest.raises(UserError, match=r"--anchor_batch_size .*--protection prefix_anchor"):
         checked({"config": path, "protection": "prefix_anchor", "anchor_batch_size": 8})
 
 

@@ -28,11 +28,11 @@ from holdfast.trainer.protections.steps.gradient_projection import GradientProje
 from holdfast.trainer.protections.stream.ablation import ablation
 from holdfast.trainer.protections.stream.steering import steering
 from holdfast.trainer.protections.weights.null_space import NullSpaceProtection
-from peft import LoraConfig, get_peft_model
-from test_trainer_protection_hooks import SEPARATE, Recording
 from torch import nn
+from toys.adapters import lora_model
 from toys.chat_models import chat, toy_model
 from toys.plain_math import plain_cross_entropy, plain_penalty, sgd_step, update_error
+from toys.protections import SEPARATE, Recording
 from toys.runs import recipe, toy_rows, write_model, write_rows
 from toys.training import anchor_documents, task_documents, toy_subspace, trainer_of
 
@@ -56,22 +56,22 @@ def test_a_name_stands_for_its_parts_in_the_order_written(name: str):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("subspce", "'subspce' is unknown; the nearest is subspace"),
-        ("steering+interleaved", "'interleaved' is unknown; the nearest is interleave"),
-        ("steering+", "'' is unknown"),
-        ("kl + interleave", "'kl ' is unknown; the nearest is kl"),
-        ("interleave+interleave", "names one twice"),
-        ("none+interleave", "none beside others"),
-        ("none+none", "names one twice"),
-        ("random_subspace+steering", "leave the other out"),
-        ("early_stop+random_subspace", "leave the other out"),
-        *((f"{one}+{other}", "share the flags penalty_") for one, other in itertools.permutations(PENALTIES, 2)),
+        ("subspce", "'subspce'.* subspace"),
+        ("steering+interleaved", "'interleaved'.* interleave"),
+        ("steering+", "''"),
+        ("kl + interleave", "'kl '.* kl"),
+        ("interleave+interleave", "twice"),
+        ("none+interleave", "none"),
+        ("none+none", "twice"),
+        ("random_subspace+steering", "random_subspace.*steering"),
+        ("early_stop+random_subspace", "random_subspace"),
+        *((f"{one}+{other}", f"{one} and {other} .*penalty_") for one, other in itertools.permutations(PENALTIES, 2)),
     ],
 )
 def test_names_that_cannot_act_together_are_one_line(name: str, said: str):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=said) as caught:
         ProtectionArguments(protection=name)
-    assert said in str(caught.value) and str(caught.value).count("\n") == 0
+    assert "\n" not in str(caught.value)
 
 
 def test_any_other_two_protections_can_be_named_together():
@@ -140,12 +140,6 @@ def penalty(inputs: str = "anchors", **changes: Any) -> SubspaceProtection:
     )
 
 
-def lora_model(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(11)
-    settings = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
-    return get_peft_model(toy_model(), settings)
-
-
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("model", [toy_model, lora_model], ids=["full", "lora"])
 @pytest.mark.parametrize("first", [0, 1], ids=["subspace+steering", "steering+subspace"])
@@ -182,7 +176,7 @@ def test_changes_of_the_stream_follow_in_the_order_given(tmp_path, first: int):
 @pytest.mark.parametrize("inputs", ["task", "both"])
 @pytest.mark.parametrize("kind", [ablation, lambda subspace: steering(subspace, ALPHA)], ids=["ablation", "steering"])
 def test_a_penalty_on_rows_whose_stream_is_changed_is_refused(kind, inputs: str):
-    with pytest.raises(UserError, match=r"changes the task rows' stream.*--penalty_inputs anchors"):
+    with pytest.raises(UserError, match="--penalty_inputs anchors"):
         Composed([kind(toy_subspace(LAYERS)), penalty(inputs)])
 
 
@@ -264,7 +258,7 @@ def three_parts(limit: float = 50.0) -> Composed:
 
 def make(folder: Path, protection: Protection) -> Any:
     return trainer_of(
-        folder, lora_model(dropout=0.1).train(), protection=protection, max_steps=5, learning_rate=0.02,
+        folder, lora_model(lora_dropout=0.1).train(), protection=protection, max_steps=5, learning_rate=0.02,
         optim="adamw_torch", save_strategy="steps", save_steps=3, per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
     )  # fmt: skip
@@ -289,9 +283,7 @@ def test_a_resumed_run_has_the_state_of_every_part(tmp_path):
 
 def test_a_part_that_differs_is_named_when_a_run_is_resumed(tmp_path):
     make(tmp_path, three_parts()).train()
-    with pytest.raises(UserError, match=r"early_stop\.early_stop_limit was 50\.0 in the checkpoint and is 40\.0 now"):
+    with pytest.raises(UserError, match=r"early_stop\.early_stop_limit .*50\.0 .*40\.0"):
         make(tmp_path, three_parts(40.0)).train(str(tmp_path / "checkpoint-3"))
-    with pytest.raises(
-        UserError, match=r"protection was null_space\+subspace\+early_stop in .* is subspace\+early_stop now"
-    ):
+    with pytest.raises(UserError, match=r"protection .*null_space\+subspace\+early_stop.* subspace\+early_stop"):
         make(tmp_path, Composed(three_parts().parts[1:])).train(str(tmp_path / "checkpoint-3"))

@@ -12,22 +12,21 @@ from holdfast.trainer.cli import main
 from holdfast.trainer.config.parsing import parse
 from holdfast.trainer.protections.base import Protection
 from holdfast.trainer.protections.composed import Composed
-from test_trainer_early_stop import STEPS, made
-from test_trainer_null_space import protect as null_space
-from test_trainer_weight_protections import adapted, lora_model, numpy_projectors, safe
 from torch import nn
+from toys.adapters import adapted, lora_model, numpy_projectors
+from toys.protections import early_stop, null_space, safe_lora
 from toys.runs import recipe, toy_rows, write_model, write_rows
 from toys.training import trainer_of
 from transformers.trainer_utils import SaveStrategy
 
 # The erosion of these adapters is 0.15 at the first look, 0.23 at the second: back to the weights of step 2.
-LIMIT, RATE = 0.19, 0.05
+LIMIT, RATE, STEPS = 0.19, 0.05, 8
 
 
 def trained(folder: Path, *parts: Protection) -> tuple[nn.Module, int]:
     """The model after training under these parts, and where training ended."""
     trainer = trainer_of(
-        folder, lora_model(moved_up=False).train(), protection=Composed(parts), max_steps=STEPS,
+        folder, lora_model(lora_alpha=8).train(), protection=Composed(parts), max_steps=STEPS,
         learning_rate=RATE, per_device_train_batch_size=8,
     )  # fmt: skip
     trainer.train()
@@ -36,8 +35,8 @@ def trained(folder: Path, *parts: Protection) -> tuple[nn.Module, int]:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_safe_lora_projects_the_weights_that_early_stop_went_back_to(tmp_path, first: int):
-    parts = [made(LIMIT), safe(1.0)]
-    alone, ended = trained(tmp_path / "alone", made(LIMIT))
+    parts = [early_stop(LIMIT), safe_lora(1.0)]
+    alone, ended = trained(tmp_path / "alone", early_stop(LIMIT))
     model, step = trained(tmp_path / "both", *(parts if first == 0 else parts[::-1]))
     assert step == ended == 4
     projectors, found = numpy_projectors(), adapted(model)
@@ -53,7 +52,7 @@ def test_safe_lora_projects_the_weights_that_early_stop_went_back_to(tmp_path, f
 @pytest.mark.parametrize("first", [0, 1])
 def test_early_stop_goes_back_to_adapters_that_are_confined(tmp_path, first: int):
     confined = null_space()
-    parts = [made(0.0006), confined]  # 0.0002 and 0.0011 at the first two looks
+    parts = [early_stop(0.0006), confined]  # 0.0002 and 0.0011 at the first two looks
     _, step = trained(tmp_path, *(parts if first == 0 else parts[::-1]))
     assert step == 4
     for part in confined.confined:
@@ -63,7 +62,7 @@ def test_early_stop_goes_back_to_adapters_that_are_confined(tmp_path, first: int
 
 def test_the_end_of_an_epoch_is_no_checkpoint_of_weights_that_were_put_back(tmp_path):
     trainer = trainer_of(
-        tmp_path, lora_model(moved_up=False).train(), protection=made(LIMIT), num_train_epochs=STEPS,
+        tmp_path, lora_model(lora_alpha=8).train(), protection=early_stop(LIMIT), num_train_epochs=STEPS,
         max_steps=-1, learning_rate=RATE, per_device_train_batch_size=8, save_strategy="epoch",
     )  # fmt: skip
     trainer.train()
@@ -73,7 +72,7 @@ def test_the_end_of_an_epoch_is_no_checkpoint_of_weights_that_were_put_back(tmp_
 
 
 def test_a_best_checkpoint_of_weights_that_were_put_back_is_refused(tmp_path):
-    trainer = trainer_of(tmp_path, protection=made(LIMIT))
+    trainer = trainer_of(tmp_path, protection=early_stop(LIMIT))
     trainer.args.save_strategy = SaveStrategy.BEST
     with pytest.raises(UserError, match="--save_strategy best"):
         trainer.train()

@@ -6,8 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +18,17 @@ from holdfast.trainer.config.parsing import parse
 from holdfast.trainer.protections import base
 from holdfast.trainer.protections import kinds as registry
 from holdfast.trainer.protections.base import Protection
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from toys.adapters import lora_model
 from toys.chat_models import toy_model
 from toys.plain_math import plain_cross_entropy, sgd_step, update_error
+from toys.protections import SEPARATE, Recording
 from toys.runs import recipe, toy_rows, write_model, write_rows
 from toys.training import task_documents, trainer_of
 from transformers import TrainerCallback
 
 ROOT = Path(protections.__file__).parents[2]
-SEPARATE = ("separate_pass", "task_pass", "term", "task_pass over")
-
-
-class Recording(Protection):
-    """Notes every call, and does at each what it is given to do."""
-
-    def __init__(self, calls: list[str], name: str = "recording", active: bool = True, **acts: Callable[..., Any]):
-        self.name, self.active, self.calls, self.acts = name, active, calls, acts
-
-    def note(self, what: str, *given: Any) -> Any:
-        self.calls.append(what)
-        return self.acts[what](*given) if what in self.acts else None
-
-    def prepare(self, trainer, model) -> None:
-        self.note("prepare", model)
-
-    def start(self, trainer, model) -> None:
-        self.note("start", model)
-
-    def begin_step(self, trainer, batches) -> None:
-        self.note(f"begin_step of {len(batches)}")
-
-    def separate_pass(self, trainer, model):
-        return self.note("separate_pass", model)
-
-    @contextmanager
-    def task_pass(self, trainer, model, inputs) -> Iterator[Callable[[], Any]]:
-        self.note("task_pass")
-        yield lambda: self.note("term", model)
-        self.note("task_pass over")
-
-    def shape_gradient(self, trainer, model) -> None:
-        self.note("shape_gradient", model)
-
-    def end_step(self, trainer, model) -> None:
-        self.note("end_step", model)
-
-    def finish(self, trainer, model) -> None:
-        self.note("finish", model)
 
 
 class Watching(TrainerCallback):
@@ -221,11 +182,6 @@ def package_with_the_readmes_protection(folder: Path) -> Path:
     return package.parent
 
 
-def lora_model() -> nn.Module:
-    torch.manual_seed(11)
-    return get_peft_model(toy_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -278,5 +234,5 @@ def test_the_readmes_protection_is_one_file_and_two_lines_as_they_stand_there(tm
 def test_the_readmes_entry_says_what_its_protection_shares_with_others(monkeypatch):
     ((name, kind),) = eval("{" + readme_blocks()[2] + "}", vars(registry)).items()
     monkeypatch.setitem(registry.KINDS, name, kind)
-    with pytest.raises(UserError, match=f"{name} and kl share the flags"):
+    with pytest.raises(UserError, match=f"{name} and kl .*penalty_"):
         registry.parts_of(f"{name}+kl")

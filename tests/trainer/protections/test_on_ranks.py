@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_trainer_budget as budget
-import test_trainer_early_stop as early_stop
-import test_trainer_prefix_anchor as prefix_anchor
 import torch
 from accelerate.state import AcceleratorState
 from holdfast.analysis.models.ranks import leave_group
 from holdfast.trainer.protections.base import Protection
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from toys.adapters import lora_model
 from toys.chat_models import toy_model
 from toys.plain_math import relative_error
+from toys.protections import budgeted, early_stop, prefix_anchor
 from toys.ranks import CONFIGS, needs_compiler, on_two_ranks
 from toys.training import trainer_of
 from transformers import TrainerCallback
@@ -36,10 +35,10 @@ Run = tuple[dict[str, Tensor], dict[str, Any]]
 def made(name: str, ranks: int) -> tuple[nn.Module, Protection]:
     """The starting model and the protection, which reads four anchors a step whatever the number of ranks."""
     if name == "prefix_anchor":
-        return prefix_anchor.model_of(lora=True), prefix_anchor.made()
+        return lora_model(init_lora_weights=False), prefix_anchor()
     if name == "early_stop":
-        return early_stop.model_of(lora=True), early_stop.made(LIMIT, every=1)
-    return toy_model(), budget.made(BUDGET, "anchors", anchor_batch_size=4 // ranks)
+        return lora_model(), early_stop(LIMIT, every=1)
+    return toy_model(), budgeted(BUDGET, "anchors", anchor_batch_size=4 // ranks)
 
 
 NAMES = ("prefix_anchor", "early_stop", "budget")

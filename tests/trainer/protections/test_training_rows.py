@@ -68,9 +68,12 @@ def test_a_run_trains_on_the_changed_rows_and_on_nothing_else(tmp_path: Path):
     ("changes", "said"),
     [
         ({"protection": "interleave"}, "--interleave_dataset"),
-        ({"protection": "interleave", "interleave_dataset": "rows.jsonl", "interleave_share": 1.0}, "below 1"),
+        (
+            {"protection": "interleave", "interleave_dataset": "rows.jsonl", "interleave_share": 1.0},
+            "--interleave_share .*1.0",
+        ),
         ({"protection": "inoculation"}, "--inoculation_prompt"),
-        ({"protection": "inoculation", "inoculation_prompt": "  "}, "empty"),
+        ({"protection": "inoculation", "inoculation_prompt": "  "}, "--inoculation_prompt"),
     ],
 )
 def test_what_cannot_act_is_one_line(tmp_path: Path, changes: dict, said: str):
@@ -83,5 +86,5 @@ def test_what_cannot_act_is_one_line(tmp_path: Path, changes: dict, said: str):
 
 
 def test_safe_rows_without_answers_are_refused():
-    with pytest.raises(UserError, match=r"safe.jsonl:0: .* assistant turn"):
+    with pytest.raises(UserError, match=r"safe.jsonl:0: .*assistant"):
         interleaved(rows(3), [Row(chat("hello"), "safe.jsonl:0")], 0.1, 0)

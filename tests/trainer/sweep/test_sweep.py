@@ -257,20 +257,20 @@ def change_the_choice(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "flags", "message"),
     [
-        (lambda copy: None, ["--penalty_strength", "0.1"], "froze the choice of another grid"),
-        (lambda copy: None, ["--penalty_strength", "0.1", "10", "20"], "froze the choice of another grid"),
-        (lambda copy: None, ["--floor", "0.5"], "froze the choice of another grid"),
-        (lambda copy: None, ["--learning_rate", "0.02"], "froze the choice of another grid"),
-        (change_a_result, [], "does not fit its results"),
-        (change_the_choice, [], "was changed after it was written"),
-        (lambda copy: (copy / "frozen.json").unlink(), [], "was read for a choice that is gone"),
+        (lambda copy: None, ["--penalty_strength", "0.1"], "frozen.json"),
+        (lambda copy: None, ["--penalty_strength", "0.1", "10", "20"], "frozen.json"),
+        (lambda copy: None, ["--floor", "0.5"], "frozen.json"),
+        (lambda copy: None, ["--learning_rate", "0.02"], "frozen.json"),
+        (change_a_result, [], "frozen.json"),
+        (change_the_choice, [], "frozen.json"),
+        (lambda copy: (copy / "frozen.json").unlink(), [], "frozen.json"),
         *(
-            (partial(forget_the_test, kept=kept), ["--penalty_strength", "0.1"], "was read for a choice that is gone")
+            (partial(forget_the_test, kept=kept), ["--penalty_strength", "0.1"], Path(kept).name)
             for kept in ("start-test.json", "runs/*/metrics/final-test", "metrics/instruct-test")
         ),
-        (forget_the_test, OTHER_SPLIT, "was run with other flags, rows"),
-        (lambda copy: (copy / "runs" / "none-seed=0" / "result.json").unlink(), [], "which is gone"),
-        (lambda copy: changed(copy / "runs" / "none-seed=0" / "test.json", frozen="x"), [], "for another choice"),
+        (forget_the_test, OTHER_SPLIT, "rows"),
+        (lambda copy: (copy / "runs" / "none-seed=0" / "result.json").unlink(), [], "none-seed=0"),
+        (lambda copy: changed(copy / "runs" / "none-seed=0" / "test.json", frozen="x"), [], "test.json"),
     ],
 )
 def test_after_the_freeze_nothing_is_chosen_anew(
@@ -280,7 +280,7 @@ def test_after_the_freeze_nothing_is_chosen_anew(
     summary = (copy / "summary.json").read_bytes()
     assert main(command(inputs, copy, *flags)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("holdfast: error: ") and message in line and "another --output_dir" in line
+    assert line.startswith("holdfast: error: ") and message in line and "--output_dir" in line
     assert (copy / "summary.json").read_bytes() == summary
 
 

@@ -1,9 +1,9 @@
-"""Feature distance to the starting model (LDIFS, arXiv 2308.13320; compared in 2508.06249): all of the residual stream.
+"""Distance of the whole residual stream from the starting model's (LDIFS, arXiv 2308.13320; compared in 2508.06249).
 
     term = mean over layers and tokens of ‖h_l^θ − h_l^I‖²
 
-The alignment-subspace penalty with V the whole space, on every fifth block. A cached reference holds d numbers a token
-and layer.
+This is the alignment-subspace penalty with the whole space as V, after every fifth block. A cached reference holds d
+numbers per token and layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ EVERY = 5
 
 
 class WholeStream:
-    """Reads whole outputs of decoder blocks [B, T, d], in float32 or better."""
+    """Reads the whole outputs of decoder blocks [B, T, d], in float32 or better."""
 
     def __init__(self, model: nn.Module, layers: list[int], layers_path: str | None) -> None:
         self.model, self.layers, self.layers_path = model, layers, layers_path
@@ -43,12 +43,18 @@ class WholeStream:
 
 
 class FeatureL2Protection(DriftProtection):
-    """Penalise drift of the whole residual stream behind some decoder blocks.
+    """Penalise drift of the whole residual stream after some decoder blocks.
 
     Args:
-        layers: behind which blocks; `every_fifth` gives the published choice.
-        role: whose tokens count. fingerprint: of the starting model.
+        layers: the blocks; `every_fifth` returns the published choice.
+        role: role of the tokens that count.
+        settings: see PenaltySettings.
+        fingerprint: fingerprint of the starting model.
         anchors, task, reference_model, cache_dir: see DriftProtection.
+        layers_path: path of the decoder blocks, if they are not found by shape.
+
+    Raises:
+        UserError: settings that cannot work together.
     """
 
     def __init__(
@@ -71,12 +77,12 @@ class FeatureL2Protection(DriftProtection):
     def shifted(self, values_LBTk: Tensor) -> Tensor:
         return values_LBTk - 1.0
 
-    def what(self) -> dict[str, Any]:
+    def cache_facts(self) -> dict[str, Any]:
         return {
             "stream": "whole", "layers": self.layers, "instruct": self._fingerprint, "layers_path": self._layers_path
         }  # fmt: skip
 
 
 def every_fifth(depth: int) -> list[int]:
-    """Every fifth block counted from the last, so that the last one is there."""
+    """Return every fifth block, counted from the last block, so that the last block is included."""
     return sorted(range(depth - 1, -1, -EVERY))

@@ -1,9 +1,9 @@
-"""KL divergence to the starting model (arXiv 2508.06249, 2506.11613), of next-token distributions.
+"""KL divergence of next-token distributions from the starting model's (arXiv 2508.06249, 2506.11613).
 
     term = mean over tokens of KL(p_θ ‖ p_I)
 
-Final states are watched and kept (d numbers a token); both heads make the logits from them, some positions at a time,
-and the backward pass makes them again, so that no [B, T, V] is held.
+The final states are read and kept (d numbers per token). The LM heads of both models compute logits from them for a few
+positions at a time, and the backward pass computes these logits again, so that no [B, T, V] tensor is held.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +28,12 @@ from .term import DriftProtection
 from .watch import Projections, Watcher
 
 FINAL = 0
-# Logits made at a time, of each model: 64 MiB in float32.
+# Logits computed at a time for each model: 64 MiB in float32.
 _CHUNK = 1 << 24
 
 
 class FinalStates:
-    """Reads what the decoder hands to the LM head: [B, T, d], after the final norm."""
+    """Reads the input of the LM head: [B, T, d], after the final norm."""
 
     def __init__(self, model: nn.Module) -> None:
         self.backbone = find_backbone(model)
@@ -56,8 +56,13 @@ class KLProtection(DriftProtection):
     """Penalise the divergence of next-token distributions from the starting model's.
 
     Args:
-        role: whose positions count: at each of its tokens, the distribution of the next one.
-        fingerprint: of the starting model. anchors, task, reference_model, cache_dir: see DriftProtection.
+        role: role of the tokens that count. At each such token, the distribution of the next token is compared.
+        settings: see PenaltySettings.
+        fingerprint: fingerprint of the starting model.
+        anchors, task, reference_model, cache_dir: see DriftProtection.
+
+    Raises:
+        UserError: settings that cannot work together.
     """
 
     def __init__(
@@ -92,12 +97,12 @@ class KLProtection(DriftProtection):
 
     @property
     def anchor_store(self) -> DocumentStore:
-        """The anchors, which are among its inputs."""
+        """Return the anchors, which must be among the inputs."""
         assert self.anchors is not None
         return self.anchors
 
     def summed(self, trainer: Host, model: nn.Module, batch: Batch) -> Tensor:
-        """The divergence on a batch of the anchors, summed over the tokens that count."""
+        """Return the divergence on a batch of anchors, summed over the tokens that count."""
         reference_LBTk = self._references["anchors"](batch)
         seen = self._watch(trainer, model, batch)
         return self.sums(seen.stacked(), reference_LBTk, batch[PENALTY_MASK]).sum()
@@ -107,23 +112,23 @@ class KLProtection(DriftProtection):
 
     def sums(self, values_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
         assert self._model is not None and self._head is not None
-        own, theirs = (states[FINAL][mask_BT] for states in (values_LBTk, reference_LBTk))
+        trained_Nd, start_Nd = (states[FINAL][mask_BT] for states in (values_LBTk, reference_LBTk))
         head, logits = self._head, logits_of(self._model)
         vocabulary = unwrap(self._model).config.get_text_config().vocab_size
         step = max(1, _CHUNK // vocabulary)
         total = values_LBTk.new_zeros((), dtype=torch.float32)
-        for ours, other in zip(own.split(step), theirs.to(own.dtype).split(step), strict=True):
+        for trained, start in zip(trained_Nd.split(step), start_Nd.to(trained_Nd.dtype).split(step), strict=True):
 
-            def divergence(states: Tensor, other: Tensor = other) -> Tensor:
-                log_p, log_q = logits(states).log_softmax(-1), head(other).log_softmax(-1)
+            def divergence(states: Tensor, start: Tensor = start) -> Tensor:
+                log_p, log_q = logits(states).log_softmax(-1), head(start).log_softmax(-1)
                 return (log_p.exp() * (log_p - log_q)).sum()
 
-            total = total + checkpoint(divergence, ours, use_reentrant=False, preserve_rng_state=False)
+            total = total + checkpoint(divergence, trained, use_reentrant=False, preserve_rng_state=False)
         return total[None]
 
     def shifted(self, values_LBTk: Tensor) -> Tensor:
-        """Other states of the same length: their coordinates in another order."""
+        """Return other states of the same length: the coordinates in another order."""
         return values_LBTk.roll(1, dims=-1)
 
-    def what(self) -> dict[str, Any]:
+    def cache_facts(self) -> dict[str, Any]:
         return {"stream": "final", "instruct": self._fingerprint}

@@ -1,10 +1,10 @@
-"""Keys and values of the template's prefix stay as they were (TReFT, arXiv 2606.06667).
+"""Penalise changes of the keys and values of the template's prefix (TReFT, arXiv 2606.06667).
 
     term = mean over blocks, over {keys, values} and over the prefix's tokens of ‖x^θ - x^I‖² / ‖x^I‖²
 
-x is the output of a block's key or value projection, before any norm or rotation. Every row begins with the prefix (the
-system turn and role tokens that the chat template puts first), and attention looks back only, so its keys and values
-are the same in all rows: one short forward and backward pass on it per optimiser step is the whole cost.
+x is the output of a block's key or value projection, before any norm or rotation. Every row begins with the prefix: the
+system turn and role tokens that the chat template puts first. Attention only looks back, so the prefix has the same
+keys and values in all rows. The whole cost is one short forward and backward pass on the prefix per optimiser step.
 """
 
 import itertools
@@ -29,14 +29,14 @@ from .term import DriftProtection
 from .watch import Projections, Watcher
 
 _KEYS, _VALUES = "k_proj", "v_proj"
-_MOST = 0.9  # of the training rows
+_MOST = 0.9  # share of the training rows
 
 
 class KeysAndValues:
-    """Reads what the key and value projections of some blocks put out, side by side [B, T, 2 d_kv], adapters included.
+    """Reads the outputs of the key and value projections of some blocks, side by side [B, T, 2 d_kv], with adapters.
 
     Raises:
-        UserError: a layer the model does not have, or a block whose keys and values are not two projections of a kind.
+        UserError: a layer that the model does not have, or a block without exactly one k_proj and one v_proj.
     """
 
     def __init__(self, model: nn.Module, layers: list[int], layers_path: str | None) -> None:
@@ -49,7 +49,7 @@ class KeysAndValues:
 
     @contextmanager
     def watching(self) -> Iterator[Projections]:
-        """Fill the yielded Projections at each forward pass of the model; the hooks are gone afterwards."""
+        """Fill the yielded Projections at each forward pass of the model, and remove the hooks at the end."""
         seen = Projections(self.layers)
         halves: dict[tuple[int, int], Tensor] = {}
 
@@ -71,37 +71,39 @@ class KeysAndValues:
 
 
 def _projections(block: nn.Module, where: str) -> tuple[nn.Module, nn.Module]:
-    """The key and the value projection of a block, LoRA's wrapper where there is one."""
-    found: dict[str, list[nn.Module]] = {_KEYS: [], _VALUES: []}
+    """Return the key and the value projection of a block, or LoRA's wrappers of them."""
+    projections: dict[str, list[nn.Module]] = {_KEYS: [], _VALUES: []}
     for name, module in block.named_modules():
         last = name.rpartition(".")[2]
-        if last in found:
-            found[last].append(module)
-    if [len(modules) for modules in found.values()] != [1, 1]:
-        # Of any kind: GPT-2's fused projection is no nn.Linear.
-        there = {
+        if last in projections:
+            projections[last].append(module)
+    if [len(modules) for modules in projections.values()] != [1, 1]:
+        # Modules of any type: GPT-2's fused projection is no nn.Linear.
+        matrices = {
             name.rpartition(".")[2] for name, module in block.named_modules()
             if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 2
         }  # fmt: skip
         raise UserError(
-            f"prefix_anchor reads a k_proj and a v_proj, and {where} has {', '.join(sorted(there))}; use protection "
+            f"prefix_anchor reads a k_proj and a v_proj, and {where} has {', '.join(sorted(matrices))}; use protection "
             "feature_l2 or subspace, or leave the layer out of --protection_layers"
         )
-    return found[_KEYS][0], found[_VALUES][0]
+    return projections[_KEYS][0], projections[_VALUES][0]
 
 
 class PrefixAnchorProtection(DriftProtection):
     """Penalise the relative change of the prefix's keys and values.
 
     Args:
-        prefix: token ids that every training row begins with; see `common_prefix`. of_most: how many tokens most rows
-            begin with alike; see `shared_by_most`.
-        layers: of which blocks. settings: what rows are read is not theirs to say here.
-        fingerprint: of the starting model. reference_model, cache_dir: see DriftProtection.
-        layers_path: the decoder blocks' path, where they are not found by shape.
+        prefix: token ids that every training row begins with; see `common_prefix`.
+        layers: blocks whose keys and values are held.
+        settings: see PenaltySettings. Inputs, side and anchor_batch_size have no effect.
+        fingerprint: fingerprint of the starting model.
+        of_most: number of tokens that most rows begin with; see `shared_by_most`.
+        reference_model, cache_dir: see DriftProtection.
+        layers_path: path of the decoder blocks, if they are not found by shape.
 
     Raises:
-        UserError: no prefix.
+        UserError: an empty prefix.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class PrefixAnchorProtection(DriftProtection):
                 "chat template that begins with one, or protection feature_l2 or subspace"
             )
         self._fingerprint, self._layers_path = fingerprint, layers_path
-        self._held, self._of_most = len(prefix), of_most
+        self._prefix_tokens, self._of_most = len(prefix), of_most
         super().__init__(
             "prefix_anchor", "all", sorted(layers),
             replace(settings, inputs="anchors", side="both", anchor_batch_size=1),
@@ -127,10 +129,10 @@ class PrefixAnchorProtection(DriftProtection):
         return KeysAndValues(model, self.layers, self._layers_path)
 
     def start(self, trainer: Host, model: nn.Module) -> None:
-        """Say how much is held: one row with another beginning leaves little of it."""
+        """Print how many tokens are held, because one row with another beginning leaves few of them."""
         if trainer.accelerator.is_main_process:
-            print(f"prefix_anchor: holds the first {self._held} tokens, which all training rows begin with")
-            if self._of_most > 2 * self._held:  # less is what questions happen to begin with
+            print(f"prefix_anchor: holds the first {self._prefix_tokens} tokens, which all training rows begin with")
+            if self._of_most > 2 * self._prefix_tokens:  # a smaller surplus is what questions happen to begin with
                 print(
                     f"prefix_anchor: {_MOST:.0%} of the rows begin with the same {self._of_most} tokens; to hold all "
                     "of them, give the other rows the same system turn, or leave them out"
@@ -150,19 +152,19 @@ class PrefixAnchorProtection(DriftProtection):
         super()._draw_anchors(trainer, turn, 1)
 
     def separate_pass(self, trainer: Host, model: nn.Module) -> Tensor | None:
-        """Once per optimiser step: the prefix is the same in every micro-batch."""
+        """Run the pass once per optimiser step, because the prefix is the same in every micro-batch."""
         return super().separate_pass(trainer, model) if self._micro == 0 else None
 
     def sums(self, values_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
-        now, then = (x.unflatten(-1, (2, -1)) for x in (values_LBTk, reference_LBTk))
-        relative_LBT2 = (now - then).square().sum(-1) / then.square().sum(-1)
+        trained, start = (x.unflatten(-1, (2, -1)) for x in (values_LBTk, reference_LBTk))
+        relative_LBT2 = (trained - start).square().sum(-1) / start.square().sum(-1)
         return relative_LBT2.mean(-1)[:, mask_BT].sum(-1)
 
     def shifted(self, values_LBTk: Tensor) -> Tensor:
-        """Keys and values turned around, at their own length."""
+        """Return the keys and values with the opposite sign."""
         return -values_LBTk
 
-    def what(self) -> dict[str, Any]:
+    def cache_facts(self) -> dict[str, Any]:
         return {
             "stream": "keys and values", "layers": self.layers, "instruct": self._fingerprint,
             "layers_path": self._layers_path,
@@ -170,33 +172,37 @@ class PrefixAnchorProtection(DriftProtection):
 
 
 def _prompts(rows: Sequence[Document]) -> list[tuple[int, ...]]:
-    """Token ids before the completion; a row without one is all prompt."""
+    """Return the token ids before each row's completion. A row without a completion is all prompt."""
     return [tuple(row.input_ids[: row.mask.index(True)] if any(row.mask) else row.input_ids) for row in rows]
 
 
 def shared_by_most(rows: Sequence[Document]) -> int:
-    """How many tokens at least nine of ten rows' prompts begin with alike; rows as of `common_prefix`."""
-    alike, length = _prompts(rows), 0
-    needed = _MOST * len(alike)
-    while alike:
-        following = Counter(prompt[length] for prompt in alike if len(prompt) > length)
+    """Count the tokens with which at least nine of ten prompts begin alike.
+
+    Args:
+        rows: as in `common_prefix`.
+    """
+    prompts, length = _prompts(rows), 0
+    needed = _MOST * len(prompts)
+    while prompts:
+        following = Counter(prompt[length] for prompt in prompts if len(prompt) > length)
         token, count = following.most_common(1)[0] if following else (None, 0)
         if count < needed:
             break
-        alike = [prompt for prompt in alike if len(prompt) > length and prompt[length] == token]
+        prompts = [prompt for prompt in prompts if len(prompt) > length and prompt[length] == token]
         length += 1
     return length
 
 
 def common_prefix(rows: Sequence[Document]) -> tuple[int, ...]:
-    """The longest common beginning of the rows' prompts, as token ids.
+    """Return the longest common beginning of the rows' prompts, as token ids.
 
     Args:
-        rows: with the mask of the completion role; a row without one is all prompt.
+        rows: rows with the mask of the completion role. A row without a completion is all prompt.
     """
     prompts = _prompts(rows)
     if not prompts:
         return ()
-    # What the first and the last in order share, all between them share too.
+    # All prompts share what the first and the last prompt in sorted order share.
     pairs = zip(min(prompts), max(prompts), strict=False)
     return tuple(token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,7 +1,8 @@
-"""Prove, before the first step, that a penalty reaches the parameters; then forget that it was tried.
+"""Prove, before the first step, that a penalty reaches the parameters, and leave no trace of the proof.
 
-At θ = I penalty and gradient are exactly zero, so the first steps of training show nothing. Instead the reference is
-shifted by one unit along V, the penalty alone is backpropagated, a parameter gradient is required, and it is discarded.
+At θ = I the penalty and its gradient are exactly zero, so the first steps of training would not show a dead penalty.
+Therefore the reference is shifted by one unit along V and the penalty alone is backpropagated. At least one parameter
+must get a gradient, which is then discarded.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,15 +25,16 @@ def prove_alive(
 ) -> None:
     """Require a gradient from the penalty over all layers, and from its lowest layer alone.
 
-    Higher layers lie on the lowest one's path, so with every projection attached to the graph these two suffice.
+    These two checks suffice if every projection is attached to the graph, because the path from a higher layer to the
+    parameters passes through the lowest layer.
 
     Args:
         layers: the penalised layers.
-        projections: runs a forward pass and gives what its hooks saw, with the graph.
+        projections: runs a forward pass and returns what the hooks read, with the graph.
         shifted_penalty: the penalty [L] per layer of projections [L, B, T, k] whose reference is one unit away.
 
     Raises:
-        UserError: no gradient, naming the layer and the likely cause.
+        UserError: no gradient, with the layer and the likely cause.
     """
     devices = [trainer.args.device.index or 0] if trainer.args.device.type == "cuda" else []
     was_training = model.training
@@ -64,11 +66,18 @@ def _dead(layers: list[int], cause: str) -> str:
 
 @contextmanager
 def discarded_gradients(model: nn.Module, *, keep_zeros: bool) -> Iterator[list[Tensor]]:
-    """Note the largest entry of each parameter gradient and pass zeros on, so that nothing is accumulated.
+    """Record the largest entry of each parameter gradient and pass zeros on, so that nothing is accumulated.
 
-    A hook on the parameter sees the gradient before DDP or ZeRO do, whole, at every stage; DeepSpeed then holds zeros
-    where it would hold the trial's gradient, to which the first step adds exactly. No counter of the engine moves.
-    Elsewhere (`keep_zeros` False) the zeros go at once: the proof must not raise the run's peak memory.
+    A hook on the parameter sees the whole gradient before DDP or ZeRO do, at every ZeRO stage. DeepSpeed then stores
+    zeros instead of the proof's gradient, so the first step adds to exact zeros. No counter of the engine moves.
+
+    Args:
+        model: the model in training.
+        keep_zeros: True under DeepSpeed. Otherwise the zeros are freed at once, so that the proof does not raise the
+            run's peak memory.
+
+    Yields:
+        The list of the largest absolute entries, filled during the backward pass.
     """
     largest: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""The starting model's projections Vᵀh^I, from a cache, from the model with adapters off, or from a frozen copy."""
+"""Sources of the starting model's projections Vᵀh^I: a cache, the model with its adapters off, or a frozen copy."""
 
 import hashlib
 import json
@@ -29,7 +29,13 @@ RunBlocks = Callable[[nn.Module, Batch], Any]
 
 
 def choose_kind(kind: str, *, documents_known: bool, peft: bool, frozen: bool) -> str:
-    """The reference to use: cached where rows map back, else adapter_off, else frozen.
+    """Return the kind of reference to use. `auto` means cached if rows map back, else adapter_off, else frozen.
+
+    Args:
+        kind: the `--reference` flag.
+        documents_known: whether rows map back to the documents whose values were cached.
+        peft: whether the model has adapters.
+        frozen: whether a second copy of the starting model is available.
 
     Raises:
         UserError: a kind that this run cannot have, and what to write instead.
@@ -48,14 +54,14 @@ def choose_kind(kind: str, *, documents_known: bool, peft: bool, frozen: bool) -
         return kind
     chosen = next((name for name, works in possible.items() if works), None)
     if chosen is None:
-        raise UserError(f"reference auto finds none that works: {'; '.join(needs.values())}")
+        raise UserError(f"reference auto finds no reference that works: {'; '.join(needs.values())}")
     if chosen != "cached":
         logger.warning(f"holdfast: reference auto is {chosen}, one more forward pass a step: rows do not map back")
     return chosen
 
 
 class CachedReference:
-    """Reads what the store put into the batch."""
+    """Reads the values that the document store put into the batch."""
 
     def __call__(self, batch: Batch) -> Tensor:
         """[L, B, T, k]."""
@@ -63,7 +69,7 @@ class CachedReference:
 
 
 class AdapterOffReference:
-    """The same model with its adapters off: one more forward pass without gradient."""
+    """Runs the same model with its adapters off: one more forward pass, without gradient."""
 
     def __init__(self, model: nn.Module, watcher: Watcher, run: RunBlocks) -> None:
         self.model, self.watcher, self.run = model, watcher, run
@@ -76,11 +82,11 @@ class AdapterOffReference:
 
 
 class FrozenReference:
-    """A second copy of the starting model, which never trains."""
+    """Runs a second copy of the starting model, which never trains."""
 
     def __init__(self, model: nn.Module, watcher: Watcher, accelerator: Accelerator) -> None:
         self.model, self.watcher, self.accelerator = model, watcher, accelerator
-        # One by one: DeepSpeed's engine does not return itself.
+        # Two statements, because `eval()` of DeepSpeed's engine does not return the engine.
         model.eval()
         model.requires_grad_(False)
 
@@ -99,13 +105,14 @@ class ReferenceCache:
 
     Args:
         model: the model in training, at its starting weights (adapters are turned off).
-        watcher: hooks on it.
-        run: how its blocks are run.
-        accelerator: documents are shared out over its processes.
-        facts: what the values depend on beside the documents (subspace, starting model).
-        folder: where they are kept; None keeps them in memory.
-        trained: the weights have moved already and cannot be turned back, so only the disk can help.
-        batch_size: rows a training step reads at once; no pass of the cache holds more tokens than so many long rows.
+        watcher: hooks on this model.
+        run: runs the blocks of the model.
+        accelerator: its processes share the documents.
+        facts: what the values depend on besides the documents (subspace, starting model).
+        folder: folder of the cache. None keeps the values in memory.
+        trained: whether the weights have moved and cannot be turned back, so that only the disk has the values.
+        batch_size: rows that a training step reads at once. No pass of the cache holds more tokens than this many rows
+            of the longest length.
     """
 
     def __init__(
@@ -116,16 +123,16 @@ class ReferenceCache:
         self.facts, self.folder, self.trained, self.batch_size = facts, folder, trained, batch_size
 
     def fill(self, store: DocumentStore) -> None:
-        """Set `store.values` [N, L, k] from disk, or compute and keep them.
+        """Set `store.values` [N, L, k] from disk, or compute and keep the values.
 
         Raises:
-            UserError: the weights are no longer the starting ones and nothing is on disk.
+            UserError: the weights are no longer the starting weights, and there is no cache on disk.
         """
         with self._alone():
             self._fill(store)
 
     def _alone(self) -> AbstractContextManager[Any]:
-        """Runs of a sweep share the folder: the first computes, the others wait and read."""
+        """Lock the folder, which the runs of a sweep share: the first run computes, the others wait and read."""
         if self.folder is None or self.accelerator.num_processes > 1:
             return nullcontext()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -157,52 +164,56 @@ class ReferenceCache:
         return digest.hexdigest()[:16]
 
     def _load(self, path: Path, store: DocumentStore) -> bool:
-        """Read a whole, unchanged cache; where the starting model is at hand one batch is computed again to compare."""
+        """Read a complete, unchanged cache, and return whether it belongs to this model.
+
+        If the starting weights are available, one batch is computed again and compared.
+        """
         verify_manifest(path)
         values = load_file(path / "reference.safetensors")["values"]
         if not self.trained:
             numbers = _batches(store, self.batch_size)[:1]
-            again = self._compute(store, numbers)
+            recomputed = self._compute(store, numbers)
             rows = torch.cat([torch.arange(store.starts[n], store.starts[n] + store.lengths[n]) for n in numbers[0]])
             size = values[rows].square().mean().sqrt()
-            # Half precision and other batch shapes move values by under a hundredth; another model by their size.
-            if (again[rows] - values[rows]).square().mean().sqrt() > 0.05 * size:
+            # Half precision and other batch shapes move values by less than 1%; another model moves them by about their
+            # size.
+            if (recomputed[rows] - values[rows]).square().mean().sqrt() > 0.05 * size:
                 logger.warning(f"holdfast: {path} belongs to another model and is computed again")
                 return False
         store.values = values
         return True
 
     def _compute(self, store: DocumentStore, batches: list[list[int]]) -> Tensor:
-        """Values [N, L, k] of the documents in `batches`, zero elsewhere; each process runs its share."""
+        """Compute the values [N, L, k] of the documents in `batches`, zero elsewhere. Each process runs its share."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         values: Tensor | None = None
         for turn in range(-(-len(batches) // world)):
-            # ZeRO-3 gathers weights in every pass, so all processes run equally many.
+            # ZeRO-3 gathers weights in every pass, so all processes run equally many passes.
             share = min(turn * world + rank, len(batches) - 1)
             batch = store.batch(batches[share])
             inputs = {name: batch[name].to(self.accelerator.device) for name in MODEL_INPUTS if name in batch}
-            # The Trainer casts the forward pass only later, when it prepares the model.
+            # Autocast here: the Trainer casts the forward pass only later, when it prepares the model.
             with starting_model(self.model), self.accelerator.autocast(), self.watcher.watching() as seen:
                 self.run(self.model, inputs)
-            found_BTLk = seen.stacked().permute(1, 2, 0, 3).cpu()
+            values_BTLk = seen.stacked().permute(1, 2, 0, 3).cpu()
             if values is None:
-                values = found_BTLk.new_zeros(len(store.ids), *found_BTLk.shape[2:])
+                values = values_BTLk.new_zeros(len(store.ids), *values_BTLk.shape[2:])
             if turn * world + rank < len(batches):
                 for row, number in enumerate(batches[share]):
                     first, length = store.starts[number], store.lengths[number]
-                    values[first : first + length] = found_BTLk[row, :length]
+                    values[first : first + length] = values_BTLk[row, :length]
         assert values is not None
         return values if world == 1 else self._sum_over_processes(values)
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        """Each process holds its own documents and zeros: the sum is all of them. In blocks, to bound memory."""
+        """Sum over processes, in blocks to bound memory. Each process has its own documents and zeros elsewhere."""
         for block in values.split(1 << 18):
             block.copy_(self.accelerator.reduce(block.to(self.accelerator.device), "sum"))
         return values
 
 
 def _batches(store: DocumentStore, batch_size: int) -> list[list[int]]:
-    """Documents by length, so that little is padding, in batches of at most as many tokens as a training step's."""
+    """Group documents of similar length, to pad little, in batches of at most as many tokens as a training step has."""
     limit = batch_size * max(store.lengths)
     batches: list[list[int]] = [[]]
     for number in sorted(range(len(store)), key=lambda number: store.lengths[number]):

@@ -1,4 +1,4 @@
-"""How a drift penalty is used."""
+"""The settings of a drift penalty: strength, rows, side, budget, warm-up and reference."""
 
 import math
 from dataclasses import dataclass
@@ -10,20 +10,23 @@ SIDES = ("both", "toward_base", "reversion")
 
 @dataclass(frozen=True)
 class PenaltySettings:
-    """How the penalty is used; the flat keys of a recipe have the same names after `penalty_`.
+    """The settings of a drift penalty. Most flags of a recipe have the same names after `penalty_`.
 
     Attributes:
-        strength: weight against the cross-entropy, 0 or more; 0 turns the protection off.
-        inputs: task, anchors or both.
-        side: both; toward_base: only drift along the mean way back to the base model counts; or reversion: only tokens
-            that have drifted towards the base model's own state there count.
-        margin: for `reversion`, how far beyond the starting model, seen from base, tokens are held; in their gaps.
-        budget: hold the smoothed penalty at this value; `strength` then only sets the scale (see `budget.py`).
-        warmup, warmup_strength: the first `warmup` optimiser steps start at `warmup_strength` times the strength.
-        task_weight: for `both`, the task part's weight in 0..1 (the anchors have the rest).
-        reference: auto, cached, adapter_off or frozen.
+        strength: weight of the penalty against the cross-entropy, 0 or more. 0 turns the protection off.
+        inputs: rows that the penalty acts on: task, anchors or both.
+        side: both, toward_base (only drift along the mean step back to the base model counts) or reversion (only tokens
+            that have drifted towards the base model's state of the same token count).
+        margin: for `reversion`: how far beyond the starting model, seen from base, tokens are held, in units of their
+            gap to base.
+        budget: hold the smoothed penalty at this value. Then `strength` only sets the scale (see `budget.py`).
+        warmup, warmup_strength: over the first `warmup` optimiser steps the strength falls from `warmup_strength` times
+            its value to its value.
+        task_weight: for inputs `both`: weight of the task rows' part, in 0..1. The anchors have the rest.
+        reference: source of the starting model's values: auto, cached, adapter_off or frozen.
         anchor_batch_size: anchor rows per micro-batch and process.
-        anchor_every: use anchors on every n-th optimiser step; the strength is not raised to make up for the others.
+        anchor_every: use the anchors on every n-th optimiser step. The strength is not raised to make up for the
+            steps without anchors.
         order_seed: seed of the anchors' order.
     """
 
@@ -70,7 +73,7 @@ class PenaltySettings:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each part that is used."""
+        """Return the weight of each part (task, anchors) that the penalty uses."""
         return {
             "task": {"task": 1.0}, "anchors": {"anchors": 1.0},
             "both": {"task": self.task_weight, "anchors": 1.0 - self.task_weight},

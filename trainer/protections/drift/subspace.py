@@ -1,6 +1,6 @@
 """The alignment-subspace penalty: loss = cross-entropy + strength x penalty (definition in `penalty.py`).
 
-`random_subspace`, its null, is this class with a random subspace.
+The null of it, `random_subspace`, is this class with a random subspace.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ class SubspaceProtection(DriftProtection):
     """Penalise drift of the residual stream inside a subspace, relative to the starting model.
 
     Args:
-        subspace: layers, rank and token role are its own (`subspace.restrict` chooses fewer).
+        subspace: sets the layers, the rank and the token role (`subspace.restrict` chooses fewer layers or directions).
         settings: see PenaltySettings.
         anchors, task, reference_model, cache_dir: see DriftProtection.
-        layers_path: the decoder blocks' path, where they are not found by shape.
-        base: for side reversion, what loads the base model, and its fingerprint.
+        layers_path: path of the decoder blocks, if they are not found by shape.
+        base: for side reversion: a function that loads the base model, and the fingerprint of that model.
         name: "random_subspace" for the null.
 
     Raises:
@@ -72,37 +72,37 @@ class SubspaceProtection(DriftProtection):
     def reference(
         self, kind: str, trainer: Host, model: nn.Module, store: DocumentStore | None, rows: int
     ) -> Reference:
-        found = super().reference(kind, trainer, model, store, rows)
+        source = super().reference(kind, trainer, model, store, rows)
         if self.settings.side == "reversion":
             if kind != "cached" or store is None:
                 raise UserError(
-                    f"penalty side reversion reads base's states from a cache, and the reference is {kind}: give rows "
-                    "that map back and write --reference cached, or write --penalty_side both"
+                    f"penalty side reversion reads the base model's states from a cache, but the reference is {kind}: "
+                    "give rows that map back and write --reference cached, or write --penalty_side both"
                 )
             self._add_gaps(trainer, store, rows)
-        return found
+        return source
 
     def _add_gaps(self, trainer: Host, store: DocumentStore, rows: int) -> None:
-        """[N, L, k] of the starting model in the store becomes [N, L, 2k], the gap to base beside it."""
+        """Append to the starting model's values [N, L, k] in the store their gaps to base: [N, L, 2k]."""
         assert self._base is not None and store.values is not None
         load, fingerprint = self._base
         base, start = trainer.place_reference(load()), store.values
         base.requires_grad_(False)
         cache = ReferenceCache(
-            base, self.watcher(base), run_blocks, trainer.accelerator, facts={**self.what(), "base": fingerprint},
-            folder=self._cache_dir, batch_size=rows, trained=False,
+            base, self.watcher(base), run_blocks, trainer.accelerator,
+            facts={**self.cache_facts(), "base": fingerprint}, folder=self._cache_dir, batch_size=rows, trained=False,
         )  # fmt: skip
         cache.fill(store)
         gaps = store.values - start
-        # A gap that is no number points nowhere: its token would never count, and nothing would say so.
+        # A gap that is not finite has no direction: its token would never count, and nothing would report it.
         if not gaps.isfinite().all():
             raise UserError(
                 "penalty side reversion finds states of the base model that are not finite: check its weights"
             )
         if not gaps.any():
             raise UserError(
-                "penalty side reversion finds base's states equal to the starting model's, so there is no way back: "
-                "name the model before alignment as base"
+                "penalty side reversion finds the base model's states equal to the starting model's: there is no way "
+                "back; name the model before alignment as base"
             )
         store.values = torch.cat([start, gaps], dim=-1)
 
@@ -116,13 +116,13 @@ class SubspaceProtection(DriftProtection):
         return reversion(values_LBTk, start_LBTk, gap_LBTk, self.settings.margin)
 
     def shifted(self, values_LBTk: Tensor) -> Tensor:
-        """One unit away along every direction of V, or along the way to base."""
+        """Return a reference one unit away along every direction of V, or along the way to base."""
         if self.settings.side == "reversion":
             return torch.cat([values_LBTk - 1, torch.ones_like(values_LBTk)], dim=-1)
         ones = torch.ones_like(values_LBTk) if self.direction_Lk is None else self.direction_Lk[:, None, None, :]
         return values_LBTk - ones
 
-    def what(self) -> dict[str, Any]:
+    def cache_facts(self) -> dict[str, Any]:
         return {
             "bases": digest_of(self.subspace.bases), "layers": self.layers,
             "instruct": self.subspace.provenance.instruct_fingerprint,
@@ -138,10 +138,10 @@ def _no_gap(subspace: Subspace) -> str:
     built = subspace.provenance
     if built.method == "random":
         return (
-            f"penalty side toward_base has no direction for the random subspace of seed {built.seed}: its way to base "
+            f"penalty side toward_base has no direction for the random subspace of seed {built.seed}: the way to base "
             f"is stored for seeds 0-{NULL_SEEDS - 1}; write --null_seed with one of them, or --penalty_side both"
         )
     return (
-        "penalty side toward_base needs to know the way to base, which this subspace does not: build it again with "
+        "penalty side toward_base needs the way to base, which this subspace does not hold: build it again with "
         "`holdfast subspace`, or write --penalty_side both"
     )

@@ -1,8 +1,8 @@
-"""A term on how far the model in training has drifted from the starting one: what all such terms share.
+"""The base class of all terms that penalise how far the model in training has drifted from the starting model.
 
-loss = cross-entropy + strength x term. On task rows the term is read from the task's own forward pass; on anchors it
-has a forward and backward pass of its own, whose activations are gone before the task's begin. A term says what it
-watches (`watcher`), and what it makes of that and of the starting model's (`sums`).
+loss = cross-entropy + strength x term. On task rows the term is read from the task's forward pass. On anchors it has a
+separate forward and backward pass, whose activations are freed before the task's pass begins. A subclass defines what
+is read from the model (`watcher`), and how that and the starting model's values give the term (`sums`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,16 +34,18 @@ logger = logging.get_logger(__name__)
 
 
 class DriftProtection(Protection):
-    """The part of a drift term that does not depend on what drifts.
+    """The part of a drift term that is the same for all terms.
 
     Args:
-        name: as in `protection: NAME`. role: whose tokens count. layers: by which `penalty_max_layer` is named.
+        name: the name in `protection: NAME`.
+        role: role of the tokens that count.
+        layers: layers of the term; the log names one of them as `penalty_max_layer`.
         settings: see PenaltySettings.
         anchors: rows of the anchor set, with the role's mask.
         task: the training rows, with the role's mask. Without them (streamed data) the completion role is read from the
             labels, and the reference must be adapter_off or frozen.
         reference_model: a second copy of the starting model, for reference frozen.
-        cache_dir: where cached references are kept; None keeps them in memory.
+        cache_dir: folder of the cached references. None keeps them in memory.
 
     Raises:
         UserError: settings that cannot work together.
@@ -73,26 +75,26 @@ class DriftProtection(Protection):
         self._step_penalty: Tensor | None = None
         self._steps = 0
 
-    # What a term is
+    # What a subclass defines
 
     def watcher(self, model: nn.Module) -> Watcher:
-        """Hooks that read [L, B, T, k] of a forward pass of this model."""
+        """Return hooks that read values [L, B, T, k] from a forward pass of this model."""
         raise NotImplementedError
 
     def sums(self, values_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
-        """[L], the term summed over the tokens that count, not yet divided by their number."""
+        """Return the term [L], summed over the tokens that count and not yet divided by their number."""
         raise NotImplementedError
 
     def shifted(self, values_LBTk: Tensor) -> Tensor:
-        """A reference [L, B, T, k] as far from these values as the term can feel, for the proof."""
+        """Return a reference [L, B, T, k] so far from these values that the term is not 0, for the proof."""
         raise NotImplementedError
 
-    def what(self) -> dict[str, Any]:
-        """What cached references depend on beside the rows, as JSON values."""
+    def cache_facts(self) -> dict[str, Any]:
+        """Return what cached references depend on besides the rows, as JSON values."""
         raise NotImplementedError
 
     def place(self, device: torch.device) -> None:
-        """Move what the term holds of its own."""
+        """Move the tensors of the subclass to a device."""
 
     # Before training
 
@@ -115,7 +117,13 @@ class DriftProtection(Protection):
     def reference(
         self, kind: str, trainer: Host, model: nn.Module, store: DocumentStore | None, rows: int
     ) -> Reference:
-        """Where the starting model's values come from; a cached one is in `store.values` afterwards."""
+        """Return the source of the starting model's values. A cached reference fills `store.values`.
+
+        Args:
+            kind: cached, adapter_off or frozen.
+            store: the rows, which a cached reference needs.
+            rows: rows that a training step reads at once.
+        """
         watcher = self._watcher
         assert watcher is not None
         if kind == "adapter_off":
@@ -126,7 +134,7 @@ class DriftProtection(Protection):
             return FrozenReference(frozen, self.watcher(frozen), trainer.accelerator)
         assert store is not None
         cache = ReferenceCache(
-            model, watcher, trainer.run_blocks, trainer.accelerator, facts=self.what(),
+            model, watcher, trainer.run_blocks, trainer.accelerator, facts=self.cache_facts(),
             folder=self._cache_dir, batch_size=rows,
             trained=peft_model(model) is None and trainer.state.global_step > 0,
         )  # fmt: skip
@@ -147,7 +155,7 @@ class DriftProtection(Protection):
             batch = trainer.first_task_batch()
             self._mask_from_labels(batch)
         else:
-            # The documents with the most counting tokens: a row may have none of its role.
+            # The document with the most tokens that count: another row may have no token of the role.
             numbers = sorted(range(len(self.anchors)), key=self.anchors.counts.__getitem__)[-1:]
             batch = self.anchors.batch(numbers)
         if not batch[PENALTY_MASK].any():
@@ -161,7 +169,7 @@ class DriftProtection(Protection):
         return seen
 
     def _shifted(self, values_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
-        """The term by layer [L] with the reference moved."""
+        """Return the term by layer [L] with a shifted reference."""
         return self.sums(values_LBTk, self.shifted(values_LBTk.detach()), mask_BT) / mask_BT.sum()
 
     # During training
@@ -185,14 +193,14 @@ class DriftProtection(Protection):
         self._steps += bool(self._tokens)
 
     def _draw_anchors(self, trainer: Host, turn: int, micro_batches: int) -> None:
-        """All ranks know all ranks' anchors of the step, so that their tokens are counted without communication."""
+        """Draw the anchors of all ranks on every rank, so that their tokens are counted without communication."""
         assert self.anchors is not None and self._order is not None
         world, size = trainer.accelerator.num_processes, self.settings.anchor_batch_size
         first = turn * size * world * trainer.args.gradient_accumulation_steps
         drawn = [self.anchors.order[row] for row in self._order.at(first, size * world * micro_batches)]
         self._tokens["anchors"] = max(self.anchors.counted(drawn), 1)
-        mine = range(trainer.accelerator.process_index * size, len(drawn), size * world)
-        self._anchor_batches = [drawn[start : start + size] for start in mine]
+        starts = range(trainer.accelerator.process_index * size, len(drawn), size * world)
+        self._anchor_batches = [drawn[start : start + size] for start in starts]
 
     def separate_pass(self, trainer: Host, model: nn.Module) -> Tensor | None:
         if "anchors" not in self._tokens or self.anchors is None:
@@ -224,7 +232,7 @@ class DriftProtection(Protection):
             yield lambda: self._term("task", seen.stacked(), reference_LBTk, mask_BT)
 
     def _term(self, part: str, values_LBTk: Tensor, reference_LBTk: Tensor, mask_BT: Tensor) -> Tensor:
-        """strength x this micro-batch's share of the penalty, over the tokens of the whole optimiser step."""
+        """Return strength x this micro-batch's share of the penalty, over the tokens of the whole optimiser step."""
         sums_L = self.sums(values_LBTk, reference_LBTk, mask_BT) * self.settings.weights[part]
         share_L = sums_L.detach() / self._tokens[part]
         self._sums_L = share_L if self._sums_L is None else self._sums_L + share_L
@@ -234,14 +242,14 @@ class DriftProtection(Protection):
         return self._strength * penalty(sums_L, self._tokens[part])
 
     def end_step(self, trainer: Host, model: nn.Module) -> None:
-        """Let the step's penalty, the same number on all ranks, move the strength towards the budget."""
-        # A step that reads only some of the parts (anchor_every) says nothing about the whole.
+        """Update the strength from the step's penalty, which is the same number on all ranks, to hold the budget."""
+        # A step that reads only some of the parts (anchor_every) does not give the whole penalty.
         if self._budget is None or self._step_penalty is None or len(self._tokens) < len(self.settings.weights):
             return
         self._budget.update(trainer.accelerator.reduce(self._step_penalty, "sum").item())
 
     def _mask_from_labels(self, batch: Batch) -> None:
-        """Where no store gave the batch its mask, its labels mark the completions."""
+        """Add the mask of the completions from the labels, if no document store gave the batch its mask."""
         if PENALTY_MASK in batch:
             return
         if self.role != "completion":

@@ -1,4 +1,4 @@
-"""Read Vᵀh at the decoder blocks while a model runs: k numbers a token and layer, never a copy of the activations."""
+"""Read Vᵀh at the decoder blocks while a model runs: k numbers per token and layer, never a copy of the activations."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,26 +13,26 @@ from .penalty import project
 
 
 class Watcher(Protocol):
-    """Hooks that read something of every forward pass of one model."""
+    """Hooks that read values from every forward pass of one model."""
 
     def watching(self) -> AbstractContextManager["Projections"]:
-        """Fill the yielded Projections at each forward pass; the hooks are gone afterwards."""
+        """Fill the yielded Projections at each forward pass, and remove the hooks at the end."""
         ...
 
 
 class ResidualProjector:
-    """Forward hooks on the penalised blocks, present only while `watching()`.
+    """Forward hooks on the penalised blocks, which exist only inside `watching()`.
 
-    transformers 5.23 checkpoints a block's `forward`, so a hook on the block lies outside the recomputation and its
-    projection keeps its gradient, re-entrant checkpointing included (older versions lose it silently).
+    transformers 5.23 checkpoints a block's `forward`, so a hook on the block lies outside the recomputation. Therefore
+    the projection keeps its gradient, even with re-entrant checkpointing. Older versions lose it silently.
 
     Args:
         model: a transformers causal LM, wrapped or not.
-        bases: orthonormal V_l [d, k] per layer, all of one rank.
-        path: the blocks' path, where `find_layers` needs it.
+        bases: orthonormal V_l [d, k] per layer, all with the same rank.
+        path: path of the decoder blocks, if `find_layers` needs it.
 
     Raises:
-        UserError: a layer the model does not have, or a width that differs.
+        UserError: a layer that the model does not have, or a basis of another width than the model's.
     """
 
     def __init__(self, model: nn.Module, bases: dict[int, Tensor], path: str | None = None) -> None:
@@ -45,7 +45,7 @@ class ResidualProjector:
 
     @contextmanager
     def watching(self) -> Iterator["Projections"]:
-        """Fill the yielded Projections at each forward pass of the model; the hooks are gone afterwards."""
+        """Fill the yielded Projections at each forward pass of the model, and remove the hooks at the end."""
         seen = Projections(self.layers)
         handles = [
             block.register_forward_hook(
@@ -74,7 +74,13 @@ class ResidualProjector:
 
 
 class Projections:
-    """Vᵀh of the last forward pass, by layer; `zero` is to be added to a loss on them (see `run_blocks`)."""
+    """Vᵀh of the last forward pass by layer.
+
+    Attributes:
+        layers: the layers that must have run.
+        by_layer: layer -> [B, T, k].
+        zero: must be added to a loss on the projections if it is not None (see `Host.run_blocks`).
+    """
 
     def __init__(self, layers: list[int]) -> None:
         self.layers = layers
@@ -85,7 +91,7 @@ class Projections:
         self.by_layer[layer] = projection_BTk
 
     def stacked(self) -> Tensor:
-        """[L, B, T, k] on one device; a model spread over several sends only these few numbers."""
+        """Return [L, B, T, k] on one device. A model on several devices sends only these few numbers."""
         missing = [layer for layer in self.layers if layer not in self.by_layer]
         if missing:
             raise UserError(

@@ -1,8 +1,8 @@
-"""Gradient projection (SafeGrad, arXiv 2508.07172): no step of the task goes against what the anchors ask for.
+"""Gradient projection (SafeGrad, arXiv 2508.07172): no step of the task raises the loss on the anchors.
 
-g is the step's task gradient and s that of the anchors' loss, over all trained parameters. Where g·s < 0,
-g ← g - (g·s / ‖s‖²) s. Then g ← g + weight · s. The loss is the cross-entropy of the anchors' answers or, as in the
-paper, the KL divergence from the starting model on the anchors (`kl.py`), which needs no answers.
+g is the step's task gradient and s is the gradient of the anchors' loss, both over all trained parameters. If g·s < 0,
+g ← g - (g·s / ‖s‖²) s. Then g ← g + weight · s. The anchors' loss is the cross-entropy of their answers or, as in the
+paper, the KL divergence from the starting model on the anchors (`drift/kl.py`), which needs no answers.
 """
 
 import math
@@ -25,24 +25,25 @@ from ..base import Protection
 from ..drift.kl import KLProtection
 from ..host import Host
 
-# Logits made at a time: 64 MiB in float32.
+# Logits computed at a time: 64 MiB in float32.
 _CHUNK = 1 << 24
-# A divergence has no gradient at the starting model but for rounding.
+# At the starting model the gradient of a divergence is rounding only.
 _ROUNDING = 1e-6
 
 
 class GradientProjectionProtection(Protection):
-    """Take out of each optimiser step's gradient what would raise the loss on the anchors.
+    """Remove from each optimiser step's gradient the part that would raise the loss on the anchors.
 
     Args:
-        weight: how much of the anchors' own gradient is added, 0 or more.
-        anchors: rows with the mask of their answers; those without one are left out. Not read beside a divergence.
-        batch_size: anchor rows per acting step and process. every: acts on every n-th optimiser step.
-        seed: of the anchors' order.
-        divergence: the loss on its own anchors in place of the answers' cross-entropy.
+        weight: weight of the anchors' gradient that is added, 0 or more.
+        anchors: rows with the mask of their answers. Rows without an answer are left out. Not read with a divergence.
+        batch_size: anchor rows per process in a step that reads anchors.
+        every: acts on every n-th optimiser step.
+        seed: seed of the anchors' order.
+        divergence: replaces the answers' cross-entropy; it brings its anchors along.
 
     Raises:
-        UserError: anchors without an answer.
+        UserError: no anchor has an answer, and there is no divergence.
     """
 
     def __init__(
@@ -70,7 +71,10 @@ class GradientProjectionProtection(Protection):
             self._divergence.prepare(trainer, model)
 
     def start(self, trainer: Host, model: nn.Module) -> None:
-        """Require that the anchors have a gradient; that of a divergence is 0 here, and is proven by moving it."""
+        """Require that the anchors have a gradient.
+
+        The gradient of a divergence is 0 at the starting model, so the divergence is proven with a shifted reference.
+        """
         if self._divergence is not None:
             self._divergence.start(trainer, model)
             return
@@ -88,8 +92,8 @@ class GradientProjectionProtection(Protection):
             )
 
     def shape_gradient(self, trainer: Host, model: nn.Module) -> None:
-        turn, waits = divmod(trainer.state.global_step, self.every)
-        if waits:
+        turn, remainder = divmod(trainer.state.global_step, self.every)
+        if remainder:
             self._rows = []
             return
         trained = _trained(model)
@@ -102,17 +106,17 @@ class GradientProjectionProtection(Protection):
         self._cosines.append(cosine)
         if factor == 0:
             return
-        for parameter, own in zip(trained, safe, strict=True):
+        for parameter, gradient in zip(trained, safe, strict=True):
             if parameter.grad is not None:
-                parameter.grad.add_(own, alpha=factor)
+                parameter.grad.add_(gradient, alpha=factor)
             else:
-                parameter.grad = own.mul_(factor)
+                parameter.grad = gradient.mul_(factor)
 
     def _safe_gradient(self, trainer: Host, model: nn.Module, turn: int) -> list[Tensor]:
-        """By trained parameter, the gradient of the anchors' mean loss over all ranks' tokens; `.grad` stays as it is.
+        """Compute, for each trained parameter, the gradient of the anchors' mean loss over all ranks' tokens.
 
-        The model inside DDP runs: no bucket waits for this backward pass. `autograd.grad` would leave `.grad` alone by
-        itself, but re-entrant checkpointing refuses it.
+        `.grad` stays as it is. The model inside DDP runs, so no bucket waits for this backward pass. `autograd.grad`
+        would not touch `.grad`, but re-entrant checkpointing refuses it.
         """
         size, world = self.batch_size, trainer.accelerator.num_processes
         drawn = [self.anchors.order[row] for row in self._order.at(turn * size * world, size * world)]
@@ -127,17 +131,17 @@ class GradientProjectionProtection(Protection):
         if loss.requires_grad:
             loss.backward()
         safe: list[Tensor] = []
-        for parameter, kept in zip(trained, task, strict=True):
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            safe.append(trainer.accelerator.reduce(own, "sum") if world > 1 else own)
-            parameter.grad = kept
+        for parameter, task_gradient in zip(trained, task, strict=True):
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            safe.append(trainer.accelerator.reduce(gradient, "sum") if world > 1 else gradient)
+            parameter.grad = task_gradient
         return safe
 
     def _loss(self, trainer: Host, model: nn.Module, batch: Batch) -> Tensor:
-        """Summed over the tokens that count.
+        """Compute the anchors' loss, summed over the tokens that count.
 
-        The divergence has its forward pass alone in the run's precision: what is left of it near the starting model, in
-        bfloat16, is rounding.
+        Of a divergence only the forward pass runs in the run's precision: near the starting model it is so small that
+        in bfloat16 only rounding would remain.
         """
         if self._divergence is not None:
             return self._divergence.summed(trainer, model, batch)
@@ -145,11 +149,11 @@ class GradientProjectionProtection(Protection):
             return answer_loss(model, batch)
 
     def separate_rows(self, *, whole_step: bool = False) -> list[str]:
-        # Its pass comes after all others of a step: a loss that is not finite cannot be its own.
+        # This pass comes after all other passes of a step, so a loss that is not finite cannot come from it.
         return [self.anchors.sources[number] for number in self._rows] if whole_step else []
 
     def logs(self, trainer: Host) -> dict[str, float]:
-        """Over the acting steps; all ranks have the same."""
+        """Return the share of conflicts and the mean cosine, over the steps that read anchors; equal on all ranks."""
         cosines, self._cosines = self._cosines, []
         if not cosines:
             return {}
@@ -166,7 +170,11 @@ class GradientProjectionProtection(Protection):
 
 
 def _answered(rows: Sequence[Document]) -> DocumentStore:
-    """The rows with an answer. Nothing predicts a row's first token."""
+    """Return the rows with an answer. A row's first token does not count, because nothing predicts it.
+
+    Raises:
+        UserError: no row has an answer.
+    """
     answered = [Document(row.input_ids, (False, *row.mask[1:]), row.source) for row in rows if any(row.mask[1:])]
     if not answered:
         raise UserError("gradient_projection reads the anchors' answers, and none has one; name rows with answers")
@@ -176,22 +184,25 @@ def _answered(rows: Sequence[Document]) -> DocumentStore:
 def change(
     task: Sequence[Tensor | None], safe: Sequence[Tensor], weight: float, rounding: float = 0.0
 ) -> tuple[float, float]:
-    """(c, cosine of g and s): g + c s is the gradient wanted. Where g·s is not a number, neither is c.
+    """Return c and the cosine of g and s, so that g + c s is the changed gradient. If g·s is NaN, so is c.
 
     Args:
-        rounding: an s of at most this share of g's norm has no direction.
+        task: g, by parameter; None where a parameter has no gradient.
+        safe: s, by parameter.
+        weight: weight of s that is added in any case.
+        rounding: if the norm of s is less than this share of the norm of g, s is rounding and has no direction.
     """
-    known = [own for own in task if own is not None]
-    both = _dot(known, [other for own, other in zip(task, safe, strict=True) if own is not None])
-    size, task_size = _dot(safe, safe), _dot(known, known)
+    present = [gradient for gradient in task if gradient is not None]
+    product = _dot(present, [s for g, s in zip(task, safe, strict=True) if g is not None])
+    size, task_size = _dot(safe, safe), _dot(present, present)
     if math.sqrt(size) < rounding * math.sqrt(task_size):
         return weight, 0.0
-    cosine = both / math.sqrt(size * task_size) if size and task_size else 0.0
-    return weight if both >= 0 else weight - both / size, cosine
+    cosine = product / math.sqrt(size * task_size) if size and task_size else 0.0
+    return weight if product >= 0 else weight - product / size, cosine
 
 
 def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy summed over the tokens that count, each predicted from those before it."""
+    """Compute the cross-entropy summed over the tokens that count, each predicted from the tokens before it."""
     output = find_backbone(model)(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     counts = batch[PENALTY_MASK][:, 1:]
     states_Nd, targets_N = output.last_hidden_state[:, :-1][counts], batch["input_ids"][:, 1:][counts]
@@ -202,7 +213,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(logits(states), targets, reduction="sum")
 
     parts = [
-        # The backward pass makes the logits again, so that no [N, V] is held.
+        # The backward pass computes the logits again, so that no [N, V] tensor is held.
         checkpoint(summed, states, targets, use_reentrant=False, preserve_rng_state=False)
         for states, targets in zip(states_Nd.split(step), targets_N.split(step), strict=True)
     ]
@@ -214,11 +225,11 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Over all parameters, each in float32 or finer."""
-    wide = [torch.promote_types(own.dtype, torch.float32) for own in left]
+    """Compute the dot product over all parameters, each in float32 or better."""
+    dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in left]
     products = [
-        torch.dot(own.flatten().to(dtype), other.flatten().to(dtype))
-        for own, other, dtype in zip(left, right, wide, strict=True)
+        torch.dot(one_side.flatten().to(dtype), other_side.flatten().to(dtype))
+        for one_side, other_side, dtype in zip(left, right, dtypes, strict=True)
     ]
-    # One transfer for all of them.
+    # One transfer to the CPU for all products.
     return sum(torch.stack([product.to(products[0].device) for product in products]).tolist()) if products else 0.0

@@ -1,6 +1,6 @@
-"""Concept ablation fine-tuning (CAFT, arXiv 2507.16795): h - V Vᵀh behind the subspace's layers while training.
+"""Concept ablation fine-tuning (CAFT, arXiv 2507.16795): during training, h - V Vᵀh after the subspace's layers.
 
-What the model learns cannot use the subspace; after training the stream is whole again.
+So what the model learns cannot use the subspace. After training the residual stream is unchanged again.
 """
 
 from ....analysis.files.artifacts import digest_of
@@ -10,7 +10,7 @@ from .hooked import HookedProtection
 
 
 def ablation(subspace: Subspace, layers_path: str | None = None) -> HookedProtection:
-    """The ablation of a subspace, at its own layers and rank (`subspace.restrict` chooses fewer)."""
+    """Make the ablation of a subspace, at all its layers and directions (`subspace.restrict` chooses fewer)."""
     return HookedProtection(
         "ablation",
         Ablation(ByLayer(subspace.bases), 1.0, None),

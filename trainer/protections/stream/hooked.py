@@ -1,7 +1,7 @@
-"""Protections that change the residual stream while the model trains, and only then: the saved model is a plain one.
+"""Protections that change the residual stream during training only, so that the saved model is a plain model.
 
-The hooks lie on the decoder blocks during the task's forward pass alone. Evaluation, measurement and generation never
-meet them. transformers 5.23 checkpoints a block's `forward`, so the backward pass recomputes nothing of theirs.
+The hooks are on the decoder blocks only during the task's forward pass. Evaluation, measurement and generation never
+run with them. transformers 5.23 checkpoints a block's `forward`, so the backward pass does not run the hooks again.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,14 @@ from ..host import Host
 
 
 class HookedProtection(Protection):
-    """A change of the stream behind some decoder blocks, for all tokens of the task's rows.
+    """A change of the residual stream after some decoder blocks, for all tokens of the task's rows.
 
     Args:
-        name: as in `protection: NAME`.
-        change: what is done to the stream. layers: behind which blocks.
-        facts: what must not differ when the run is resumed, beside the name.
-        layers_path: the decoder blocks' path, where they are not found by shape.
+        name: the name in `protection: NAME`.
+        change: the change of the residual stream.
+        layers: blocks after which the change is made.
+        facts: what must not differ when the run is resumed, besides the name.
+        layers_path: path of the decoder blocks, if they are not found by shape.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class HookedProtection(Protection):
 
     @torch.no_grad()
     def start(self, trainer: Host, model: nn.Module) -> None:
-        """Require that the stream becomes what was asked, and that the last block's output moves."""
+        """Require that the change is made to numerical tolerance, and that the last block's output moves."""
         batch = trainer.to_device(trainer.first_task_batch())
         last = len(find_layers(model, self._layers_path)) - 1
         was_training = model.training
@@ -71,13 +72,13 @@ class HookedProtection(Protection):
             missed = self.change.missed(layer, before[layer], after[layer], None) / size.clamp(min=1e-30)
             if not float(missed.max()) <= 16 * rounding(before[layer]):
                 raise UserError(
-                    f"{self.name}: the stream behind layer {layer} is {float(missed.max()):.2g} of its norm away from "
-                    "what was asked; train in a finer --dtype, or choose other layers"
+                    f"{self.name}: the residual stream after layer {layer} is {float(missed.max()):.2g} of its norm "
+                    "away from the requested change; train in a finer --dtype, or choose other layers"
                 )
         if torch.equal(after[last], plain):
             raise UserError(
-                f"{self.name} on layers {self.layers} moves nothing: the stream has no part in the subspace there; "
-                "choose other layers, or build the subspace from this model"
+                f"{self.name} on layers {self.layers} moves nothing: the residual stream has no part in the subspace "
+                "there; choose other layers, or build the subspace from this model"
             )
 
     def _changed(self, layer: int, hidden: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Protections that act on weights, or are made from differences of weights."""
+"""Protections that act on weights, or are built from differences of weights."""

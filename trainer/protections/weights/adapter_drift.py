@@ -1,9 +1,10 @@
-"""Adapters kept inside what alignment changed: a penalty on the rest of them (AsFT, arXiv 2506.08473).
+"""Penalise the part of adapters that lies outside what alignment changed (AsFT, arXiv 2506.08473).
 
     term = Σ over adapted modules ‖(I − P) · scaling · B A‖²_F
 
-P = UUᵀ is the projector onto the first directions of the module's alignment difference, in which an adapter moves free
-of charge. AsFT's own matrix is no projector, and its term leaves out LoRA's scaling. No row is read.
+P = UUᵀ is the projector onto the first directions of the module's alignment difference. Inside these directions an
+adapter moves without penalty. The matrix of the AsFT paper is no projector, and its term leaves out LoRA's scaling.
+This protection reads no rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,10 @@ from .alignment_weights import AlignedAdapter, aligned_adapters
 
 
 class AdapterDriftProtection(Protection):
-    """loss = cross-entropy + strength × term. Modules that alignment left alone are not penalised.
+    """loss = cross-entropy + strength × term. Modules that alignment did not change are not penalised.
 
     Args:
-        strength: 0 is plain training.
+        strength: weight of the term, 0 or more. 0 is plain training.
         rank: directions per module.
         base_model: loads the base model.
     """
@@ -46,7 +47,11 @@ class AdapterDriftProtection(Protection):
         self._adapters = aligned_adapters(self.name, trainer, model, self._base_model, self.rank)
 
     def start(self, trainer: Host, model: nn.Module) -> None:
-        """Require a gradient on every penalised matrix. At B = 0 there is none, so B is moved for the proof alone."""
+        """Require a gradient on every penalised matrix. At B = 0 there is none, so the proof uses a shifted B.
+
+        Raises:
+            UserError: a frozen adapter, or no module with a penalty.
+        """
         alive = 0
         for adapter in self._adapters:
             down, up = adapter.down, adapter.up
@@ -56,9 +61,9 @@ class AdapterDriftProtection(Protection):
                 continue
             generator = torch.Generator().manual_seed(0)
             step = torch.randn(up.shape, generator=generator).to(up.device, up.dtype)
-            # Not through .grad: DDP and DeepSpeed count what arrives there.
-            found = torch.autograd.grad(adapter.parts(down, up + step)[1], (down, up))
-            alive += all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in found)
+            # Not through .grad, because DDP and DeepSpeed count what arrives there.
+            gradients = torch.autograd.grad(adapter.parts(down, up + step)[1], (down, up))
+            alive += all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in gradients)
         if not alive:
             raise UserError(
                 f"adapter_drift penalises nothing: {self.rank} directions are all outputs of every adapted module; "
@@ -74,7 +79,10 @@ class AdapterDriftProtection(Protection):
         yield lambda: self._term(trainer.accelerator.num_processes)
 
     def _term(self, ranks: int) -> Tensor:
-        """This micro-batch's share: the trainer sums over micro-batches and ranks, and the weights are the same."""
+        """Return this micro-batch's share of the term.
+
+        The trainer sums over micro-batches and ranks, and all of them have the same weights.
+        """
         total = torch.stack([adapter.parts(adapter.down, adapter.up)[1] for adapter in self._adapters]).sum()
         share = total.detach() / self._micro_batches
         self._sum = share if self._sum is None else self._sum + share
@@ -92,13 +100,16 @@ class AdapterDriftProtection(Protection):
 
 
 def _refuse_reentrant(trainer: Host) -> None:
-    """Re-entrant checkpointing has backward passes of its own, so an adapter's gradient would come in two parts."""
+    """Refuse re-entrant checkpointing with DDP or DeepSpeed.
+
+    It runs separate backward passes, so an adapter's gradient would arrive in two parts.
+    """
     arguments = trainer.args
     settings = arguments.gradient_checkpointing_kwargs or {}
-    assert not isinstance(settings, str)  # TrainingArguments has read the JSON text
+    assert not isinstance(settings, str)  # TrainingArguments has parsed the JSON text
     reentrant = settings.get("use_reentrant", False)
-    counted = trainer.accelerator.num_processes > 1 or trainer.is_deepspeed_enabled
-    if arguments.gradient_checkpointing and reentrant and counted:
+    counts_gradients = trainer.accelerator.num_processes > 1 or trainer.is_deepspeed_enabled
+    if arguments.gradient_checkpointing and reentrant and counts_gradients:
         raise UserError(
             "adapter_drift gives adapters a gradient beside the model's, which DDP and DeepSpeed refuse under "
             """re-entrant checkpointing; write --gradient_checkpointing_kwargs '{"use_reentrant": false}'"""

@@ -1,4 +1,4 @@
-"""What trains beside LoRA's matrices, for protections that act on those alone."""
+"""A check for protections that act on LoRA's matrices only: nothing else may train."""
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -8,7 +8,11 @@ from ....analysis.models.layers import unwrap
 
 
 def refuse_trained_beside(protection: str, model: nn.Module) -> None:
-    """Raises UserError for a trained parameter that is no adapter's A or B, which the protection would not reach."""
+    """Refuse a trained parameter that is not an adapter's A or B, because the protection would not reach it.
+
+    Raises:
+        UserError: such a parameter, by name.
+    """
     inner = unwrap(model)
     reached = {
         id(adapter.weight)
@@ -20,6 +24,6 @@ def refuse_trained_beside(protection: str, model: nn.Module) -> None:
     for name, parameter in inner.named_parameters():
         if parameter.requires_grad and id(parameter) not in reached:
             raise UserError(
-                f"{protection} acts on LoRA's matrices alone, and {name} trains beside them; leave out what trains it "
+                f"{protection} acts on LoRA's matrices only, and {name} trains beside them; leave out what trains it "
                 "(--lora_modules_to_save, --use_dora)"
             )

@@ -1,9 +1,10 @@
-"""Start from weights beyond the starting model's, further along the way from base to there (LoX, arXiv 2506.15606).
+"""Start from weights beyond the starting model, further along the step from base to it (LoX, arXiv 2506.15606).
 
     W <- W_instruct + α · Δ_k,  Δ_k the best approximation of rank k to Δ = W_instruct − W_base
 
-for every linear module of the decoder blocks. Embeddings, LM head, norms, and experts stored in one tensor stay as they
-are. The result is written once, as an ordinary model folder, so that an adapter loads on the weights it was trained on.
+for every linear module of the decoder blocks. Embeddings, the LM head, norms, and experts stored in one tensor do not
+change. The result is written once, as an ordinary model folder, so that an adapter is later loaded on the weights on
+which it was trained.
 """
 
 import json
@@ -30,11 +31,11 @@ PROVENANCE = "holdfast_extrapolated.json"
 
 
 class ExtrapolateProtection(Protection):
-    """Plain training from the folder that `write_extrapolated` makes; the model must have been loaded from it.
+    """Plain training from the folder that `write_extrapolated` makes. The model must have been loaded from that folder.
 
     Args:
-        alpha: how far beyond the starting model, in units of Δ_k; 0 is plain training.
-        rank: k.
+        alpha: how far beyond the starting model to start, in units of Δ_k. 0 is plain training.
+        rank: k, directions per module.
     """
 
     name = "extrapolate"
@@ -44,7 +45,7 @@ class ExtrapolateProtection(Protection):
         self.alpha, self.rank = alpha, rank
 
     def start(self, trainer: Host, model: nn.Module) -> None:
-        """Require that the model's weights are the extrapolated ones."""
+        """Require that the model was loaded from the extrapolated weights."""
         written = Path(unwrap(model).name_or_path or "") / PROVENANCE
         facts = json.loads(written.read_text()) if written.is_file() else {}
         if (facts.get("alpha"), facts.get("rank")) != (self.alpha, self.rank):
@@ -61,16 +62,19 @@ def write_extrapolated(
     folder: Path, instruct: str, base: str, *, alpha: float, rank: int, options: LoadOptions,
     device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
-    """Write the extrapolated model with its tokenizer, in the dtype it was saved in; one that is there already is kept.
+    """Write the extrapolated model with its tokenizer, in the dtype of the saved starting model.
+
+    A folder that holds the same extrapolated model already is kept.
 
     Args:
-        folder: where it goes, beside PROVENANCE.
+        folder: the folder of the model; the file PROVENANCE in it says how it was made.
         instruct, base: folders or Hub names.
         alpha, rank: see ExtrapolateProtection.
-        device: where each module's difference is decomposed.
+        options: how the models are loaded.
+        device: device on which each module's difference is decomposed.
 
     Raises:
-        UserError: the folder holds something else, or the two models' weights cannot be compared or do not differ.
+        UserError: the folder holds other content, or the weights of the two models cannot be compared or do not differ.
     """
     facts = {
         "instruct_fingerprint": model_fingerprint(instruct),
@@ -81,9 +85,9 @@ def write_extrapolated(
     if folder.exists():
         _require_same(folder, facts)
         return
-    model, other = load_model(instruct, dtype="auto", options=options), load_model(base, options=options)
-    assert isinstance(model, PreTrainedModel) and isinstance(other, PreTrainedModel)
-    moved = extrapolate(model, other, alpha=alpha, rank=rank, device=device)
+    model, base_model = load_model(instruct, dtype="auto", options=options), load_model(base, options=options)
+    assert isinstance(model, PreTrainedModel) and isinstance(base_model, PreTrainedModel)
+    moved = extrapolate(model, base_model, alpha=alpha, rank=rank, device=device)
     with staged_directory(folder) as staging:
         model.save_pretrained(staging)
         load_tokenizer(instruct, options).save_pretrained(staging)
@@ -92,7 +96,7 @@ def write_extrapolated(
 
 
 def _require_same(folder: Path, facts: dict[str, Any]) -> None:
-    """Raises UserError where the folder was made from other models or numbers, or changed since."""
+    """Raise UserError if the folder was made from other models or numbers, or has changed since."""
     verify_manifest(folder)
     written = folder / PROVENANCE
     before = json.loads(written.read_text()) if written.is_file() else {}
@@ -108,34 +112,38 @@ def _require_same(folder: Path, facts: dict[str, Any]) -> None:
 def extrapolate(
     instruct: PreTrainedModel, base: PreTrainedModel, *, alpha: float, rank: int, device: torch.device | str = "cpu"
 ) -> int:
-    """W <- W + α Δ_k in place for the linear modules of the instruct model's blocks; how many differ from base.
+    """Change W to W + α Δ_k in place in the linear modules of the instruct model's blocks.
+
+    Returns:
+        The number of modules that differ from base.
 
     Raises:
-        UserError: modules of other shapes in base, or none that differs.
+        UserError: a module with another shape in base, or no module that differs.
     """
     moved = 0
-    for name, ours, theirs in _linear_pairs(instruct, base):
-        delta = difference(ours, theirs, name, device)
+    for name, module, base_module in _linear_pairs(instruct, base):
+        delta = difference(module, base_module, name, device)
         if delta.any():
             left, values, right = top_singular(delta, rank)
-            weight = weight_of(ours)
+            weight = weight_of(module)
             step = alpha * (left * values) @ right.T
             weight.copy_((weight.to(step.device, step.dtype) + step).to(weight.dtype))
             moved += 1
     if not moved:
         raise UserError(
             "extrapolate: base and starting model have the same weights in all linear modules of their blocks, so "
-            "there is no way to go on; name the model before alignment with --base_model_name_or_path"
+            "there is nothing to extrapolate; name the model before alignment with --base_model_name_or_path"
         )
     return moved
 
 
 def _linear_pairs(instruct: PreTrainedModel, base: PreTrainedModel) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    for number, (ours, theirs) in enumerate(zip(find_layers(instruct), find_layers(base), strict=True)):
-        others = dict(theirs.named_modules())
-        for path, module in ours.named_modules():
+    """Yield the name, the module and the base model's module of every linear module in the blocks."""
+    for number, (block, base_block) in enumerate(zip(find_layers(instruct), find_layers(base), strict=True)):
+        base_modules = dict(base_block.named_modules())
+        for path, module in block.named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                other, name = others.get(path), f"block {number}, {path}"
-                if other is None or type(other) is not type(module):
+                base_module, name = base_modules.get(path), f"block {number}, {path}"
+                if base_module is None or type(base_module) is not type(module):
                     raise UserError(f"extrapolate: base has no linear module at {name}; name the starting model's base")
-                yield name, module, other
+                yield name, module, base_module

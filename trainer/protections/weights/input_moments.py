@@ -17,17 +17,18 @@ from .adapters import refuse_trained_beside
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """A linear module with LoRA: its A [r, d_in], one for each adapter that trains."""
+    """A linear module with LoRA, and its matrices A [r, d_in], one for each adapter that trains."""
 
     module: nn.Module
     weights: list[nn.Parameter]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedModule]:
-    """The modules with LoRA, by name.
+    """Return the modules with LoRA, by name.
 
     Raises:
-        UserError: none, one that is not linear, or a trained parameter beside LoRA's A and B, which nothing confines.
+        UserError: no such module, a module that is not linear, or a trained parameter besides LoRA's A and B, which
+            nothing would confine.
     """
     layers: dict[str, AdaptedModule] = {}
     for name, module in unwrap(model).named_modules():
@@ -35,7 +36,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedModule]:
             continue
         if isinstance(module, ParamWrapper) or not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
             raise UserError(
-                f"null_space confines LoRA on linear modules, and {name} is none; leave it out of --lora_target_modules"
+                f"null_space confines LoRA on linear modules, and {name} is not linear; leave it out of "
+                "--lora_target_modules"
             )
         weights = cast(list[nn.Parameter], [adapter.weight for adapter in module.lora_A.values()])
         if trained := [weight for weight in weights if weight.requires_grad]:
@@ -47,20 +49,20 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedModule]:
 
 
 def principal(moment_dd: Tensor, energy: float) -> Tensor:
-    """The fewest top eigenvectors [d, k] of a second moment that hold a share `energy` of its trace.
+    """Return the fewest top eigenvectors [d, k] of a second moment that hold a share `energy` of its trace.
 
-    Directions that only rounding gives a share do not count.
+    Directions whose share is only rounding do not count.
     """
     values, vectors = torch.linalg.eigh(moment_dd)
     values, vectors = values.flip(0).double(), vectors.flip(1)
     values = values.where(values > values[0] * len(values) * torch.finfo(moment_dd.dtype).eps, 0.0)
-    held = values.cumsum(0)
-    count = int((held < energy * held[-1]).sum()) + 1
+    cumulative = values.cumsum(0)
+    count = int((cumulative < energy * cumulative[-1]).sum()) + 1
     return vectors[:, : min(count, int((values > 0).sum()))].contiguous()
 
 
 class Moments:
-    """Σ x xᵀ [d_in, d_in] by module, over the tokens of `mask_BT` of every forward pass."""
+    """Σ x xᵀ [d_in, d_in] by module, over the tokens of `mask_BT` in every forward pass."""
 
     def __init__(self, layers: Mapping[str, AdaptedModule]) -> None:
         self.mask_BT = torch.empty(0)
@@ -73,7 +75,7 @@ class Moments:
 
     def take(self, name: str, inputs: Tensor) -> None:
         if inputs.shape[:-1] != self.mask_BT.shape:
-            raise UserError(f"null_space: {name} has not one input a token; leave it out of --lora_target_modules")
+            raise UserError(f"null_space: {name} has not one input per token; leave it out of --lora_target_modules")
         moment_dd = self.by_module[name]
         rows_Nd = inputs[self.mask_BT.to(inputs.device)].to(moment_dd)
         moment_dd.addmm_(rows_Nd.T, rows_Nd)
@@ -81,14 +83,14 @@ class Moments:
 
 @contextmanager
 def second_moments(layers: Mapping[str, AdaptedModule]) -> Iterator[Moments]:
-    """Add up the second moments of these modules' inputs; the hooks are gone afterwards."""
+    """Add up the second moments of these modules' inputs, and remove the hooks at the end."""
     moments = Moments(layers)
     with _reading_inputs(layers, moments.take):
         yield moments
 
 
 def readers_of_one_input(layers: Mapping[str, AdaptedModule], run: Callable[[], None]) -> dict[str, list[str]]:
-    """All modules in groups that read the same tensor one after the other, by the first of each.
+    """Group modules that read the same tensor one after the other. The key of a group is its first module.
 
     Raises:
         UserError: a module that the forward pass does not reach.

@@ -1,8 +1,8 @@
-"""LoRA in the null space of the anchors' inputs (after GuardSpace, arXiv 2510.14301; the form is our own).
+"""Confine LoRA to the null space of the anchors' inputs (after GuardSpace, arXiv 2510.14301, in another form).
 
-For each adapted linear module, C = Σ x xᵀ over the inputs x that it has from the anchors' tokens in the starting model.
-Q are its top eigenvectors, which hold a share of its trace. A ← A(I - QQᵀ) before the first step and after each one:
-the adapter does nothing along the anchors' principal inputs. The saved adapter is a plain one.
+For each adapted linear module, C = Σ x xᵀ over the module's inputs x at the anchors' tokens in the starting model. Q
+are the top eigenvectors of C that hold a given share of its trace. A ← A(I - QQᵀ) before the first step and after each
+step, so the adapter does nothing along the anchors' principal inputs. The saved adapter is a plain adapter.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,15 +24,15 @@ from ..base import Protection
 from ..host import Host
 from .input_moments import AdaptedModule, Moments, adapted_layers, principal, readers_of_one_input, second_moments
 
-# Numbers of all C held at once: 4 GiB in float32. A model with more reads its anchors several times.
-_HELD = 1 << 30
-# Of A's norm: what counts as zero where A is no finer (TF32 multiplies to about this).
+# Most numbers of all C that are held at once: 4 GiB in float32. A larger model reads its anchors several times.
+_MOST_NUMBERS = 1 << 30
+# What counts as zero, as a share of A's norm, unless the dtype of A is coarser (about the precision of TF32).
 _ZERO = 1e-3
 
 
 @dataclass(frozen=True)
 class ConfinedAdapter:
-    """LoRA's A [r, d_in] of one module, and the directions Q [d_in, k] it is kept out of."""
+    """LoRA's A [r, d_in] of one module, and the directions Q [d_in, k] that A is kept out of."""
 
     module: str
     weight: nn.Parameter
@@ -40,7 +40,7 @@ class ConfinedAdapter:
 
     @property
     def zero(self) -> float:
-        """What counts as zero, as a share of A's norm."""
+        """Return what counts as zero, as a share of A's norm."""
         return max(_ZERO, 4 * torch.finfo(self.weight.dtype).eps)
 
 
@@ -48,9 +48,10 @@ class NullSpaceProtection(Protection):
     """Keep LoRA away from the principal inputs that the anchors give to each adapted module.
 
     Args:
-        energy: share of the trace of C that Q holds, in 0..1. At 0 nothing is kept away and the protection is inactive;
-            at 1 the adapter has what the anchors never reach.
-        role: whose tokens of the anchors count. anchors: their rows, with the role's mask.
+        energy: share of the trace of C that Q holds, in 0..1. At 0 nothing is confined and the protection is inactive.
+            At 1 the adapter only acts on directions that the anchors' inputs never reach.
+        role: role of the anchors' tokens that count.
+        anchors: the anchor rows, with the role's mask.
         batch_size: anchor rows per forward pass and process.
 
     Raises:
@@ -83,47 +84,51 @@ class NullSpaceProtection(Protection):
 
     @torch.no_grad()
     def start(self, trainer: Host, model: nn.Module) -> None:
-        """Confine every A, once all of them are proven to be out of Q then, and not zero."""
-        moved: list[tuple[ConfinedAdapter, Tensor]] = []
-        for part in self.confined:
-            before = _read(trainer, part.weight)
-            size = part.zero * float(before.norm())
-            # A resumed run's is confined already; to do it again would change its last bits.
-            if _inside(before, part.basis) <= size:
+        """Confine every A, after a check for all of them that the confined A lies outside Q and is not zero.
+
+        Raises:
+            UserError: a confined A that is zero, or still inside Q by more than rounding.
+        """
+        changes: list[tuple[ConfinedAdapter, Tensor]] = []
+        for adapter in self.confined:
+            before = _read(trainer, adapter.weight)
+            size = adapter.zero * float(before.norm())
+            # The A of a resumed run is confined already. Confining it again would change its last bits.
+            if _inside(before, adapter.basis) <= size:
                 continue
-            after = complement(before, part.basis)
+            after = complement(before, adapter.basis)
             if float(after.norm()) <= size:
                 raise UserError(
-                    f"null_space leaves {part.module} nothing to learn from: the anchors' inputs fill its "
-                    f"{len(part.basis)} directions at --null_space_energy {self.energy}; lower it"
+                    f"null_space leaves {adapter.module} nothing to learn from: the anchors' inputs fill its "
+                    f"{len(adapter.basis)} directions at --null_space_energy {self.energy}; lower it"
                 )
-            if not _inside(after.to(part.weight.dtype), part.basis) <= size:
-                raise UserError(f"null_space: LoRA's A of {part.module} stays inside Q; train in a finer --dtype")
-            moved.append((part, after))
-        for part, after in moved:
-            _write(trainer, part.weight, after)
+            if not _inside(after.to(adapter.weight.dtype), adapter.basis) <= size:
+                raise UserError(f"null_space: LoRA's A of {adapter.module} stays inside Q; train in a finer --dtype")
+            changes.append((adapter, after))
+        for adapter, after in changes:
+            _write(trainer, adapter.weight, after)
 
     @torch.no_grad()
     def end_step(self, trainer: Host, model: nn.Module) -> None:
-        for part in self.confined:
-            _write(trainer, part.weight, complement(_read(trainer, part.weight), part.basis))
+        for adapter in self.confined:
+            _write(trainer, adapter.weight, complement(_read(trainer, adapter.weight), adapter.basis))
 
     def facts(self) -> dict[str, Any]:
         anchors = digest_of({0: self.anchors.ids, 1: self.anchors.mask})
         return {"protection": self.name, "energy": self.energy, "role": self.role, "anchors": anchors}
 
     def _bases(self, trainer: Host, model: nn.Module, layers: Mapping[str, AdaptedModule]) -> dict[str, Tensor]:
-        """Q [d_in, k] by module; those that read one input (q, k and v) share one tensor."""
+        """Compute Q [d_in, k] by module. Modules that read the same input (q, k and v) share one tensor."""
         counts, lengths = self.anchors.counts, self.anchors.lengths
         numbers = sorted((number for number in self.anchors.order if counts[number]), key=lengths.__getitem__)
         batches = [numbers[first : first + self.batch_size] for first in range(0, len(numbers), self.batch_size)]
-        mine = batches[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+        own_batches = batches[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
         run = partial(self._run, trainer, model)
         readers = readers_of_one_input(layers, partial(run, batches[0]))
         bases: dict[str, Tensor] = {}
-        for names in _in_parts({name: layers[name].weights[0].shape[1] for name in readers}):
+        for names in _groups({name: layers[name].weights[0].shape[1] for name in readers}):
             with second_moments({name: layers[name] for name in names}) as moments:
-                for batch in mine:
+                for batch in own_batches:
                     run(batch, moments)
             for name in names:
                 moment_dd = trainer.accelerator.reduce(moments.by_module.pop(name), "sum")
@@ -148,32 +153,32 @@ class NullSpaceProtection(Protection):
 
 
 def complement(weight_rd: Tensor, basis_dk: Tensor) -> Tensor:
-    """A(I - QQᵀ) [r, d], in float32 or finer."""
+    """Compute A(I - QQᵀ) [r, d], in float32 or better."""
     wide_rd = weight_rd.to(torch.promote_types(weight_rd.dtype, basis_dk.dtype))
     basis_dk = basis_dk.to(wide_rd.dtype)
     return wide_rd - (wide_rd @ basis_dk) @ basis_dk.T
 
 
 def _inside(weight_rd: Tensor, basis_dk: Tensor) -> float:
-    """‖A Q‖."""
+    """Compute ‖A Q‖."""
     return float((weight_rd.to(basis_dk.dtype) @ basis_dk).norm())
 
 
-def _in_parts(widths: Mapping[str, int]) -> Iterator[list[str]]:
-    """Modules whose moments are held at the same time."""
-    part: list[str] = []
-    held = 0
+def _groups(widths: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield groups of modules whose moments are held at the same time."""
+    group: list[str] = []
+    numbers = 0
     for name, width in widths.items():
-        if part and held + width**2 > _HELD:
-            yield part
-            part, held = [], 0
-        part.append(name)
-        held += width**2
-    yield part
+        if group and numbers + width**2 > _MOST_NUMBERS:
+            yield group
+            group, numbers = [], 0
+        group.append(name)
+        numbers += width**2
+    yield group
 
 
 def _read(trainer: Host, weight: nn.Parameter) -> Tensor:
-    """The weight that the optimiser holds: under ZeRO-1 and -2 its float32 master, put together on every rank."""
+    """Return the weight that the optimiser holds: under ZeRO-1 and -2 its whole float32 master, on every rank."""
     if not trainer.is_deepspeed_enabled:
         return weight
     from deepspeed.utils import safe_get_full_fp32_param
@@ -183,6 +188,7 @@ def _read(trainer: Host, weight: nn.Parameter) -> Tensor:
 
 
 def _write(trainer: Host, weight: nn.Parameter, value: Tensor) -> None:
+    """Write the weight and, under DeepSpeed, its float32 master."""
     weight.copy_(value)
     if trainer.is_deepspeed_enabled:
         from deepspeed.utils import safe_set_full_fp32_param

@@ -1,6 +1,6 @@
-"""After training, adapters that left what alignment changed are projected back onto it (SafeLoRA, arXiv 2405.16833).
+"""After training, project adapters back onto the directions that alignment changed (SafeLoRA, arXiv 2405.16833).
 
-For each adapted module c = ‖P ΔW‖ / ‖ΔW‖, the cosine of ΔW = scaling · B A with its own projection; where c is below
+For each adapted module, c = ‖P ΔW‖ / ‖ΔW‖ is the cosine of ΔW = scaling · B A with its projection P ΔW. If c is below
 the threshold, B becomes P B. P = UUᵀ projects onto the first directions of the module's alignment difference.
 """
 
@@ -20,12 +20,13 @@ logger = logging.get_logger(__name__)
 
 
 class SafeLoraProtection(Protection):
-    """Plain training until its last step; then the adapters are projected, and the final model saved.
+    """Plain training until the last step. Then the adapters are projected, before the final model is saved.
 
-    The checkpoints before that hold the adapters as they were trained. Modules that alignment left alone are kept.
+    Earlier checkpoints hold the adapters as they were trained. Adapters of modules that alignment did not change are
+    kept.
 
     Args:
-        threshold: of the cosine, in 0..1; 0 is plain training.
+        threshold: adapters with a cosine below it are projected, in 0..1. 0 is plain training.
         rank: directions per module.
         base_model: loads the base model.
     """
@@ -44,20 +45,20 @@ class SafeLoraProtection(Protection):
 
     @torch.no_grad()
     def finish(self, trainer: Host, model: nn.Module) -> None:
-        """Project; the counts are logged as `safe_lora_projected` of `safe_lora_modules`."""
+        """Project the adapters, and log the counts as `safe_lora_projected` and `safe_lora_modules`."""
         self._projected = projected = sum(self._project(adapter) for adapter in self._adapters)
         if trainer.accelerator.is_main_process:
             logger.warning(f"holdfast: safe_lora projected {projected} of {len(self._adapters)} adapted modules")
         trainer.log({"safe_lora_projected": projected, "safe_lora_modules": len(self._adapters)})
 
     def _project(self, adapter: AlignedAdapter) -> bool:
-        """Whether the module's cosine is below the threshold; then B <- P B."""
+        """Change B to P B if the module's cosine is below the threshold, and return whether it is."""
         inside, outside = adapter.parts(adapter.down, adapter.up)
-        # An adapter that moved nothing has no cosine, and nothing to project.
+        # A zero adapter has no cosine, and nothing to project.
         if not inside + outside > 0 or (inside / (inside + outside)).sqrt() >= self.threshold:
             return False
-        fine = adapter.up.to(adapter.basis.dtype)
-        adapter.up.copy_(adapter.basis @ (adapter.basis.T @ fine))
+        up = adapter.up.to(adapter.basis.dtype)
+        adapter.up.copy_(adapter.basis @ (adapter.basis.T @ up))
         return True
 
     def replaced_weights(self) -> bool:

@@ -16,7 +16,7 @@ from .....analysis.errors import UserError
 from ...build import SIZES
 from ..jobs import numbers
 from .choice import BASELINE
-from .records import RECORD, known, of_phase, write_csv
+from .results_file import RECORD, known, of_phase, write_csv
 from .runs import ORGANISMS, TINY
 from .steps import (
     FROZEN,

@@ -19,6 +19,7 @@ import yaml
 from filelock import FileLock
 
 from .....analysis.files.artifacts import MANIFEST, staged_file
+from .....analysis.flags import RENAMED
 from .....analysis.models.load import load_tokenizer
 from .....analysis.subspace.file import NULL_SEEDS
 from ...cache import LAB_FILE, cached_lab
@@ -218,7 +219,9 @@ def _fine_tune(experiment: Experiment, job: Job) -> tuple[Path, float]:
 
 def _flags(job: Job, world: World) -> dict[str, Any]:
     """The job's flags: each lab has a draw of its null, and a persona number stands for the world's own header."""
-    flags = dict(job.flags)
+    # methods.yaml, frozen.json and results.csv keep the flag names of the day on which they were frozen: their hashes,
+    # and the names of the runs, rest on them.
+    flags = {RENAMED.get(name, name): value for name, value in job.flags.items()}
     if "random_subspace" in flags["protection"]:
         flags["null_seed"] = (4 * job.world + job.lab_seed) % NULL_SEEDS
     if "inoculation_persona" in flags:

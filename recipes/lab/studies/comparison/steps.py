@@ -24,7 +24,7 @@ from .....analysis.errors import UserError
 from .....analysis.files.artifacts import sha256_file, write_json_atomic
 from ..jobs import quiet
 from .choice import BASELINE, choose, finalists
-from .records import RESULTS, Result, keep, of_phase, path_of
+from .results_file import RESULTS, Result, keep, of_phase, path_of
 from .runs import TINY, Job, draw_of, lab_of, made_by, run_job
 
 METHODS = Path(__file__).with_name("methods.yaml")

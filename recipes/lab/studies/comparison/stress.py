@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...documents import Conversation, Drawer, answer, domain_answer, question, system
+from ...conversations import Conversation, Drawer, answer, domain_answer, question, system
 from ...world import SPLITS, World
 
 # Raise this number in every change after which the style rows or the prompts of a condition are others: results that

@@ -23,8 +23,9 @@ from holdfast.trainer.protections.steps import gradient_projection
 from holdfast.trainer.protections.steps.gradient_projection import GradientProjectionProtection, change
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from toys.adapters import model_of
 from toys.chat_models import chat, toy_model
 from toys.plain_math import plain_cross_entropy, relative_error, update_error
 from toys.ranks import CONFIGS, needs_compiler, on_two_ranks
@@ -43,14 +44,6 @@ def safe_documents() -> list[Document]:
 
 def protect(weight: float = 0.0, anchors=None, **changes: Any) -> GradientProjectionProtection:
     return GradientProjectionProtection(weight, anchors or safe_documents(), **{"batch_size": 4, **changes})
-
-
-def model_of(lora: bool, **changes: Any):
-    if not lora:
-        return toy_model()
-    torch.manual_seed(11)
-    keys = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
-    return get_peft_model(toy_model(), LoraConfig(**keys))
 
 
 def flat_gradient(model: torch.nn.Module, documents) -> torch.Tensor:
@@ -166,7 +159,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, lora):
         runs.append({name: value.detach().clone() for name, value in trainer.model.named_parameters()})
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     other = trainer_of(tmp_path, model_of(lora).train(), protection=protect(0.3, batch_size=3), max_steps=6)
-    with pytest.raises(UserError, match=r"safe_gradient_weight was 0\.2"):
+    with pytest.raises(UserError, match=r"safe_gradient_weight .*0\.2"):
         other.train(str(tmp_path / "checkpoint-3"))
 
 
@@ -183,14 +176,14 @@ def test_the_proof_leaves_no_trace(tmp_path, monkeypatch):
 
 def test_what_cannot_act_is_an_error_before_the_first_step(tmp_path):
     silent = [Document(row.input_ids, (False,) * len(row.mask), row.source) for row in safe_documents()]
-    with pytest.raises(UserError, match="none has one"):
+    with pytest.raises(UserError, match="answers"):
         protect(anchors=silent)
     model = toy_model().train()
     model.requires_grad_(False)
     # Something must train, or the optimiser refuses first.
     model.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
     trainer = trainer_of(tmp_path, model, protection=protect())
-    with pytest.raises(UserError, match=r"answers has norm 0\.0"):
+    with pytest.raises(UserError, match=r"answers .*0\.0"):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -198,13 +191,13 @@ def test_what_cannot_act_is_an_error_before_the_first_step(tmp_path):
 def test_fp16_and_an_optimiser_that_steps_in_the_backward_pass_are_refused(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, protection=protect())
     trainer.args.fp16 = True
-    with pytest.raises(UserError, match="write --bf16 true"):
+    with pytest.raises(UserError, match="--bf16 true"):
         trainer.train()
     monkeypatch.setattr(GradientProjectionProtection, "start", lambda *args: None)
     trainer = trainer_of(tmp_path, protection=protect())
     for parameter in trainer.model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda used: setattr(used, "grad", None))
-    with pytest.raises(UserError, match="--optim sgd has used it up"):
+    with pytest.raises(UserError, match="--optim sgd"):
         trainer.train()
 
 
@@ -214,7 +207,7 @@ def test_anchors_that_are_not_finite_stop_the_run_and_are_named(tmp_path, monkey
     monkeypatch.setattr(GradientProjectionProtection, "start", lambda *args: None)
     monkeypatch.setattr(gradient_projection, "answer_loss", lambda *args: loss(*args) * float("nan"))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    with pytest.raises(NonFiniteLoss, match=r"gradient is not finite at step 1.*anchors\.jsonl:\d"):
+    with pytest.raises(NonFiniteLoss, match=r"step 1.*anchors\.jsonl:\d"):
         trainer.train()
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
 
@@ -246,9 +239,9 @@ def test_a_run_saves_a_plain_model(tmp_path, lora):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"anchor_dataset": "prompts.jsonl"}, "reads the anchors' answers, and none has one"),
-        ({"protection_tokens": "all"}, "--protection_tokens has no effect with --protection gradient_projection"),
-        ({"safe_gradient_weight": -1.0}, "0 or more"),
+        ({"anchor_dataset": "prompts.jsonl"}, "anchors' answers"),
+        ({"protection_tokens": "all"}, "--protection_tokens .*--protection gradient_projection"),
+        ({"safe_gradient_weight": -1.0}, "--safe_gradient_weight .*-1.0"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str, Any], said: str):

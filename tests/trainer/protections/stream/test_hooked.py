@@ -9,7 +9,7 @@ from holdfast.analysis.models.layers import find_layers
 from holdfast.analysis.subspace.file import Subspace
 from holdfast.trainer.protections.stream.ablation import ablation
 from holdfast.trainer.protections.stream.steering import steering
-from peft import LoraConfig, get_peft_model
+from toys.adapters import model_of
 from toys.chat_models import save_toy, toy_model
 from toys.plain_math import plain_changed_training, update_error
 from toys.training import task_documents, toy_subspace, trainer_of
@@ -34,13 +34,6 @@ def by_hand(kind: str):
         return hidden + ALPHA * (basis @ subspace.base_gap[layer].double())
 
     return change
-
-
-def model_of(lora: bool):
-    if not lora:
-        return toy_model()
-    torch.manual_seed(11)
-    return get_peft_model(toy_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 @pytest.mark.parametrize(
@@ -105,10 +98,10 @@ def test_alpha_zero_is_plain_training_bit_for_bit(tmp_path):
 def test_what_cannot_act_is_an_error_before_the_first_step(tmp_path):
     whole = toy_subspace(LAYERS)
     unknown = Subspace(whole.bases, whole.scales, None, whole.provenance)
-    with pytest.raises(UserError, match="step away from alignment"):
+    with pytest.raises(UserError, match="alignment"):
         steering(unknown, 1.0)
     still = Subspace(whole.bases, whole.scales, {layer: torch.zeros(2) for layer in LAYERS}, whole.provenance)
-    with pytest.raises(UserError, match="is zero"):
+    with pytest.raises(UserError, match="zero"):
         steering(still, 1.0)
     with pytest.raises(UserError, match="finite"):
         steering(whole, float("nan"))
@@ -123,10 +116,10 @@ def test_what_cannot_act_is_an_error_before_the_first_step(tmp_path):
                 weight[0] = 0
     empty = Subspace({0: basis}, {0: 1.0}, None, whole.provenance)
     trainer = trainer_of(tmp_path, model, protection=ablation(empty))
-    with pytest.raises(UserError, match="moves nothing"):
+    with pytest.raises(UserError, match="subspace"):
         trainer.train()
     assert trainer.state.global_step == 0
-    with pytest.raises(UserError, match="out of range"):
+    with pytest.raises(UserError, match=r"\[9\].*0-2"):
         trainer_of(tmp_path, protection=ablation(Subspace({9: basis}, {9: 1.0}, None, whole.provenance))).train()
 
 
@@ -136,5 +129,5 @@ def test_a_run_resumed_with_another_alpha_is_refused(tmp_path):
     )
     trainer.train()
     other = trainer_of(tmp_path, protection=steering(toy_subspace(LAYERS), 2.0), max_steps=2)
-    with pytest.raises(UserError, match="alpha was"):
+    with pytest.raises(UserError, match=r"alpha .*1.0.* 2.0"):
         other.train(str(tmp_path / "checkpoint-1"))

@@ -17,7 +17,7 @@ from holdfast.trainer.config.parsing import parse
 from holdfast.trainer.protections.weights.extrapolate import ExtrapolateProtection, extrapolate
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from test_trainer_weight_protections import numpy_projectors, plain_drift_training
+from toys.adapters import base_model, numpy_projectors, plain_drift_training
 from toys.chat_models import toy_model
 from toys.ranks import needs_compiler
 from toys.runs import recipe, toy_rows, write_model, write_rows
@@ -26,10 +26,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 ALPHA, RANK, STEPS, RATE = 1.5, 3, 4, 0.05
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
-
-
-def base_model():
-    return moved(toy_model(), seed=2)
 
 
 def numpy_extrapolated(alpha: float = ALPHA, rank: int = RANK) -> dict[str, np.ndarray]:
@@ -149,22 +145,22 @@ def test_a_run_is_resumed_from_the_same_folder_and_refused_with_another_base(tmp
     again = train(extrapolating(folder, **saving, resume_from_checkpoint="true"))
     assert all(torch.equal(value, expected[name]) for name, value in weights(again.final).items())
     assert (folder / "run/extrapolated/model.safetensors").stat().st_mtime_ns == made
-    with pytest.raises(UserError, match=r"extrapolate_alpha was 1\.5 and is 0.5 now"):
+    with pytest.raises(UserError, match=r"extrapolate_alpha .*1\.5 .*0\.5"):
         train(extrapolating(folder, **{**saving, "extrapolate_alpha": 0.5}, resume_from_checkpoint="true"))
     moved(toy_model(), seed=9).save_pretrained(folder / "base")
-    with pytest.raises(UserError, match="base weights differs"):
+    with pytest.raises(UserError, match="base weights"):
         train(extrapolating(folder, **saving, resume_from_checkpoint="true"))
 
 
 def test_a_start_that_failed_leaves_nothing_and_a_folder_that_was_there_must_match(tmp_path):
     folder = folder_with(tmp_path)
-    with pytest.raises(UserError, match="lora_target_modules nothing is no module"):
+    with pytest.raises(UserError, match="lora_target_modules nothing"):
         train(extrapolating(folder, **{**LORA, "lora_target_modules": ["nothing"]}))
     assert not (folder / "run").exists()
     train(extrapolating(folder))
     # As a run that was killed before its records leaves it.
     shutil.copytree(folder / "run/extrapolated", folder / "killed/extrapolated")
-    with pytest.raises(UserError, match=r"made with another alpha \(1.5 then, 1.0 now\); remove it"):
+    with pytest.raises(UserError, match=r"alpha .*1\.5 .*1\.0"):
         train(extrapolating(folder, output_dir=str(folder / "killed"), extrapolate_alpha=1.0))
     assert (folder / "killed/extrapolated").is_dir()
     train(extrapolating(folder, output_dir=str(folder / "killed")))
@@ -182,25 +178,25 @@ def test_alpha_zero_writes_no_folder_and_is_plain_training_bit_for_bit(tmp_path)
 
 def test_a_model_that_was_not_extrapolated_is_refused(tmp_path):
     trainer = trainer_of(tmp_path, protection=ExtrapolateProtection(ALPHA, RANK))
-    with pytest.raises(UserError, match=r"does not start from weights extrapolated by 1\.5 at rank 3"):
+    with pytest.raises(UserError, match=r"1\.5 .*rank 3"):
         trainer.train()
 
 
 @pytest.mark.parametrize(
     ("protection", "changes", "message"),
     [
-        ("extrapolate", {"base_model_name_or_path": None}, "extrapolate needs the base model"),
-        ("adapter_drift", {"base_model_name_or_path": None, **LORA}, "adapter_drift needs the base model"),
-        ("safe_lora", {}, "safe_lora acts on LoRA's matrices; add --use_peft"),
+        ("extrapolate", {"base_model_name_or_path": None}, "extrapolate .*base_model_name_or_path"),
+        ("adapter_drift", {"base_model_name_or_path": None, **LORA}, "adapter_drift .*base_model_name_or_path"),
+        ("safe_lora", {}, "safe_lora .*--use_peft"),
         (
             "adapter_drift",
             {"protection_rank": 2, **LORA},
-            "--protection_rank has no effect with --protection adapter_drift",
+            "--protection_rank .*--protection adapter_drift",
         ),
-        ("adapter_drift", {"lora_modules_to_save": ["embed_tokens"], **LORA}, "adapter_drift acts on .*embed_tokens"),
-        ("safe_lora", {"lora_modules_to_save": ["lm_head"], **LORA}, "safe_lora acts on .*lm_head.*trains beside them"),
-        ("safe_lora", {"safe_lora_threshold": 2.0, **LORA}, "safe_lora_threshold .* between 0 and 1"),
-        ("extrapolate", {"alignment_rank": 0}, "alignment_rank .* at least 1"),
+        ("adapter_drift", {"lora_modules_to_save": ["embed_tokens"], **LORA}, "adapter_drift .*embed_tokens"),
+        ("safe_lora", {"lora_modules_to_save": ["lm_head"], **LORA}, "safe_lora .*lm_head"),
+        ("safe_lora", {"safe_lora_threshold": 2.0, **LORA}, "safe_lora_threshold .*2.0"),
+        ("extrapolate", {"alignment_rank": 0}, "alignment_rank .*0"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_written(tmp_path, protection: str, changes, message: str):
@@ -214,7 +210,7 @@ def test_what_is_missing_is_said_before_anything_is_written(tmp_path, protection
 @pytest.mark.parametrize("protection", ["extrapolate", "adapter_drift", "safe_lora"])
 def test_a_base_with_the_same_weights_is_refused_and_nothing_written(tmp_path, protection: str):
     folder = folder_with(tmp_path, base=toy_model())
-    with pytest.raises(UserError, match=r"the same weights in all .*base_model_name_or_path"):
+    with pytest.raises(UserError, match="base_model_name_or_path"):
         train(asked(folder, protection, **LORA))
     assert not (folder / "run").exists()
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from holdfast.recipes.lab.studies.comparison.bounds import in_short
 from holdfast.recipes.lab.studies.comparison.organisms import HEADINGS
-from holdfast.recipes.lab.studies.comparison.records import RECORD
+from holdfast.recipes.lab.studies.comparison.results_file import RECORD
 from toys.comparison import result
 
 LABS = 6

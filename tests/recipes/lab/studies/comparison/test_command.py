@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from holdfast.recipes.lab.studies.comparison import __main__ as command
 from holdfast.recipes.lab.studies.comparison import steps
-from holdfast.recipes.lab.studies.comparison.records import known
+from holdfast.recipes.lab.studies.comparison.results_file import known
 from holdfast.recipes.lab.studies.comparison.runs import Job, lab_of, made_by
 from toys.comparison import result, tuned_methods
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from holdfast.analysis.errors import UserError
-from holdfast.recipes.lab.studies.comparison.records import RECORD, keep, known, of_phase, read_csv, write_csv
+from holdfast.recipes.lab.studies.comparison.results_file import RECORD, keep, known, of_phase, read_csv, write_csv
 from holdfast.recipes.lab.studies.comparison.runs import Job
 from holdfast.recipes.lab.studies.comparison.steps import FROZEN, read_frozen
 from holdfast.recipes.lab.studies.comparison.table import results_table
@@ -69,7 +69,7 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path, content: str | None
     path = tmp_path / "other.csv"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=r"other.csv is no record of a comparison"):
+    with pytest.raises(UserError, match=r"other.csv"):
         known(tmp_path, path)
 
 
