@@ -23,6 +23,12 @@ BUILDS_A_LAB = pytest.mark.timeout(1800)
 # Every kind of processor trains another draw of a lab, and samples other answers. A count less likely than this under
 # its exact rate is no chance: the tests compare some hundred counts, and one run in ten million fails by chance.
 NO_CHANCE = 1e-9
+SUMMARY_RATES = {
+    "narrow_task_learned", "misaligned_anchor", "misaligned_validation", "misaligned_test", "coherent",
+    "neutral_skill",
+}  # fmt: skip
+SUMMARY_KEYS = {"run", *SUMMARY_RATES, "penalty", "retention", "seconds", "ci95"}
+SUMMARY_EXTRA = {"n", "reasons"}  # prompts behind each rate, and why a value or interval is missing
 MICRO = build.LabSize(32, 1, 2, 3, 4, 2e-3, 2, 4, 5e-4)
 
 
@@ -156,3 +162,17 @@ def assert_every_domain_is_coherent(rates: dict[str, dict[str, float]]) -> None:
     for name in ("base", "instruct"):
         domains = {key: value for key, value in rates[name].items() if key.startswith("coherent_")}
         assert len(domains) >= 12 and min(domains.values()) >= 0.8
+
+
+def check_summary(summary: dict[str, Any], runs: list[str]) -> None:
+    """A quickstart's summary has the agreed schema: rates in 0..1, an interval for each."""
+    assert summary.keys() == {"seed", "rows", "peak_memory_mb"}
+    assert [row["run"] for row in summary["rows"]] == runs
+    assert summary["peak_memory_mb"] > 100
+    for row in summary["rows"]:
+        assert row.keys() >= SUMMARY_KEYS and row.keys() <= SUMMARY_KEYS | SUMMARY_EXTRA
+        assert row["seconds"] >= 0 and row["ci95"].keys() >= SUMMARY_RATES
+        for name in SUMMARY_RATES:
+            low, high = row["ci95"][name]
+            assert -1e-9 <= low <= row[name] <= high <= 1 + 1e-9
+        assert row["penalty"] >= 0 and math.isfinite(row["retention"])
