@@ -13,8 +13,9 @@ from lab_toys import BUILDS_A_LAB, QUIET, shared_lab
 pytestmark = BUILDS_A_LAB
 
 
-@pytest.mark.parametrize("budget", [0.01, 0.1])
-def test_the_smoothed_penalty_stays_near_the_budget_on_average(tmp_path, budget):
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """A lab with its subspace."""
     flags = {
         **QUIET,
         "logging_steps": 1,
@@ -22,10 +23,15 @@ def test_the_smoothed_penalty_stays_near_the_budget_on_average(tmp_path, budget)
         "save_steps": 200,
         "analysis_during_training": False,
     }
-    experiment = Experiment(shared_lab(0), tmp_path, flags)
-    experiment.build_subspace()
-    experiment.fine_tune("protected", "held", penalty_budget=budget)
-    state = json.loads((tmp_path / "held" / "checkpoint-200" / "trainer_state.json").read_text())
+    made = Experiment(shared_lab(0), tmp_path_factory.mktemp("lab"), flags)
+    made.build_subspace()
+    return made
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1])
+def test_the_smoothed_penalty_stays_near_the_budget_on_average(experiment, budget):
+    experiment.fine_tune("protected", f"held-{budget}", penalty_budget=budget)
+    state = json.loads((experiment.output_dir / f"held-{budget}" / "checkpoint-200" / "trainer_state.json").read_text())
     seen = {entry["step"]: entry["penalty"] for entry in state["log_history"] if "penalty" in entry}
     assert sorted(seen) == list(range(1, 201))
     # The average that is held, by hand: each step's penalty has a weight that falls by a twentieth a step.
