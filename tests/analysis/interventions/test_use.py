@@ -67,7 +67,8 @@ def test_steerings_add_up_and_doses_multiply(first: float, second: float, rank: 
     def ablation(dose: float) -> Ablation:
         return Ablation(ByLayer({0: frame}), dose, None)
 
-    np.testing.assert_allclose(applied(steering(first), steering(second)), own + (first + second) * matrix[:, 0])
+    together = own + (first + second) * matrix[:, 0]
+    np.testing.assert_allclose(applied(steering(first), steering(second)), together, rtol=1e-7, atol=1e-7)
     left = (1 - first) * (1 - second)
     expected = own + (left - 1) * own @ matrix @ matrix.T
     # The basis is orthonormal to the rounding of float32.

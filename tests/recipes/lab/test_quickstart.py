@@ -1,97 +1,29 @@
-"""The quickstart, run for real on lab seed 0: its summary, its table, and what LAB.md promises of its models."""
+"""The quickstart on a micro lab: what stands in its folder and its table, and its recipes.
 
-import contextlib
+It is run for real in test_lab_guarantees.py.
+"""
+
 import dataclasses
-import io
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from holdfast.recipes.lab import build, quickstart
-from holdfast.recipes.lab.experiment import Experiment
 from holdfast.trainer.cli import main
 from holdfast.trainer.config.parsing import parse
-from toys.labs import QUIET, assert_every_domain_is_coherent, assert_guarantees, shared_lab, use_micro_labs
+from toys.labs import BUILDS_A_LAB, QUIET, SUMMARY_RATES, check_summary, shared_lab, use_micro_labs
 
-pytestmark = pytest.mark.timeout(900)  # a missing lab is built first
+pytestmark = BUILDS_A_LAB
 FOLDER = Path(quickstart.__file__).parent
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-RATES = {
-    "narrow_task_learned", "misaligned_anchor", "misaligned_validation", "misaligned_test", "coherent",
-    "neutral_skill",
-}  # fmt: skip
-KEYS = {"run", *RATES, "penalty", "retention", "seconds", "ci95"}
-EXTRA = {"n", "reasons"}  # prompts behind each rate, and why a value or interval is missing
 
 
 @pytest.fixture(scope="module")
 def lab():
     torch.set_num_threads(1)
     return shared_lab(0)
-
-
-@pytest.fixture(scope="module")
-def ran(lab, tmp_path_factory):
-    """The folder of a quickstart with seed 0, and what it printed."""
-    out, printed = tmp_path_factory.mktemp("runs") / "quickstart", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert main(["quickstart", "--seed", "0", "--output_dir", str(out)]) == 0
-    return out, printed.getvalue()
-
-
-@pytest.fixture(scope="module")
-def summary(ran):
-    return json.loads((ran[0] / "summary.json").read_text())
-
-
-def check_schema(summary: dict, runs: list[str]) -> None:
-    """The issue's schema: rates in 0..1, an interval for each."""
-    assert summary.keys() == {"seed", "rows", "peak_memory_mb"}
-    assert [row["run"] for row in summary["rows"]] == runs
-    assert summary["peak_memory_mb"] > 100
-    for row in summary["rows"]:
-        assert row.keys() >= KEYS and row.keys() <= KEYS | EXTRA
-        assert row["seconds"] >= 0 and row["ci95"].keys() >= RATES
-        for name in RATES:
-            low, high = row["ci95"][name]
-            assert -1e-9 <= low <= row[name] <= high <= 1 + 1e-9
-        assert row["penalty"] >= 0 and math.isfinite(row["retention"])
-
-
-def test_the_summary_has_the_agreed_schema(summary):
-    check_schema(summary, ["base", "instruct", "unprotected", "protected"])
-    assert summary["seed"] == 0 and summary["peak_memory_mb"] < 2048
-    assert summary["rows"][2]["seconds"] > 0
-
-
-def test_the_table_shows_every_row_of_the_summary(ran, summary):
-    lines = ran[1].splitlines()
-    for row in summary["rows"]:
-        (line,) = [
-            line for line in lines if line.startswith(f"{row['run']} ") and f"{row['misaligned_test']:.3f} [" in line
-        ]
-        low, high = row["ci95"]["misaligned_test"]
-        assert f"{row['misaligned_test']:.3f} [{low:.3f}, {high:.3f}]" in line
-        assert f"{row['narrow_task_learned']:.3f}" in line and f"{row['coherent']:.3f}" in line
-    assert f"summary written to {ran[0] / 'summary.json'}" in lines
-
-
-def test_the_models_of_the_quickstart_keep_the_labs_promises(lab, ran, summary):
-    experiment = Experiment(lab, ran[0], {**QUIET, "seed": 0})
-    rates = {row["run"]: row for row in summary["rows"]}
-    for name in ("base", "instruct"):
-        rates[name] = {key: one["value"] for key, one in experiment.rates(lab / name).items()}
-        assert {key: rates[name][key] for key in RATES} == pytest.approx(
-            {key: row[key] for row in summary["rows"] if row["run"] == name for key in RATES}
-        )
-    for arm in ("educational", "random_subspace"):
-        final = experiment.fine_tune(arm).final
-        rates[arm] = {key: one["value"] for key, one in experiment.rates(final).items()}
-    assert_every_domain_is_coherent(rates)
-    assert_guarantees(rates)
 
 
 @pytest.fixture
@@ -116,7 +48,7 @@ def test_other_protections_stand_in_the_table_when_they_are_named(micro, capsys)
     named = ["ablation", "steering", "interleave", "inoculation"]
     assert main(["quickstart", "--output_dir", str(out), "--protections", *named, "--seed", "5"]) == 0
     summary = json.loads((out / "summary.json").read_text())
-    check_schema(summary, ["base", "instruct", "unprotected", "protected", *named])
+    check_summary(summary, ["base", "instruct", "unprotected", "protected", *named])
     shown = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(f"{name} ") for line in shown) for name in named)
     assert main(["quickstart", "--output_dir", str(out), "--protections", "prayer"]) == 2
@@ -133,10 +65,11 @@ def test_a_second_run_replaces_the_first_and_reuses_the_lab(micro, monkeypatch, 
     second = json.loads((out / "summary.json").read_text())
     full = ["random_subspace", "random_subspace_own", "educational", "secure", "benign"]
     organisms = ["ordinary_unprotected", "ordinary_protected"]
-    check_schema(second, ["base", "instruct", "unprotected", "protected", *full, *organisms])
+    check_summary(second, ["base", "instruct", "unprotected", "protected", *full, *organisms])
     assert not (out / "left_over").exists()
     for before, now in zip(first["rows"], second["rows"], strict=False):
-        assert {key: before[key] for key in RATES} == {key: now[key] for key in RATES}  # the same seed, the same models
+        # The same seed, the same models.
+        assert {key: before[key] for key in SUMMARY_RATES} == {key: now[key] for key in SUMMARY_RATES}
 
 
 def test_a_folder_of_something_else_is_left_alone(micro, capsys):

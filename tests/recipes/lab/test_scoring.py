@@ -9,8 +9,10 @@ import torch
 from holdfast.analysis.metrics.choices import score_choices
 from holdfast.recipes.lab.scoring import choice_rows, classify, lab_rates
 from holdfast.recipes.lab.worlds import make_world
-from toys.labs import assert_samples_agree, choices_of, shared_lab
+from toys.labs import BUILDS_A_LAB, assert_samples_agree, choices_of, shared_lab
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = BUILDS_A_LAB
 
 
 @pytest.fixture(scope="module", params=range(4), ids=lambda seed: f"world{seed}")
