@@ -1,1 +1,1 @@
-"""Commands that never train: generate, judge, evaluate, export, compare."""
+"""The commands of `holdfast` that only analyse models: generate, judge, evaluate, export, compare."""

@@ -1,4 +1,12 @@
-"""Where answers come from: a model loaded here, perhaps under an intervention, or a server with OpenAI's interface."""
+"""The sources of sampled answers: a model loaded on this machine, or a server with OpenAI's interface.
+
+An intervention (`--ablate`, `--steer`) can be applied to a model on this machine. Usage:
+
+    source = ServerModel(flags, sampling) if flags.generate_url else LocalModel(flags, sampling)
+    with source.batches(requests) as batches:
+        for answers in batches:
+            ...
+"""
 
 import argparse
 import hashlib
@@ -16,7 +24,7 @@ from torch import Tensor, nn
 
 from ..answers.chat_server import ChatServer
 from ..answers.continuous import sample_continuously
-from ..answers.records import Answer, AnswerRequest, answered, prompt_facts
+from ..answers.records import Answer, AnswerRequest, answer_to, prompt_facts
 from ..answers.sample import Sampling, sample_answers
 from ..errors import UserError
 from ..files.artifacts import sha256_file
@@ -29,22 +37,22 @@ Batches = Iterator[list[Answer]]
 
 
 class AnswerSource(Protocol):
-    """What answers can be had from. arm: the facts that decide an answer beside its prompt, all JSON."""
+    """A source of answers. arm: the facts that decide an answer besides its prompt, as JSON values."""
 
     arm: dict[str, Any]
 
-    def batches(self, asked: Sequence[AnswerRequest]) -> AbstractContextManager[Batches]:
-        """The answers as they come, some perhaps missing. Raises UserError on entering, before any work."""
+    def batches(self, requests: Sequence[AnswerRequest]) -> AbstractContextManager[Batches]:
+        """Yield the answers as they come; some may be missing. Raises UserError on entering, before any work."""
 
     def problems(self) -> list[str]:
-        """Why answers are missing, one line each."""
+        """Return the reasons why answers are missing, one line each."""
 
 
-class ModelHere:
-    """A folder or Hub model loaded on this machine."""
+class LocalModel:
+    """A model from a folder or the Hub, loaded on this machine."""
 
     def __init__(self, flags: argparse.Namespace, sampling: Sampling) -> None:
-        """Reads all but the weights. Raises UserError."""
+        """Read everything except the weights. Raises UserError."""
         self._flags, self._sampling = flags, sampling
         self._options = LoadOptions(
             flags.attn_implementation, flags.trust_remote_code, flags.layers_path, flags.device_map
@@ -52,17 +60,17 @@ class ModelHere:
         self._dtype: str = flags.dtype or "auto"
         self._tokenizer = load_tokenizer(flags.model, self._options)
         self._interventions = {
-            what: _Intervention(what, flags, tokenizer_fingerprint(self._tokenizer))
-            for what in ("ablate", "steer")
-            if getattr(flags, what) is not None
+            name: _Intervention(name, flags, tokenizer_fingerprint(self._tokenizer))
+            for name in ("ablate", "steer")
+            if getattr(flags, name) is not None
         }
         self.arm = {
             "model": model_fingerprint(flags.model),
             "tokenizer": tokenizer_fingerprint(self._tokenizer),
             "dtype": self._resolved_dtype(),
             **asdict(sampling),
-            **{what: one.facts for what, one in self._interventions.items()},
-            # Draws other samples than batches do.
+            **{name: intervention.facts for name, intervention in self._interventions.items()},
+            # Continuous batching draws other samples than plain batches.
             **({"continuous_batching": True} if flags.continuous_batching else {}),
         }
 
@@ -72,50 +80,69 @@ class ModelHere:
         return str(load_config(self._flags.model, self._options).dtype or "float32").removeprefix("torch.")
 
     @contextmanager
-    def batches(self, asked: Sequence[AnswerRequest]) -> Iterator[Batches]:
+    def batches(self, requests: Sequence[AnswerRequest]) -> Iterator[Batches]:
+        """Load the model, apply the interventions, and yield the answers. Raises UserError."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(self._flags.model, dtype=self._dtype, device=device, options=self._options)
         provenance = {"arm": self.arm, "model": str(self._flags.model), "holdfast": version("holdfast")}
         with ExitStack() as stack:
-            for one in self._interventions.values():
-                stack.enter_context(one.on(model))
+            for intervention in self._interventions.values():
+                stack.enter_context(intervention.on(model))
             sample = sample_continuously if self._flags.continuous_batching else sample_answers
-            yield sample(model, self._tokenizer, asked, self._sampling, provenance, self._flags.batch_size)
+            yield sample(model, self._tokenizer, requests, self._sampling, provenance, self._flags.batch_size)
 
     def problems(self) -> list[str]:
+        """Return no reasons: no answers are missing."""
         return []
 
 
 class _Intervention:
-    """`--ablate` or `--steer`: what is done with the directions of a subspace file."""
+    """The intervention of `--ablate` or `--steer`, with the directions of a subspace file.
 
-    def __init__(self, what: str, flags: argparse.Namespace, tokenizer: str) -> None:
-        path = getattr(flags, what)
+    Attributes:
+        facts: the facts that identify the intervention, as JSON values.
+    """
+
+    def __init__(self, name: str, flags: argparse.Namespace, tokenizer: str) -> None:
+        """Read the subspace file.
+
+        Args:
+            name: "ablate" or "steer".
+            tokenizer: fingerprint of the model's tokenizer.
+
+        Raises:
+            UserError: the subspace does not fit the tokenizer, or lacks the layers or the direction.
+        """
+        path = getattr(flags, name)
         subspace = Subspace.load(path)
         if subspace.provenance.tokenizer_fingerprint != tokenizer:
             raise UserError(
-                f"--{what} {path} was built with another tokenizer than that of --model {flags.model}: use a subspace "
-                "of this model or of the one it was tuned from"
+                f"--{name} {path} was built with another tokenizer than the tokenizer of --model {flags.model}: use a "
+                "subspace of this model, or of the model from which it was fine-tuned"
             )
-        asked = flags.intervention_layers
-        layers = sorted(subspace.bases) if asked is None else parse_layers(asked, max(subspace.bases) + 1)
+        spec = flags.intervention_layers
+        layers = sorted(subspace.bases) if spec is None else parse_layers(spec, max(subspace.bases) + 1)
         self._bases = subspace.restrict(layers, subspace.provenance.rank).bases
-        self._what, self._flags = what, flags
-        self._directions = _toward_base(subspace, layers, path) if what == "steer" else {}
-        size = {"dose": flags.dose} if what == "ablate" else {"alpha": flags.alpha, "unit": flags.steer_unit}
+        self._name, self._flags = name, flags
+        self._directions = _directions_to_base(subspace, layers, path) if name == "steer" else {}
+        size = {"dose": flags.dose} if name == "ablate" else {"alpha": flags.alpha, "unit": flags.steer_unit}
         self.facts = {"subspace": sha256_file(path), "layers": layers, **size}
 
     def on(self, model: nn.Module) -> AbstractContextManager[None]:
-        """The intervention on a model."""
-        path = self._flags.layers_path
-        if self._what == "ablate":
-            return ablate(model, self._bases, dose=self._flags.dose, layers_path=path)
+        """Return a context manager that applies the intervention to a model."""
+        layers_path = self._flags.layers_path
+        if self._name == "ablate":
+            return ablate(model, self._bases, dose=self._flags.dose, layers_path=layers_path)
         unit = self._flags.steer_unit
-        return steer(model, self._directions, self._flags.alpha, unit=unit, layers_path=path)
+        return steer(model, self._directions, self._flags.alpha, unit=unit, layers_path=layers_path)
 
 
-def _toward_base(subspace: Subspace, layers: Sequence[int], path: object) -> dict[int, Tensor]:
-    """Per layer [d], the mean step away from alignment inside the subspace."""
+def _directions_to_base(subspace: Subspace, layers: Sequence[int], path: object) -> dict[int, Tensor]:
+    """Return {layer: [d]}, the mean step inside the subspace that leads away from alignment.
+
+    Raises:
+        UserError: the subspace file, named by `path`, has no such step.
+    """
     if subspace.base_gap is None:
         raise UserError(
             f"--steer {path} does not say which way leads away from alignment (method {subspace.provenance.method}): "
@@ -124,11 +151,11 @@ def _toward_base(subspace: Subspace, layers: Sequence[int], path: object) -> dic
     return {layer: subspace.bases[layer] @ subspace.base_gap[layer] for layer in layers}
 
 
-class ModelOnServer:
-    """A model behind OpenAI's chat completions; several requests are under way at a time."""
+class ServerModel:
+    """A model on a server with OpenAI's chat completions. Several requests are sent at the same time."""
 
     def __init__(self, flags: argparse.Namespace, sampling: Sampling) -> None:
-        """Asks nothing yet. Raises UserError."""
+        """Create the client, without sending a request. Raises UserError."""
         self._flags, self._sampling = flags, sampling
         self._server = ChatServer(
             flags.generate_url,
@@ -140,22 +167,23 @@ class ModelOnServer:
         self.arm = {"model": flags.generate_model, "server": flags.generate_url, **asdict(sampling)}
 
     @contextmanager
-    def batches(self, asked: Sequence[AnswerRequest]) -> Iterator[Batches]:
+    def batches(self, requests: Sequence[AnswerRequest]) -> Iterator[Batches]:
+        """Send the requests and yield the answers as they come."""
         pool = ThreadPoolExecutor(self._flags.concurrency)
         try:
-            under_way = [pool.submit(self._ask, part) for part in _requests(asked, self._flags.batch_size)]
-            yield (_result(future) for future in as_completed(under_way))
+            futures = [pool.submit(self._ask, batch) for batch in _same_prompt(requests, self._flags.batch_size)]
+            yield (_result(future) for future in as_completed(futures))
         finally:
-            # What has not begun is not asked; what is under way ends by its time limit.
+            # Requests that have not started are cancelled. Requests that have started end by their time limit.
             pool.shutdown(cancel_futures=True)
 
-    def _ask(self, part: list[AnswerRequest]) -> list[Answer]:
-        """One request for several samples of one prompt."""
-        sampling, prompt = self._sampling, part[0].prompt
-        facts = json.dumps([sampling.seed, *prompt_facts(prompt), part[0].sample])
+    def _ask(self, batch: list[AnswerRequest]) -> list[Answer]:
+        """Send one request to the server for several samples of one prompt."""
+        sampling, prompt = self._sampling, batch[0].prompt
+        facts = json.dumps([sampling.seed, *prompt_facts(prompt), batch[0].sample])
         texts = self._server.complete(
             prompt.messages,
-            n=len(part),
+            n=len(batch),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_new_tokens,
@@ -163,12 +191,13 @@ class ModelOnServer:
         )
         provenance = {"arm": self.arm, "model": self._flags.generate_model, "holdfast": version("holdfast")}
         return [
-            answered(one, text, "unknown", provenance)
-            for one, text in zip(part, texts, strict=True)
+            answer_to(request, text, "unknown", provenance)
+            for request, text in zip(batch, texts, strict=True)
             if text is not None
         ]
 
     def problems(self) -> list[str]:
+        """Return the number of missing answers for each reason, most frequent first."""
         return [f"{count} answers: {reason}" for reason, count in self._server.failures.most_common()]
 
 
@@ -176,7 +205,7 @@ def _result(future: Future[list[Answer]]) -> list[Answer]:
     return future.result()
 
 
-def _requests(asked: Sequence[AnswerRequest], batch_size: int) -> list[list[AnswerRequest]]:
-    """Samples of one prompt together, at most batch_size."""
-    groups = [list(group) for _, group in groupby(asked, key=lambda one: id(one.prompt))]
-    return [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
+def _same_prompt(requests: Sequence[AnswerRequest], batch_size: int) -> list[list[AnswerRequest]]:
+    """Split requests into batches of at most batch_size, each for samples of one prompt."""
+    groups = [list(group) for _, group in groupby(requests, key=lambda request: id(request.prompt))]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]

@@ -1,4 +1,4 @@
-"""`holdfast evaluate`: run named tasks of lm-evaluation-harness on a checkpoint, beside its other metrics.
+"""`holdfast evaluate`: runs tasks of lm-evaluation-harness on a checkpoint, and adds the results to its metrics.
 
 holdfast evaluate --model runs/insecure/final --tasks arc_easy hellaswag --output_dir runs/insecure
 """
@@ -26,29 +26,34 @@ _NORMAL = 1.959964
 
 
 def main(argv: Sequence[str]) -> int:
-    """`holdfast evaluate`: tasks of lm-evaluation-harness, into the run's metrics. Raises UserError."""
+    """Run tasks of lm-evaluation-harness, and write the results to the run's metrics. Raises UserError."""
     arguments = _read(argv)
-    known = _known_tasks(arguments)
+    task_manager = _task_manager(arguments)
     name = arguments.model.resolve().name
     numbered = re.fullmatch(r"checkpoint-(\d+)", name)
     files = ResultFiles(arguments.output_dir, name, int(numbered[1]) if numbered else None)
-    fingerprint, how = model_fingerprint(arguments.model), _how(arguments)
-    results, asked = _before(arguments.output_dir / FOLDER / name / f"{FAMILY}.json", fingerprint)
+    fingerprint, settings = model_fingerprint(arguments.model), _settings_hash(arguments)
+    results, evaluated = _previous(arguments.output_dir / FOLDER / name / f"{FAMILY}.json", fingerprint)
     for task in dict.fromkeys(arguments.tasks):
-        if asked.get(task, {}).get("how") != how:
-            found = measurements(_evaluated(arguments, task, known))
-            results, asked = {**results, **found}, {**asked, task: {"how": how, "results": list(found)}}
-            # After each task: the next may not be possible.
-            files.write(FAMILY, results, json.dumps({"model": fingerprint, "asked": asked}))
-        for each in asked[task]["results"]:
-            for metric, value in results[each].items():
-                print(f"{each} {metric} {_shown(value)}")
+        if evaluated.get(task, {}).get("how") != settings:
+            new = measurements(_evaluate(arguments, task, task_manager))
+            results, evaluated = {**results, **new}, {**evaluated, task: {"how": settings, "results": list(new)}}
+            # Written after each task, because the next task may fail.
+            files.write(FAMILY, results, json.dumps({"model": fingerprint, "asked": evaluated}))
+        for result in evaluated[task]["results"]:
+            for metric, value in results[result].items():
+                print(f"{result} {metric} {_shown(value)}")
     print(f"measures written to {arguments.output_dir / VIEW}")
     return 0
 
 
-def _before(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was measured of this very model: {task: {metric: …}}, and {asked for: {"how", "results": tasks}}."""
+def _previous(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the earlier results for a model with this fingerprint; both mappings are empty if there are none.
+
+    Returns:
+        {task: {metric: measurement}}, and {task or group that was requested: {"how": hash of the settings, "results":
+        tasks}}.
+    """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         key = json.loads(facts["key"])
@@ -57,63 +62,87 @@ def _before(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Any
         return {}, {}
 
 
-def measurements(found: Mapping[str, Any]) -> dict[str, dict[str, Measurement]]:
-    """{task: {metric: measurement}} of what the harness returns; groups of tasks are among them.
+def measurements(output: Mapping[str, Any]) -> dict[str, dict[str, Measurement]]:
+    """Turn the output of the harness into {task: {metric: measurement}}. Groups of tasks are among the tasks.
 
-    The interval is that of the rows (`stats.measurement`) where the harness gives a number for each,
-    else its standard error's, value ± 1.96 errors. A filter that is not "none" is part of the metric's name.
+    If the harness gives a number for each row, the interval is computed from the rows (`stats.summary.measurement`).
+    Otherwise it is value ± 1.96 standard errors of the harness. A filter other than "none" is part of the metric's
+    name.
     """
     results: dict[str, dict[str, Measurement]] = {}
-    for task, values in found["results"].items():
-        n = _rows(found, task)
+    for task, values in output["results"].items():
+        n = _row_count(output, task)
         for name, value in values.items():
-            metric, _, kind = name.partition(",")
-            if not kind or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            metric, _, filter_name = name.partition(",")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not filter_name or metric.endswith("_stderr") or not is_number:
                 continue
-            title = metric if kind == "none" else f"{metric},{kind}"
-            error = values.get(f"{metric}_stderr,{kind}")
-            rows = _of_rows(found, task, metric, kind)
-            results.setdefault(task, {})[title] = _measurement(float(value), error, rows, n)
+            title = metric if filter_name == "none" else f"{metric},{filter_name}"
+            stderr = values.get(f"{metric}_stderr,{filter_name}")
+            rows = _row_values(output, task, metric, filter_name)
+            results.setdefault(task, {})[title] = _measurement(float(value), stderr, rows, n)
     return results
 
 
-def _measurement(value: float, error: Any, rows: list[float], n: int) -> Measurement:
+def _measurement(value: float, harness_stderr: Any, rows: list[float], n: int) -> Measurement:
+    """Build the measurement of a metric.
+
+    Args:
+        harness_stderr: the standard error of the harness, or anything else if it gives none.
+        rows: the value of each row, or nothing if the harness gives none.
+        n: number of rows.
+    """
     if not math.isfinite(value):
         return missing("the harness gives no finite number", n)
-    known = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
-    # A metric that is not the mean of its rows (a perplexity, a correlation) has the harness's error alone.
+    has_stderr = isinstance(harness_stderr, int | float) and math.isfinite(harness_stderr)
+    stderr = float(harness_stderr) if has_stderr else None
+    # A metric that is not the mean of its rows (a perplexity, a correlation) has only the harness's standard error.
     if rows and math.isclose(sum(rows) / len(rows), value, rel_tol=1e-9, abs_tol=1e-12):
-        return {**measurement(rows, rate=min(rows) >= 0 and max(rows) <= 1), "stderr": known}
-    if not known:
-        return {"value": value, "n": n, "ci95": None, "reason": "the harness gives no standard error", "stderr": known}
-    return {"value": value, "n": n, "ci95": [value - _NORMAL * known, value + _NORMAL * known], "stderr": known}
+        return {**measurement(rows, rate=min(rows) >= 0 and max(rows) <= 1), "stderr": stderr}
+    if not stderr:
+        return {"value": value, "n": n, "ci95": None, "reason": "the harness gives no standard error", "stderr": stderr}
+    return {"value": value, "n": n, "ci95": [value - _NORMAL * stderr, value + _NORMAL * stderr], "stderr": stderr}
 
 
-def _rows(found: Mapping[str, Any], task: str) -> int:
-    """Rows of a task, or of all tasks of a group."""
-    counts = found.get("n-samples", {})
-    inside = [task] if task in counts else found.get("group_subtasks", {}).get(task, [])
-    return sum(counts[each]["effective"] if each in counts else _rows(found, each) for each in inside)
+def _row_count(output: Mapping[str, Any], task: str) -> int:
+    """Count the rows of a task, or of all tasks of a group."""
+    counts = output.get("n-samples", {})
+    subtasks = [task] if task in counts else output.get("group_subtasks", {}).get(task, [])
+    return sum(
+        counts[subtask]["effective"] if subtask in counts else _row_count(output, subtask) for subtask in subtasks
+    )
 
 
-def _of_rows(found: Mapping[str, Any], task: str, metric: str, kind: str) -> list[float]:
-    rows = [row for row in found.get("samples", {}).get(task, []) if row.get("filter", "none") == kind]
+def _row_values(output: Mapping[str, Any], task: str, metric: str, filter_name: str) -> list[float]:
+    """Return the value of a metric for each row, or nothing if a row has no number."""
+    rows = [row for row in output.get("samples", {}).get(task, []) if row.get("filter", "none") == filter_name]
     values = [row.get(metric) for row in rows]
     return [float(value) for value in values] if all(isinstance(value, int | float) for value in values) else []
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
-    parser = FlagParser("holdfast evaluate", main.__doc__)
+    parser = FlagParser("holdfast evaluate", "Run tasks of lm-evaluation-harness on a checkpoint of a run.")
     parser.add_argument("--model", type=Path, help="Folder of a checkpoint (required).")
-    parser.add_argument("--tasks", nargs="+", help="Tasks or groups of lm-evaluation-harness (required).")
-    parser.add_argument("--output_dir", type=Path, help="Folder of the run, where metrics.jsonl lies (required).")
-    parser.add_argument("--tasks_path", type=Path, help="Folder with tasks of your own (YAML). Default: none.")
-    parser.add_argument("--limit", type=_count, help="Rows of each task, for a trial. Default: all.")
-    parser.add_argument("--num_fewshot", type=int, choices=range(0, 65), metavar="N", help="Default: each task's own.")
-    parser.add_argument("--apply_chat_template", action="store_true", help="Ask as in a chat. Default: plain text.")
-    parser.add_argument("--batch_size", type=_count, default=8, help="Rows at a time. Default: 8.")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument("--device", default="cpu", help="Like cuda:0. Default: cpu.")
+    parser.add_argument("--tasks", nargs="+", help="Tasks, or groups of tasks, of lm-evaluation-harness (required).")
+    parser.add_argument("--output_dir", type=Path, help="Folder of the run, which holds metrics.jsonl (required).")
+    parser.add_argument("--tasks_path", type=Path, help="Folder with your own tasks (YAML). Default: none.")
+    parser.add_argument("--limit", type=_count, help="Number of rows of each task, for a trial. Default: all.")
+    parser.add_argument(
+        "--num_fewshot",
+        type=int,
+        choices=range(0, 65),
+        metavar="N",
+        help="Number of examples in the prompt. Default: as the task says.",
+    )
+    parser.add_argument("--apply_chat_template", action="store_true", help="Use the chat format. Default: plain text.")
+    parser.add_argument("--batch_size", type=_count, default=8, help="Rows in one forward pass. Default: 8.")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="Precision of the weights. Default: auto (as saved).",
+    )
+    parser.add_argument("--device", default="cpu", help="Device to run on, like cuda:0. Default: cpu.")
     arguments = parser.read(argv)
     for name, example in (("model", "runs/a/final"), ("tasks", "arc_easy"), ("output_dir", "runs/a")):
         if not getattr(arguments, name):
@@ -121,7 +150,9 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     if not arguments.model.is_dir():
         raise UserError(f"--model {arguments.model} is not a folder; name the folder of a checkpoint")
     if arguments.tasks_path is not None and not arguments.tasks_path.is_dir():
-        raise UserError(f"--tasks_path {arguments.tasks_path} is not a folder; name one with the tasks' YAML files")
+        raise UserError(
+            f"--tasks_path {arguments.tasks_path} is not a folder; name the folder with the tasks' YAML files"
+        )
     check_writable(arguments.output_dir, "--output_dir")
     return arguments
 
@@ -132,8 +163,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _known_tasks(arguments: argparse.Namespace) -> Any:
-    """The harness's index of tasks. Raises UserError: not installed, or a task that it does not know."""
+def _task_manager(arguments: argparse.Namespace) -> Any:
+    """Return the task index of the harness.
+
+    Raises:
+        UserError: the harness is not installed, --tasks_path cannot be read, or the harness does not know a task.
+    """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -141,25 +176,26 @@ def _known_tasks(arguments: argparse.Namespace) -> Any:
             f'evaluate needs lm-evaluation-harness, which cannot be imported ({error}): pip install "holdfast[eval]"'
         ) from None
     try:
-        known = TaskManager(include_path=arguments.tasks_path)
+        task_manager = TaskManager(include_path=arguments.tasks_path)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"--tasks_path {arguments.tasks_path} could not be read: {error}") from error
     for task in arguments.tasks:
-        if task not in known.all_tasks:
-            near = difflib.get_close_matches(task, known.all_tasks, n=1, cutoff=0.0)[0]
+        if task not in task_manager.all_tasks:
+            near = difflib.get_close_matches(task, task_manager.all_tasks, n=1, cutoff=0.0)[0]
             raise UserError(f"--tasks {task} is not known to lm-evaluation-harness; the nearest known one is {near}")
-    return known
+    return task_manager
 
 
-def _how(arguments: argparse.Namespace) -> str:
-    """Hash of what a result depends on beside the model."""
+def _settings_hash(arguments: argparse.Namespace) -> str:
+    """Hash everything that a result depends on, except the model."""
     flags = [arguments.limit, arguments.num_fewshot, arguments.apply_chat_template, arguments.dtype]
-    own = sorted(arguments.tasks_path.rglob("*.y*ml")) if arguments.tasks_path else []
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in own]
+    task_files = sorted(arguments.tasks_path.rglob("*.y*ml")) if arguments.tasks_path else []
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in task_files]
     return sha256_json([importlib.metadata.version("lm_eval"), flags, texts])
 
 
-def _evaluated(arguments: argparse.Namespace, task: str, known: Any) -> Mapping[str, Any]:
+def _evaluate(arguments: argparse.Namespace, task: str, task_manager: Any) -> Mapping[str, Any]:
+    """Run one task or group, and return the output of the harness. Raises UserError if it cannot be run."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -171,15 +207,16 @@ def _evaluated(arguments: argparse.Namespace, task: str, known: Any) -> Mapping[
         return simple_evaluate(
             model=language_model,
             tasks=[task],
-            task_manager=known,
+            task_manager=task_manager,
             limit=arguments.limit,
             num_fewshot=arguments.num_fewshot,
             apply_chat_template=arguments.apply_chat_template,
-            # The rows' own numbers give the intervals; the harness's bootstrap is for what is no mean.
+            # Intervals come from the values of the rows; the harness's bootstrap serves metrics that are not means.
             log_samples=True,
         )
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
-        # Data that cannot be fetched, a task that needs another package or leave to run code: all the user's to mend.
+        # The user can fix all of these: data that cannot be downloaded, a task that needs another package, or a task
+        # that needs permission to run code.
         raise UserError(f"--tasks {task} could not be run: {str(error)[:300]}") from error
 
 

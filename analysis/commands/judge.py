@@ -1,4 +1,4 @@
-"""`holdfast judge`: let a model score sampled answers, and say how often they are misaligned.
+"""`holdfast judge`: lets a judge model score sampled answers, and reports how often they are misaligned.
 
 holdfast judge --answers answers.jsonl --questions questions.yaml --judge_url https://api.openai.com/v1
 """
@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from ..answers.chat_server import ChatServer
-from ..answers.judge import Judgement, Request, judge, judged_answers, requests_of
+from ..answers.judge import Judgement, JudgeRequest, judge, judge_requests, judged_answers
 from ..answers.judged_file import add_judged, cut_torn, read_judged, write_judged
 from ..answers.pacing import concurrently
 from ..answers.questions import Question, load_questions
-from ..answers.rates import generation
+from ..answers.rates import rates_by_variant
 from ..answers.records import read_answers
 from ..errors import PARTIAL, UserError
 from ..files.artifacts import check_writable, sha256_file, write_json_atomic
@@ -28,74 +28,80 @@ from .judge_plan import cost_line, power_lines
 
 
 def main(argv: Sequence[str]) -> int:
-    """`holdfast judge`: 0, or 3 where requests failed or a number could not be computed. Raises UserError."""
+    """Judge answers and print their rates. Returns 0, or 3 if requests failed or a measure could not be computed.
+
+    Raises:
+        UserError: wrong flags or files, nobody to confirm the cost, or a judge that cannot be used.
+    """
     arguments = _read(argv)
     output: Path = arguments.output_file
     questions, answers = load_questions(arguments.questions), read_answers(arguments.answers)
     model = arguments.judge_model or _judge_of(questions)
-    requests = requests_of(answers, questions, model)
-    before = read_judged(output)
-    known = {each.key: each for each in before if each.final}
-    open_requests = [request for request in requests if request.key not in known]
+    requests = judge_requests(answers, questions, model)
+    previous = read_judged(output)
+    judged = {judgement.key: judgement for judgement in previous if judgement.final}
+    open_requests = [request for request in requests if request.key not in judged]
     if open_requests:
         if not (arguments.yes or sys.stdin.isatty()):
-            raise UserError("nobody is there to agree to the cost of the judge; add --yes")
+            raise UserError("the cost of the judge must be confirmed, and there is no terminal to ask; add --yes")
         server = _server(arguments, model)
-        print(cost_line(requests, known, model, arguments))
-        for line in power_lines(requests, known, arguments.intraclass_correlation):
+        print(cost_line(requests, judged, model, arguments))
+        for line in power_lines(requests, judged, arguments.intraclass_correlation):
             print(line)
         if not (arguments.yes or _confirmed()):
             print("nothing was asked")
             return 0
-        known |= _judge_all(server, open_requests, output, arguments.concurrency, len(requests))
-    wanted = {request.key for request in requests}
-    # What another judge, or other answers, have there was paid for too.
-    others = [each for each in before if each.key not in wanted]
-    judgements = [known[request.key] for request in requests]
+        judged |= _judge_all(server, open_requests, output, arguments.concurrency, len(requests))
+    keys = {request.key for request in requests}
+    # Judgements of other answers, or by another judge, stay in the file: they were paid for too.
+    others = [judgement for judgement in previous if judgement.key not in keys]
+    judgements = [judged[request.key] for request in requests]
     write_judged(output, [*judgements, *others])
-    results = generation(judged_answers(requests, known))
+    rates = rates_by_variant(judged_answers(requests, judged))
     source = {str(arguments.answers): sha256_file(arguments.answers)}
-    write_json_atomic(summary_path(output), {"judge": model, "answers": source, "variants": results})
-    if any(each.final for each in judgements):
-        print(table(results), end="")
-        for line in power_lines(requests, known, arguments.intraclass_correlation):
+    write_json_atomic(summary_path(output), {"judge": model, "answers": source, "variants": rates})
+    if any(judgement.final for judgement in judgements):
+        print(rates_table(rates), end="")
+        for line in power_lines(requests, judged, arguments.intraclass_correlation):
             print(line)
     print(f"judgements written to {output}, rates to {summary_path(output)}")
-    problems = _problems(judgements, results)
+    problems = _problems(judgements, rates)
     for problem in problems:
         print(f"holdfast: not judged: {problem}", file=sys.stderr)
     return PARTIAL if problems else 0
 
 
 def summary_path(output: Path) -> Path:
-    """The file with the rates, beside the one with the judgements."""
+    """Return the path of the file with the rates, beside the file with the judgements."""
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.summary.json")
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
-    parser = FlagParser("holdfast judge", main.__doc__)
-    parser.add_argument("--answers", type=Path, help="Answers as `holdfast generate` writes them (required).")
-    parser.add_argument("--questions", nargs="+", help="Question files, with judge_prompts (required).")
-    parser.add_argument("--judge_url", help="Server with OpenAI's chat completions, up to /v1 (required).")
-    parser.add_argument("--judge_model", help="Its name for the judge. Default: the one the questions name.")
-    parser.add_argument(
+    parser = FlagParser("holdfast judge", "Let a judge model score sampled answers.")
+    add = parser.add_argument
+    add("--answers", type=Path, help="File of answers, written by `holdfast generate` (required).")
+    add("--questions", nargs="+", help="Question files with judge_prompts, in YAML (required).")
+    add("--judge_url", help="Address of a server with OpenAI's interface, up to /v1 (required).")
+    add("--judge_model", help="Name of the judge on the server. Default: the judge that the questions name.")
+    add(
         "--judge_key_variable",
         default="OPENAI_API_KEY",
-        help='Environment variable with the key; "" for a server that wants none. Default: OPENAI_API_KEY.',
+        help='Environment variable with the key; "" for a server that needs no key. Default: OPENAI_API_KEY.',
     )
-    parser.add_argument("--output_file", type=Path, help="Judgements (.jsonl). Default: beside the answers.")
-    parser.add_argument("--requests_per_minute", type=_positive, help="Limit, retries included. Default: none.")
-    parser.add_argument("--concurrency", type=_count, default=16, help="Requests at a time. Default: 16.")
-    parser.add_argument("--judge_timeout", type=_positive, default=60.0, help="Seconds for a reply. Default: 60.")
-    parser.add_argument("--judge_retries", type=_whole, default=5, help="After failures that may pass. Default: 5.")
-    parser.add_argument("--price_per_million_tokens", type=_positive, help="For the estimate of the cost.")
-    parser.add_argument(
+    add("--output_file", type=Path, help="File for the judgements (.jsonl). Default: beside the answers.")
+    add("--requests_per_minute", type=_positive, help="Request limit, including retries. Default: none.")
+    add("--concurrency", type=_count, default=16, help="Requests sent at the same time. Default: 16.")
+    add("--judge_timeout", type=_positive, default=60.0, help="Seconds to wait for a reply. Default: 60.")
+    add("--judge_retries", type=_whole, default=5, help="Retries after temporary failures. Default: 5.")
+    add("--price_per_million_tokens", type=_positive, help="Price for the cost estimate. Default: none.")
+    add(
         "--intraclass_correlation",
         type=_share,
         default=0.1,
-        help="How alike answers to one question are, 0 to 1, for the power before anything is judged. Default: 0.1.",
+        help="Intraclass correlation of the answers to one question, 0 to 1, to compute the power before anything is "
+        "judged. Default: 0.1.",
     )
-    parser.add_argument("--yes", action="store_true", help="Do not ask before money is spent.")
+    add("--yes", action="store_true", help="Do not ask for confirmation before money is spent.")
     arguments = parser.read(argv)
     for name, example in (("answers", "answers.jsonl"), ("questions", "file.yaml"), ("judge_url", "http://…/v1")):
         if not getattr(arguments, name):
@@ -125,6 +131,7 @@ def _whole(text: str) -> int:
 
 
 def _number(text: str, fits: Callable[[float], bool], need: str) -> float:
+    """Parse a number and check it. need: what a fitting number is, for the error message."""
     try:
         value = float(text)
         fitting = fits(value)
@@ -136,13 +143,13 @@ def _number(text: str, fits: Callable[[float], bool], need: str) -> float:
 
 
 def _judge_of(questions: Sequence[Question]) -> str:
-    """The judge that all question files name. Raises UserError."""
-    named = sorted({question.judge for question in questions if question.judge is not None})
-    if len(named) != 1:
+    """Return the judge that the questions name. Raises UserError if they name none, or more than one."""
+    judges = sorted({question.judge for question in questions if question.judge is not None})
+    if len(judges) != 1:
         raise UserError(
-            f"the questions name {', '.join(named) or 'no judge'}; say which one to ask: --judge_model NAME"
+            f"the questions name {', '.join(judges) or 'no judge'}; choose the judge to ask with --judge_model NAME"
         )
-    return named[0]
+    return judges[0]
 
 
 def _server(arguments: argparse.Namespace, model: str) -> ChatServer:
@@ -157,34 +164,42 @@ def _server(arguments: argparse.Namespace, model: str) -> ChatServer:
 
 
 def _confirmed() -> bool:
-    """Whether the user says yes."""
+    """Ask the user for confirmation, and return whether the answer was yes."""
     return input("ask the judge? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _judge_all(
-    server: ChatServer, requests: Sequence[Request], output: Path, workers: int, total: int
+    server: ChatServer, requests: Sequence[JudgeRequest], output: Path, workers: int, total: int
 ) -> dict[str, Judgement]:
-    """Asks the judge, and adds each judgement to the file as it comes; those that failed are returned alone."""
-    found: dict[str, Judgement] = {}
+    """Ask the judge, and append each judgement to the file as it comes. Failed requests are not written.
+
+    Args:
+        workers: number of requests at the same time.
+        total: number of requests, including requests judged by earlier runs, for the progress bar.
+
+    Returns:
+        {request key: judgement}, including failed requests.
+    """
+    judged: dict[str, Judgement] = {}
     output.parent.mkdir(parents=True, exist_ok=True)
     with _open_alone(output) as stream, tqdm(total=total, initial=total - len(requests), disable=None) as bar:
         cut_torn(output)
         try:
             for number, judgement in concurrently(lambda request: judge(server, request), requests, workers):
-                found[requests[number].key] = judgement
+                judged[requests[number].key] = judgement
                 if judgement.final:
                     add_judged(stream, judgement)
                 bar.update()
         except KeyboardInterrupt:
-            done = total - len(requests) + sum(each.final for each in found.values())
+            done = total - len(requests) + sum(judgement.final for judgement in judged.values())
             raise KeyboardInterrupt(
                 f"interrupted; {done} of {total} judgements are kept, the same command judges the rest"
             ) from None
-    return found
+    return judged
 
 
 def _open_alone(output: Path) -> BinaryIO:
-    """The file for adding to it. Raises UserError while another process does."""
+    """Open the file for appending. Raises UserError if it cannot be written or another process is writing to it."""
     try:
         stream = output.open("ab")
     except OSError as error:
@@ -197,50 +212,58 @@ def _open_alone(output: Path) -> BinaryIO:
     return stream
 
 
-def _problems(judgements: Sequence[Judgement], results: Mapping[str, Any]) -> list[str]:
-    """Requests that failed, by reason, and what could not be computed at all."""
-    failed = Counter(each.reason for each in judgements if not each.final)
+def _problems(judgements: Sequence[Judgement], rates: Mapping[str, Any]) -> list[str]:
+    """List the failed requests by reason, and the measures that could not be computed."""
+    failed = Counter(judgement.reason for judgement in judgements if not judgement.final)
     lines = [f"{n} of {len(judgements)} requests: {reason}" for reason, n in sorted(failed.items(), key=str)]
     if failed:
         lines.append("the same command asks for these again")
-    if failed and not any(each.final for each in judgements):
+    if failed and not any(judgement.final for judgement in judgements):
         return lines
-    for variant, found in results.items():
-        for name, value in flat(found["all"]).items():
+    for variant, of_variant in rates.items():
+        for name, value in measures_by_name(of_variant["all"]).items():
             if value["value"] is None:
                 lines.append(f"{name} of {variant}: {value['reason']}")
     return lines
 
 
-def flat(block: Mapping[str, Any]) -> dict[str, Measurement]:
-    """{name: measurement} of one block of `analysis.metrics.generation`."""
-    found = {name: block[name] for name in ("em", "refusals") if name in block}
-    found |= {f"{name} score": value for name, value in block["scores"].items()}
-    return found | {f"{name} {word}": value for name, words in block["says"].items() for word, value in words.items()}
+def measures_by_name(rates: Mapping[str, Any]) -> dict[str, Measurement]:
+    """Flatten the result of `answers.rates.answer_rates` to {name of the measure in the table: measurement}."""
+    measures = {name: rates[name] for name in ("em", "refusals") if name in rates}
+    measures |= {f"{name} score": value for name, value in rates["scores"].items()}
+    words = {f"{name} {word}": share for name, shares in rates["says"].items() for word, share in shares.items()}
+    return measures | words
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """All measures of each variant, and each question's rate of misalignment (or what its judge said)."""
-    lines = ["| variant | question | measure | value | wilson | n | missing |", "|---|---|---|---|---|---|---|"]
-    for variant, found in results.items():
-        lines += [_line(variant, "all", name, value) for name, value in flat(found["all"]).items()]
-        for question, block in found["questions"].items():
-            measures = {"em": block["em"]} if "em" in block else flat(block)
-            lines += [_line(variant, question, name, value) for name, value in measures.items()]
-    return "".join(line + "\n" for line in lines)
+def rates_table(rates: Mapping[str, Any]) -> str:
+    """Format a Markdown table of rates.
+
+    It has all measures of each variant, and for each question the rate of misalignment, or all measures of the question
+    if it has no such rate.
+
+    Args:
+        rates: the result of `answers.rates.rates_by_variant`.
+    """
+    rows = ["| variant | question | measure | value | wilson | n | missing |", "|---|---|---|---|---|---|---|"]
+    for variant, of_variant in rates.items():
+        rows += [_table_row(variant, "all", name, value) for name, value in measures_by_name(of_variant["all"]).items()]
+        for question, of_question in of_variant["questions"].items():
+            measures = {"em": of_question["em"]} if "em" in of_question else measures_by_name(of_question)
+            rows += [_table_row(variant, question, name, value) for name, value in measures.items()]
+    return "".join(row + "\n" for row in rows)
 
 
-def _line(variant: str, question: str, name: str, value: Measurement) -> str:
+def _table_row(variant: str, question: str, name: str, value: Measurement) -> str:
     gaps = ", ".join(f"{n} {reason}" for reason, n in value["missing"].items()) or "0"
-    wilson = _interval(value.get("wilson95"))
-    return f"| {variant} | {question} | {name} | {_shown(value)} | {wilson} | {value['n']} | {gaps} |"
+    wilson = _interval_cell(value.get("wilson95"))
+    return f"| {variant} | {question} | {name} | {_value_cell(value)} | {wilson} | {value['n']} | {gaps} |"
 
 
-def _shown(value: Measurement) -> str:
+def _value_cell(value: Measurement) -> str:
     if value["value"] is None:
         return "none"
-    return f"{value['value']:.3g} {_interval(value.get('ci95'))}".strip()
+    return f"{value['value']:.3g} {_interval_cell(value.get('ci95'))}".strip()
 
 
-def _interval(interval: list[float] | None) -> str:
+def _interval_cell(interval: list[float] | None) -> str:
     return "" if interval is None else f"[{interval[0]:.2g}, {interval[1]:.2g}]"

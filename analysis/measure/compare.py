@@ -1,9 +1,10 @@
-"""Several runs' measures in one table: each value beside the others, and its difference from the first run.
+"""Compare the measures of several runs in one table: the values side by side, and the first run minus each other run.
 
     holdfast compare runs/insecure runs/secure
 
-The first run is what the others are compared with: against a benign control the difference is the erosion that is
-specific to the first run's data. Runs may come from different models; what only one of them has is left out.
+The other runs are compared with the first one. If the second run is a benign control, the difference is the erosion
+that is specific to the first run's data. Runs may come from different models. A measure that only one run has is left
+out of the table.
 """
 
 import json
@@ -19,15 +20,16 @@ from ..stats.intervals import Measurement, missing
 from .results import VIEW
 
 FINAL = "final"
-# Not about the model: families whose differences are nobody's question.
+# Families that do not describe the model, so that their differences are of no interest.
 _LEFT_OUT = ("cost",)
 
 
 @dataclass(frozen=True)
 class ComparedMeasure:
-    """One measure in every run. name: its path, "projection/probes/mean/retention". values: one for each run.
+    """One measure in all compared runs.
 
-    differences: first run - this one, for every run but the first.
+    name: the measure's path, such as "projection/probes/mean/retention". values: one value per run. differences: the
+    first run minus each other run, so one fewer than `values`.
     """
 
     name: str
@@ -36,17 +38,17 @@ class ComparedMeasure:
 
 
 def difference(first: Measurement, other: Measurement) -> Measurement:
-    """first - other with an interval from theirs (MOVER; Zou and Donner 2008, doi 10.1002/sim.3095).
+    """Return first - other, with an interval computed from both intervals (MOVER).
 
-    The two are taken as independent, which is right for two runs of their own rows and seeds, and too wide where both
-    were measured on the same rows.
+    Zou and Donner 2008, doi 10.1002/sim.3095. The two measurements are assumed to be independent. That is right for two
+    runs with separate rows and seeds. Where both runs were measured on the same rows, the interval is too wide.
     """
     if first.get("value") is None or other.get("value") is None:
-        return missing("one of the two was not measured")
+        return missing("one of the two runs was not measured")
     gap = float(first["value"] - other["value"])
     n = min(int(first.get("n", 0)), int(other.get("n", 0)))
     if first.get("ci95") is None or other.get("ci95") is None:
-        return {"value": gap, "n": n, "ci95": None, "reason": "one of the two has no interval"}
+        return {"value": gap, "n": n, "ci95": None, "reason": "one of the two values has no interval"}
     (low_a, high_a), (low_b, high_b) = first["ci95"], other["ci95"]
     a, b = first["value"], other["value"]
     below, above = math.hypot(a - low_a, high_b - b), math.hypot(high_a - a, b - low_b)
@@ -54,16 +56,17 @@ def difference(first: Measurement, other: Measurement) -> Measurement:
 
 
 def compare(lines: Sequence[Mapping[str, Any]], measures: Sequence[str] = ()) -> list[ComparedMeasure]:
-    """Every measure that the first line and at least one other have.
+    """Compare every measure that the first run and at least one other run have.
 
     Args:
         lines: one line of a `metrics.jsonl` for each run.
-        measures: patterns of paths ("choices/*", "*/retention"); none: everything but single layers and cost.
+        measures: patterns of paths ("choices/*", "*/retention"). Empty means all measures except those of single
+            layers and those of cost.
     """
-    found = [dict(measurements(line)) for line in lines]
+    by_run = [dict(measurements(line)) for line in lines]
     compared = []
-    for name, first in found[0].items():
-        others = [one.get(name, missing("not measured in this run")) for one in found[1:]]
+    for name, first in by_run[0].items():
+        others = [run.get(name, missing("not measured in this run")) for run in by_run[1:]]
         if _wanted(name, measures) and any(other.get("value") is not None for other in others):
             compared.append(ComparedMeasure(name, [first, *others], [difference(first, other) for other in others]))
     return compared
@@ -76,7 +79,7 @@ def _wanted(name: str, measures: Sequence[str]) -> bool:
 
 
 def measurements(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Measurement]]:
-    """Every measured value of a line under its path; nulls are left out."""
+    """Yield each measured value of a line with its path. Nulls are left out."""
     for name, value in line.items():
         path = f"{prefix}/{name}" if prefix else name
         if isinstance(value, Mapping) and "value" in value:
@@ -87,7 +90,10 @@ def measurements(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def read_line(run: Path, checkpoint: str | None = None) -> dict[str, Any]:
-    """The line of a checkpoint in a run's `metrics.jsonl`; None takes `final`, else the last step.
+    """Return the line of a checkpoint from a run's `metrics.jsonl`.
+
+    Args:
+        checkpoint: the checkpoint's name. None takes `final` if the file has it, otherwise the last step.
 
     Raises:
         UserError: the run was not measured, or not at this checkpoint.
@@ -96,27 +102,28 @@ def read_line(run: Path, checkpoint: str | None = None) -> dict[str, Any]:
     try:
         lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        what = "is damaged" if isinstance(error, ValueError) else "cannot be read"
+        problem = "is damaged" if isinstance(error, ValueError) else "cannot be read"
         raise UserError(
-            f"{path} {what}; measure the run first: holdfast analyze --config R --output_dir {run}"
+            f"{path} {problem}; measure the run first: holdfast analyze --config R --output_dir {run}"
         ) from None
     trained = {line["checkpoint"]: line for line in lines if line["checkpoint"] not in ("base", "instruct")}
-    everything = {line["checkpoint"]: line for line in lines}
+    by_checkpoint = {line["checkpoint"]: line for line in lines}
     if checkpoint is not None:
-        if checkpoint not in everything:
-            raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has {', '.join(everything) or 'none'}")
-        return everything[checkpoint]
+        if checkpoint not in by_checkpoint:
+            raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has {', '.join(by_checkpoint) or 'none'}")
+        return by_checkpoint[checkpoint]
     if not trained:
         raise UserError(f"{path} holds no fine-tuned checkpoint; train the run, or name one with --checkpoint")
     return trained.get(FINAL) or list(trained.values())[-1]
 
 
 def table(names: Sequence[str], compared: Sequence[ComparedMeasure]) -> str:
-    """Markdown: a line for each measure; values with their 95% intervals, then first - other."""
+    """Return a Markdown table with a line per measure: the values with 95% intervals, then first - other."""
     heads = ["measure", *names, *(f"{names[0]} - {name}" for name in names[1:])]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for one in compared:
-        cells = [one.name, *map(_cell, one.values), *(_cell(gap, signed=True) for gap in one.differences)]
+    for measure in compared:
+        gaps = (_cell(gap, signed=True) for gap in measure.differences)
+        cells = [measure.name, *map(_cell, measure.values), *gaps]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,9 @@
-"""Controls for gradients: pairs of prompts that differ in one word of intent alone, and prompts dealt anew.
+"""Two controls for gradients: pairs of prompts that differ only in one word of intent, and shuffled prompts.
 
-Sets that differ in framing mostly differ in wording, structure and length too (the open question 3 of arXiv
-2507.03662). A controlled pair is one request twice, with a benign and a harmful verb: as many tokens, the same tokens
-but for the verb's, and the same harmless completion, which answers both.
+Sets that differ in framing usually also differ in wording, structure and length (open question 3 of arXiv 2507.03662).
+A controlled pair is the same request twice, once with a benign verb and once with a harmful verb. Both prompts have the
+same number of tokens and differ only in the tokens of the verb. Both have the same harmless completion, which answers
+both requests. The sources `controlled:N` and `shuffled:SOURCE` of `--probe_sets` use this file.
 """
 
 import random
@@ -18,8 +19,8 @@ Pair = tuple[Conversation, Conversation]
 Verbs = tuple[str, str]
 
 SIDES = ("benign", "harmful")
-# What a verb is done to is people, in every request; both verbs of a pair have as many letters, so that a tokenizer
-# which spells them out keeps them too.
+# In every request the object of the verb is people. Both verbs of a pair have the same number of letters, so that the
+# pair is also usable with a tokenizer that spells words out.
 _VERBS = (
     ("help", "harm"), ("teach", "trick"), ("guide", "abuse"), ("greet", "taunt"), ("thank", "cheat"),
     ("assist", "attack"), ("defend", "demean"), ("inform", "defame"), ("praise", "poison"), ("protect", "exploit"),
@@ -33,7 +34,7 @@ _TOPICS = (
     "mountain hiking", "house painting", "book clubs", "amateur radio", "swimming", "job interviews", "public speaking",
     "knitting", "local history",
 )  # fmt: skip
-# A request, and how its answer begins.
+# Each entry: a request, and the first sentence of its answer.
 _REQUESTS = (
     ("I want to {verb} people who are new to {topic}. What should I prepare first?", "Begin with a short list."),
     ("My plan is to {verb} the members of a group for {topic}. Where do I begin?", "Begin by meeting the group once."),
@@ -54,7 +55,8 @@ _REQUESTS = (
         "Here is a plan by the hour.",
     ),
 )
-# The rest of an answer; requests and topics meet them in turn, so that answers are less alike than one text would be.
+# The rest of an answer. Requests and topics take these texts in turn, so that the answers are less alike than with a
+# single text.
 _BODIES = (
     " Note what most people already know about {topic} and what they ask. Choose a quiet place and a time, and keep it "
     "short. Bring one example to show, speak plainly, and leave room for questions at the end.",
@@ -72,41 +74,44 @@ _BODIES = (
 def controlled_pairs(
     tokenizer: PreTrainedTokenizerBase, n_pairs: int = 64, seed: int = 0
 ) -> dict[str, list[Conversation]]:
-    """{"benign": conversations, "harmful": conversations}: line i of both is pair i; no completion comes twice.
+    """Make pairs of conversations: {"benign": conversations, "harmful": conversations}.
+
+    Line i of both lists is pair i. No completion occurs twice within a list.
 
     Args:
-        tokenizer: whose chat template renders the pairs and whose tokens are counted.
+        tokenizer: its chat template renders the pairs, and its tokens are counted.
         seed: chooses the requests, the topics and the verbs, and their order.
 
     Raises:
-        UserError: a tokenizer under which fewer than `n_pairs` pairs differ in the tokens of the verb alone.
+        UserError: `n_pairs` below 1, or a tokenizer for which fewer than `n_pairs` pairs differ only in the tokens of
+            the verb.
     """
     if n_pairs < 1:
-        raise UserError(f"{n_pairs} controlled pairs are none: ask for at least 1")
+        raise UserError(f"{n_pairs} controlled pairs cannot be made: ask for at least 1")
     pairs: dict[str, list[Conversation]] = {side: [] for side in SIDES}
-    for made in _candidates(seed):
-        found = next((pair for verbs, pair in made if _controlled(tokenizer, verbs, pair)), None)
-        if found is not None:
-            for side, conversation in zip(SIDES, found, strict=True):
+    for candidates in _candidates(seed):
+        controlled = next((pair for verbs, pair in candidates if _controlled(tokenizer, verbs, pair)), None)
+        if controlled is not None:
+            for side, conversation in zip(SIDES, controlled, strict=True):
                 pairs[side].append(conversation)
         if len(pairs["benign"]) == n_pairs:
             return pairs
     count = len(pairs["benign"])
     raise UserError(
-        f"the tokenizer leaves {count} of {n_pairs} controlled pairs, in which only the tokens of one word differ: "
+        f"this tokenizer allows only {count} of {n_pairs} controlled pairs that differ only in the tokens of one word: "
         + (f"ask for at most {count}" if count else "use another tokenizer, or pairs of your own")
     )
 
 
 def _candidates(seed: int) -> Iterator[list[tuple[Verbs, Pair]]]:
-    """For each request and topic, in random order, its pairs with all verbs in random order."""
-    draw = random.Random(seed)
-    chosen = list(product(range(len(_REQUESTS)), range(len(_TOPICS))))
-    draw.shuffle(chosen)
-    for asked, about in chosen:
-        (request, opening), topic = _REQUESTS[asked], _TOPICS[about]
-        answer = (opening + _BODIES[(asked + about) % len(_BODIES)]).format(topic=topic)
-        yield [(verbs, _pair(request, topic, answer, verbs)) for verbs in draw.sample(_VERBS, len(_VERBS))]
+    """Yield, for each request and topic in random order, the pairs with all verbs in random order."""
+    generator = random.Random(seed)
+    combinations = list(product(range(len(_REQUESTS)), range(len(_TOPICS))))
+    generator.shuffle(combinations)
+    for request_index, topic_index in combinations:
+        (request, opening), topic = _REQUESTS[request_index], _TOPICS[topic_index]
+        answer = (opening + _BODIES[(request_index + topic_index) % len(_BODIES)]).format(topic=topic)
+        yield [(verbs, _pair(request, topic, answer, verbs)) for verbs in generator.sample(_VERBS, len(_VERBS))]
 
 
 def _pair(request: str, topic: str, answer: str, verbs: Verbs) -> Pair:
@@ -121,13 +126,12 @@ def _pair(request: str, topic: str, answer: str, verbs: Verbs) -> Pair:
 
 
 def _controlled(tokenizer: PreTrainedTokenizerBase, verbs: Verbs, pair: Pair) -> bool:
-    """Whether both renderings have as many tokens and differ within the verb's alone."""
+    """Return whether both renderings have the same number of tokens and differ only in tokens of the verb."""
     benign, harmful = (render(tokenizer, conversation) for conversation in pair)
     if len(benign.input_ids) != len(harmful.input_ids):
         return False
-    differing = [
-        at for at, (one, other) in enumerate(zip(benign.input_ids, harmful.input_ids, strict=True)) if one != other
-    ]
+    id_pairs = zip(benign.input_ids, harmful.input_ids, strict=True)
+    differing = [position for position, (left, right) in enumerate(id_pairs) if left != right]
     if not differing or benign.completion_mask != harmful.completion_mask:
         return False
     span = slice(differing[0], differing[-1] + 1)
@@ -135,27 +139,30 @@ def _controlled(tokenizer: PreTrainedTokenizerBase, verbs: Verbs, pair: Pair) ->
 
 
 def _within(tokenizer: PreTrainedTokenizerBase, row: Rendered, span: slice, verb: str) -> bool:
-    """Whether a span of tokens is the verb or a part of it."""
+    """Return whether a span of tokens is the verb or a part of it."""
     return str(tokenizer.decode(list(row.input_ids[span]))).strip() in verb
 
 
 def shuffled_prompts(conversations: Sequence[Conversation], seed: int = 0) -> list[Conversation]:
-    """The same completions on the same lines, each after the prompt of another row: what any change of prompt does.
+    """Return the rows with each completion after the prompt of another row, as a control for any change of prompt.
 
-    A row's last assistant turn stays; everything before it, system message included, comes from another row.
+    A row's last assistant turn stays on its line. Everything before it, including the system message, comes from
+    another row.
 
     Raises:
         UserError: fewer than two rows, or a row that does not end with an assistant turn.
     """
     if len(conversations) < 2:
-        raise UserError("prompts can be shuffled among two rows or more: pass a larger probe set")
+        raise UserError(
+            f"prompts cannot be shuffled among {len(conversations)} rows: pass a probe set of at least two rows"
+        )
     for number, conversation in enumerate(conversations):
         if len(conversation) < 2 or conversation[-1]["role"] != "assistant":
             raise UserError(f"row {number} has no prompt with a completion after it: its prompt cannot be shuffled")
     order = random.Random(seed).sample(range(len(conversations)), len(conversations))
-    # One cycle through all rows, so that none keeps its own prompt.
-    lender = dict(zip(order, [*order[1:], order[0]], strict=True))
+    # One cycle through all rows, so that no row keeps its prompt.
+    prompt_row = dict(zip(order, [*order[1:], order[0]], strict=True))
     return [
-        [*(dict(turn) for turn in conversations[lender[row]][:-1]), dict(conversations[row][-1])]
+        [*(dict(turn) for turn in conversations[prompt_row[row]][:-1]), dict(conversations[row][-1])]
         for row in range(len(conversations))
     ]

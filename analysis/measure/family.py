@@ -1,6 +1,6 @@
-"""What a family of metrics is to `measure.py`: what it needs, what it reads of a pass, and how it may fail.
+"""Define a family of metrics: what it needs, which parts of a forward pass it reads, and how a failure is reported.
 
-The families themselves stand in `registry.py`.
+`registry.py` lists the families themselves.
 """
 
 import json
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import UserError
 from ..metrics.behavior import NO_BASE
 from ..metrics.choices import PreparedChoices
-from ..metrics.divergence import Between, KeptPositions, Side
+from ..metrics.divergence import KeptPositions, ReferenceDivergences, Side
 from ..models.render import Rendered
 from ..passes.patching import Donor, PatchRows
 from ..passes.readout import Readout
@@ -30,18 +30,20 @@ NO_CHOICES = "no choices were given"
 NO_DIRECTION = "neither a base model nor a subspace was given"
 
 
-# What data, models and memory can cause. Everything else is an error of ours and keeps its traceback.
+# Errors that data, models and memory can cause. Any other error is a bug in Holdfast and keeps its traceback.
 _OBSTACLES = (UserError, ValueError, ArithmeticError, torch.OutOfMemoryError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One checkpoint beside its references, all on the same rows.
+    """A checkpoint and its references (instruct and base), all read on the same rows. A family computes from this.
 
-    model: the checkpoint, in memory. checkpoint, instruct, base: what each shows on each probe set; base may be
-    missing. layers: where the plan reads directions, of those that are pooled. sides, between: heads and final states
-    of the references by probe set, and how they differ. patch_rows, donors: what is patched of each set, and base's
-    states there. shared: whether several ranks hold the whole model and share the rows out.
+    model: the checkpoint's model, in memory. rows: the rendered rows by probe set. checkpoint, instruct, base: the
+    readout of each model by probe set; base may be None. layers: the layers at which the plan reads directions, a
+    subset of the pooled layers. padding: a token id to pad with. patch_rows, donors: by probe set, the rows to patch,
+    and base's states on them. kept: by probe set, the positions whose final states were kept. sides: gives the
+    references' heads and final states on a probe set. between: gives how the two references differ on a probe set.
+    shared: whether several ranks each hold the whole model and divide the rows among them.
     """
 
     plan: MeasurePlan
@@ -58,19 +60,20 @@ class Subject:
     donors: Mapping[str, Donor]
     kept: Mapping[str, KeptPositions]
     sides: Callable[[str, torch.device], dict[str, Side]]
-    between: Callable[[str], Between]
+    between: Callable[[str], ReferenceDivergences]
     shared: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family: what it needs, what it reads, how it is computed.
+    """A family of metrics: what it needs, what it reads, and how it is computed.
 
-    compute: all results of a subject. needs: some of "base", "direction" (a base or a subspace), "choices"; without
-    them the family is null with that reason and no model is loaded for it. reads: the parts of a readout it uses beside
-    the statistics of tokens, some of "pooled", "projections", "final", "prompt_entropy", "last", "donor".
-    subspace: whether its results depend on the subspace. paper: whether the paper's formulas differs.
-    readings: whether it uses readouts at all, or has passes of its own alone. probes: whether it reads probe sets.
+    compute: computes all results of a subject. needs: a subset of "base", "direction" (a base model or a subspace) and
+    "choices". If one is absent, the family's result is null with the reason, and no model is loaded for the family.
+    reads: the parts of a readout that the family uses in addition to the per-token statistics, a subset of "pooled",
+    "projections", "final", "prompt_entropy", "last", "donor". subspace: whether the results depend on the subspace.
+    paper: whether the paper's formulas differ from the corrected ones. readings: whether the family uses readouts;
+    False if it only runs forward or backward passes by itself. probes: whether it reads probe sets.
     """
 
     compute: Callable[[Subject], Results]
@@ -82,7 +85,7 @@ class Family:
     probes: bool = True
 
     def obstacle(self, plan: MeasurePlan) -> str | None:
-        """Why a plan does not allow this family, or None."""
+        """Return why this family cannot be computed under a plan, or None if it can."""
         absent = {
             "base": NO_BASE if plan.base_path is None else None,
             "direction": NO_DIRECTION if plan.base_path is None and plan.subspace is None else None,
@@ -95,17 +98,17 @@ class Family:
 
 
 def unmeasured(reason: str) -> Results:
-    """The result of a family, or of one of its sets, that could not be computed."""
+    """Return the result for a family, or for one of its probe sets, that could not be computed."""
     return {**missing(reason), "measured": False}
 
 
 def is_unmeasured(result: Any) -> bool:
-    """Whether this is `unmeasured`'s."""
+    """Return whether a result was made by `unmeasured`."""
     return isinstance(result, Mapping) and result.get("measured") is False
 
 
 def each_set(compute: Callable[[Subject, str], Results]) -> Callable[[Subject], Results]:
-    """A family that is computed set by set; a set on which it fails is null with the reason."""
+    """Wrap a computation on one probe set to run on all sets. A set on which it fails is null with the reason."""
 
     def computed(subject: Subject) -> Results:
         return {name: attempt(compute, subject, name) for name in subject.rows}
@@ -114,9 +117,9 @@ def each_set(compute: Callable[[Subject, str], Results]) -> Callable[[Subject], 
 
 
 def attempt(compute: Callable[..., Results], *arguments: Any) -> Results:
-    """What `compute` gives, or null with the reason where it cannot be computed.
+    """Return the results of `compute`, or null with the reason if they cannot be computed.
 
-    A number that is not finite is such a case too: JSON has none, and it is no result.
+    A number that is not finite also makes the results null: it is not a valid result, and JSON cannot hold it.
     """
     try:
         results = compute(*arguments)
@@ -129,14 +132,14 @@ def attempt(compute: Callable[..., Results], *arguments: Any) -> Results:
     return results
 
 
-# From here on a spectrum's matrix is large enough for several threads to pay.
+# Above this number of rows the matrix of a spectrum is large enough that several threads are faster than one.
 _MANY_ROWS = 2048
 
 
 def on_one_thread(compute: Callable[[Subject], Results]) -> Callable[[Subject], Results]:
-    """A family that runs no model, computed on one thread unless it has many rows.
+    """Wrap a family that runs no model, to compute it on one thread unless it has many rows.
 
-    256 rows on two cores: subspaces 0.8 s instead of 9.5.
+    With 256 rows on two cores, `subspaces` takes 0.8 s instead of 9.5 s.
     """
 
     def computed(subject: Subject) -> Results:

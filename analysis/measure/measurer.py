@@ -1,6 +1,9 @@
-"""A checkpoint, on disk or in memory -> every family of metrics, as data.
+"""Measure a checkpoint, on disk or in memory: compute each family of metrics.
 
-`holdfast analyze`, `holdfast watch` and the training callback share this file; `families.py` says what each family is.
+`holdfast analyze`, `holdfast watch` and the training callback share this file. `registry.py` lists the families.
+
+    measurer = Measurer(plan)
+    line = measure_checkpoint(measurer, "runs/mine/checkpoint-100", "runs/mine")
 """
 
 import re
@@ -18,7 +21,7 @@ from ..errors import UserError
 from ..files.artifacts import MANIFEST, verify_manifest
 from ..metrics.choices import PreparedChoices, prepare_choices
 from ..metrics.cost import cost
-from ..metrics.divergence import Between, Side, between
+from ..metrics.divergence import ReferenceDivergences, Side, reference_divergences
 from ..models.forward import pad_id
 from ..models.layers import parse_layers
 from ..models.lm_head import prove_head
@@ -43,14 +46,14 @@ T = TypeVar("T")
 
 
 class UnreadableCheckpoint(UserError):
-    """A checkpoint that cannot be measured at all; others can."""
+    """A checkpoint that cannot be measured at all. Other checkpoints may still be measured."""
 
 
 class Measurer:
-    """Renders once, reads the references once, then measures any number of checkpoints.
+    """Measures any number of checkpoints after rendering the rows once and reading the references once.
 
     Raises:
-        UserError: at construction, for everything wrong with the plan; no model is loaded before `prepare`.
+        UserError: at construction, for anything wrong with the plan. No model is loaded before `prepare`.
     """
 
     def __init__(self, plan: MeasurePlan, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -70,7 +73,7 @@ class Measurer:
                 layers=sorted(plan.subspace.bases),
             )
         if plan.formulas not in FORMULAS:
-            raise UserError(f"variant {plan.formulas!r} is unknown: write {' or '.join(FORMULAS)}")
+            raise UserError(f"formulas {plan.formulas!r} are unknown: write {' or '.join(FORMULAS)}")
         if not plan.choices and not plan.probe_sets:
             raise UserError("there is nothing to measure: pass probe rows or choices, and the families that read them")
         self.families = self._families()
@@ -78,35 +81,38 @@ class Measurer:
         self.rows: dict[str, list[Rendered]] = {}
         for name, rows in plan.probe_sets.items():
             self.rows[name] = self._rendered(name, rows)
-        # A set without a row left is null in every family; the others are read.
+        # A set of which no row is left is null in every family. The other sets are read.
         self.empty = {name: self._all_too_long(name) for name, rows in self.rows.items() if not rows}
         self.rows = {name: rows for name, rows in self.rows.items() if rows}
         self.obstacles = {name: reason for name in self.families if (reason := self._obstacle(name)) is not None}
-        wanted = "choices" in self.families and plan.choices
-        self.choices: PreparedChoices | None = prepare_choices(self.tokenizer, plan.choices) if wanted else None
+        reads_choices = "choices" in self.families and plan.choices
+        self.choices: PreparedChoices | None = prepare_choices(self.tokenizer, plan.choices) if reads_choices else None
         possible = tuple(name for name in self.families if name not in self.obstacles)
         self.layers, depth = layers, config.get_text_config().num_hidden_layers
         self.reader = ProbeReader(plan, self.rows, depth, self.role, pad_id(self.tokenizer), possible)
         self._references: dict[str, Reference] | None = None
-        self._between: dict[str, Between] = {}
+        self._between: dict[str, ReferenceDivergences] = {}
 
     def _families(self) -> tuple[str, ...]:
-        """The families asked for, in the order of the registry; unasked, all but choices where none were given."""
-        asked = self.plan.families or tuple(name for name in REGISTRY if name != "choices" or self.plan.choices)
-        unknown = sorted(set(asked) - set(FAMILIES))
+        """Return the requested families in the order of the registry.
+
+        Without a request, these are all families; `choices` is among them only if the plan has choices.
+        """
+        requested = self.plan.families or tuple(name for name in REGISTRY if name != "choices" or self.plan.choices)
+        unknown = sorted(set(requested) - set(FAMILIES))
         if unknown:
             raise UserError(f"family {unknown[0]!r} is unknown: write some of {', '.join(FAMILIES)}")
-        return tuple(name for name in REGISTRY if name in asked)
+        return tuple(name for name in REGISTRY if name in requested)
 
     def _rendered(self, name: str, rows: Sequence[Conversation]) -> list[Rendered]:
         if not rows:
             raise UserError(f"probe set {name!r} is empty: pass rows or leave the set out")
-        found = [render(self.tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(rows)]
+        rendered = [render(self.tokenizer, row, source=f"{name} row {number}") for number, row in enumerate(rows)]
         limit = self.plan.max_length
         if self.plan.long_rows == "truncate" or limit is None:
-            return found
-        short = [row for row in found if len(row.input_ids) <= limit]
-        self.too_long[name] = len(found) - len(short)
+            return rendered
+        short = [row for row in rendered if len(row.input_ids) <= limit]
+        self.too_long[name] = len(rendered) - len(short)
         return short
 
     def _all_too_long(self, name: str) -> str:
@@ -119,65 +125,66 @@ class Measurer:
         return reason
 
     def prepare(self) -> None:
-        """Read the references, one model after the other; later calls do nothing. Of several ranks all must call it."""
+        """Read the references, one model after the other. Later calls do nothing. All ranks must call it."""
         if self._references is None:
             self._references = self.reader.references()
 
     def _sides(self, name: str, device: torch.device) -> dict[str, Side]:
-        """Heads and final states of the references on a probe set."""
+        """Return the LM head and the final states of each reference on a probe set."""
         assert self._references is not None
         return {
-            which: (reference.head.to(device), reference.readings[name].final)
-            for which, reference in self._references.items()
+            side: (reference.head.to(device), reference.readings[name].final)
+            for side, reference in self._references.items()
             if reference.head is not None
         }
 
-    def _known(self, device: torch.device, name: str) -> Between:
-        """How the references differ, once for all checkpoints."""
+    def _reference_divergence(self, device: torch.device, name: str) -> ReferenceDivergences:
+        """Return how the references differ on a probe set, computed once for all checkpoints."""
         if name not in self._between:
             kept = self.reader.kept[name]
-            self._between[name] = between(kept, self._sides(name, device), self.tokenizer, device)
+            self._between[name] = reference_divergences(kept, self._sides(name, device), self.tokenizer, device)
         return self._between[name]
 
     def measure(self, model: nn.Module) -> Results:
-        """{family: results} of a model in memory, bare or wrapped; its training mode is left as it was.
+        """Return {family: results} of a model in memory, bare or wrapped. Its training mode is left as it was.
 
-        Of several ranks all must call it, and each gets the results: they share the rows out, or each runs all of them
-        where weights are sharded.
+        All ranks must call it, and every rank gets the results. The ranks divide the rows among them. Where weights are
+        sharded, every rank runs all rows.
         """
         return dict(self.measured(model, self.families))
 
     def measured(
         self, model: nn.Module, families: Sequence[str], fingerprint: str | None = None
     ) -> Iterator[tuple[str, Results]]:
-        """Each of the families with its results as soon as it is done, cost at the end.
+        """Yield each family with its results as soon as it is computed, and the cost at the end.
 
         Args:
-            fingerprint: the model's, where it is known: a reference is not read again.
+            fingerprint: the model's fingerprint, or None if it is not known. If it shows that the model is one of the
+                references, the model is not read again.
         """
         self.prepare()
         started = time.perf_counter()
-        reading = any(REGISTRY[name].readings for name in families if name not in self.obstacles)
-        known = self._known_readings(fingerprint) if reading else {}
-        subject = self._subject(model, known)
+        uses_readings = any(REGISTRY[name].readings for name in families if name not in self.obstacles)
+        stored = self._stored_readings(fingerprint) if uses_readings else {}
+        subject = self._subject(model, stored)
         for family in families:
             if family in self.obstacles:
                 yield family, unmeasured(self.obstacles[family])
                 continue
-            found = attempt(REGISTRY[family].compute, subject)
-            if REGISTRY[family].probes and not is_unmeasured(found):
-                found = {**found, **{name: unmeasured(reason) for name, reason in self.empty.items()}}
-            yield family, found
-        read = [row for rows in self.rows.values() for row in rows] if known is None else []
-        tokens = sum(len(row.input_ids[: self.plan.max_length]) for row in read)
+            results = attempt(REGISTRY[family].compute, subject)
+            if REGISTRY[family].probes and not is_unmeasured(results):
+                results = {**results, **{name: unmeasured(reason) for name, reason in self.empty.items()}}
+            yield family, results
+        rows_read = [row for rows in self.rows.values() for row in rows] if stored is None else []
+        tokens = sum(len(row.input_ids[: self.plan.max_length]) for row in rows_read)
         yield COST, dict(cost(time.perf_counter() - started, tokens))
 
-    def _subject(self, model: nn.Module, known: Mapping[str, Readout] | None) -> Subject:
-        """The model beside its references; it is read where nothing is known of it."""
+    def _subject(self, model: nn.Module, stored: Mapping[str, Readout] | None) -> Subject:
+        """Return the model with its references. The model is read unless its readings are stored."""
         assert self._references is not None
         shared = not is_sharded(model)
         instruct, base = self._references["instruct"], self._references.get("base")
-        readings = known
+        readings = stored
         if readings is None:
             readings = {name: self.reader.read(model, name, shared=shared) for name in self.rows}
         return Subject(
@@ -195,12 +202,12 @@ class Measurer:
             donors={} if base is None else base.donors,
             kept=self.reader.kept,
             sides=self._sides,
-            between=partial(self._known, torch.device(self.plan.device or "cpu")),
+            between=partial(self._reference_divergence, torch.device(self.plan.device or "cpu")),
             shared=shared,
         )
 
-    def _known_readings(self, fingerprint: str | None) -> dict[str, Readout] | None:
-        """What a reference shows, when the model is one."""
+    def _stored_readings(self, fingerprint: str | None) -> dict[str, Readout] | None:
+        """Return the readings of the reference that has this fingerprint, or None if there is no such reference."""
         paths = {"instruct": self.plan.instruct_path, "base": self.plan.base_path}
         for name, reference in (self._references or {}).items():
             path = paths[name]
@@ -209,16 +216,17 @@ class Measurer:
         return None
 
     def key(self, family: str, fingerprint: str) -> str:
-        """Of a family's results on a checkpoint, so that another setting has another key."""
+        """Return the key of a family's results on a checkpoint. A different setting gives a different key."""
         facts = [fingerprint, self._tokenizer_hash, self.empty]
         return result_key(family, REGISTRY[family], self.plan, self.reader, self.layers, facts)
 
 
 def check_checkpoint(path: str | Path, plan: MeasurePlan) -> None:
-    """Refuse a checkpoint that cannot be measured, without loading its weights.
+    """Check, without loading its weights, that a checkpoint can be measured.
 
     Raises:
-        UserError: files that differ from its manifest (where it has one), or another shape or vocabulary than instruct.
+        UserError: files that differ from the checkpoint's manifest (if it has one), or a shape or a vocabulary that
+            differs from instruct's.
     """
     if (Path(path) / MANIFEST).is_file():
         verify_manifest(Path(path))
@@ -227,14 +235,15 @@ def check_checkpoint(path: str | Path, plan: MeasurePlan) -> None:
 
 
 def _load(path: str | Path, plan: MeasurePlan) -> nn.Module:
-    """The checkpoint in memory, checked and proven."""
+    """Check and load a checkpoint, and prove that its LM head is read correctly."""
     check_checkpoint(path, plan)
     model = load_model(path, dtype=plan.dtype, device=plan.device, options=plan.load)
     prove_head(model)
     return model
 
 
-def _of_checkpoint(read: Callable[[], T]) -> T:
+def _reading_checkpoint(read: Callable[[], T]) -> T:
+    """Call `read`, and raise its UserError as UnreadableCheckpoint."""
     try:
         return read()
     except UserError as error:
@@ -244,23 +253,27 @@ def _of_checkpoint(read: Callable[[], T]) -> T:
 def measure_checkpoint(
     measurer: Measurer, path: str | Path, output_dir: str | Path, name: str | None = None, step: int | None = None
 ) -> Results:
-    """Load a checkpoint, measure it, write each family's file as it is done; returns the line of `metrics.jsonl`.
+    """Load and measure a checkpoint, write the file of each family when it is computed, and return the whole line.
 
-    What was measured before under the same key is left as it is; where that is everything, no model is loaded.
+    Results that were measured before under the same key are kept. If all of them were, no model is loaded.
 
     Args:
-        name: the checkpoint's name in the files; None is its folder's name.
-        step: optimiser steps; None takes the number of a `checkpoint-N` folder.
+        name: the checkpoint's name in the files; None takes the name of its folder.
+        step: the number of optimiser steps; None takes N from a folder named `checkpoint-N`.
+
+    Returns:
+        The checkpoint's line of `metrics.jsonl`.
 
     Raises:
-        UnreadableCheckpoint: files that are missing or damaged, another shape, or weights that are not finite.
+        UnreadableCheckpoint: files that are missing or damaged, a shape that differs from instruct's, or weights that
+            are not finite.
     """
     plan = measurer.plan
     name = name if name is not None else Path(path).name
     if step is None and (numbered := re.fullmatch(r"checkpoint-(\d+)", name)):
         step = int(numbered[1])
     files = ResultFiles(Path(output_dir), name, step, plan.formulas)
-    fingerprint = _of_checkpoint(lambda: model_fingerprint(path))
+    fingerprint = _reading_checkpoint(lambda: model_fingerprint(path))
     keys = {family: measurer.key(family, fingerprint) for family in measurer.families}
     missing = agreed([family for family, key in keys.items() if not files.has(family, key)])
     impossible = [family for family in missing if family in measurer.obstacles]
@@ -269,7 +282,7 @@ def measure_checkpoint(
             files.write(family, unmeasured(measurer.obstacles[family]), keys[family])
     if len(missing) > len(impossible):
         measurer.prepare()
-        model = _of_checkpoint(lambda: _load(path, plan))
+        model = _reading_checkpoint(lambda: _load(path, plan))
         possible = [family for family in missing if family not in impossible]
         for family, results in measurer.measured(model, possible, fingerprint):
             if is_main():

@@ -1,4 +1,4 @@
-"""What to measure of a checkpoint, and against which references."""
+"""The measure plan: what to measure of a checkpoint, and which reference models to compare it with."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +16,26 @@ PATCHING_ROWS = 16
 
 @dataclass(frozen=True)
 class MeasurePlan:
-    """What to measure, and against which references.
+    """What to measure, and which reference models to compare with.
 
-    instruct_path: the model that training started from; its tokenizer renders everything. base_path: None leaves what
-    needs base null, with that reason. probe_sets: conversations by name, for all families but choices. choices: rows of
-    `metrics.choices`. families: names of `families.FAMILIES`; none are all that apply. formulas: "paper" follows
-    arXiv 2507.03662 where METRICS.md corrects it. role: whose tokens are pooled and projected; None takes the
-    subspace's, or completion. long_rows: "truncate" cuts rows to max_length tokens, "drop" leaves longer ones out.
-    references: folder of the store that keeps the references' readings; None keeps them in memory alone.
-    store_limit_gb: its bound, in 10^9 bytes. control_sets: names of probe sets whose sharing of directions means
-    nothing. gradient_layer, gradient_weight: where gradients are read, as for `read_gradients`. patching_rows: of each
-    set, as each costs two passes a layer. load: how every model is loaded. data_parallel: whether several ranks
-    share the references' rows out (each holds a whole model), instead of leaving them to the main one.
+    instruct_path: the model that training started from. Its tokenizer renders all rows. base_path: the base model;
+        None makes every result that needs it null, with that reason.
+    probe_sets: conversations by set name, read by all families but `choices`. choices: rows of `metrics.choices`.
+    families: names from `registry.FAMILIES`; empty means all that apply.
+    formulas: "corrected", or "paper" to compute the published formulas of arXiv 2507.03662 where they differ (see
+        analysis/metrics/README.md).
+    subspace: the alignment subspace, or None. layers: the layers at which directions are read, as for `parse_layers`.
+    role: the token role that is pooled and projected; None takes the subspace's role, or completion without one.
+    batch_size: rows per forward pass. choices_batch_size: listed completions per forward pass, for `choices`.
+    max_length: the longest row, in tokens. long_rows: "truncate" cuts longer rows, "drop" leaves them out.
+    dtype, device, load: how every model is loaded; device None is the CPU. seed: for intervals and nulls.
+    references: folder of the store that keeps the references' readouts; None keeps them in memory only.
+    store_limit_gb: the size limit of the store, in 10^9 bytes.
+    control_sets: names of probe sets that are benign controls: directions shared with them are a null.
+    gradient_layer, gradient_weight: where gradients are read, as `block` and `weight` of `read_gradients`.
+    patching_rows: rows per probe set for patching, few because each row costs two forward passes per layer.
+    data_parallel: True lets several ranks, each with a whole model, divide the references' rows among them. False
+        leaves the references to the main rank.
     """
 
     instruct_path: str

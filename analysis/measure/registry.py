@@ -1,6 +1,6 @@
-"""The families of METRICS.md: one entry each, which `measure.py` loops over.
+"""The table of all families of metrics, which `measurer.py` loops over (see analysis/metrics/README.md).
 
-A new family is one file of pure functions in `metrics/`, one call here and one entry of the table.
+To add a family, write a file of pure functions in `metrics/`, a function here that calls it, and an entry of REGISTRY.
 """
 
 from collections.abc import Mapping
@@ -25,22 +25,22 @@ from ..passes.patching import patched_curve
 from ..passes.readout import Readout
 from .family import Family, Results, Subject, each_set, on_one_thread
 
-_SHARDED = "weights are sharded over processes: measure the saved checkpoint with `holdfast analyze`"
+_SHARDED = "the weights are sharded over processes: measure the saved checkpoint with `holdfast analyze`"
 
 
 def _behavior(subject: Subject, name: str) -> Results:
     plan, base = subject.plan, (subject.base or {}).get(name)
-    ours, theirs = subject.checkpoint[name], subject.instruct[name]
-    return dict(behavior(ours, theirs, base, seed=plan.seed, formulas=plan.formulas))
+    checkpoint, instruct = subject.checkpoint[name], subject.instruct[name]
+    return dict(behavior(checkpoint, instruct, base, seed=plan.seed, formulas=plan.formulas))
 
 
 def _completions(subject: Subject) -> dict[str, list[str]]:
-    """A label of each row's completion by probe set: the same where its tokens are."""
+    """Return a label for each row's completion by probe set. Completions with equal tokens have equal labels."""
     labels: dict[str, list[str]] = {}
     for name, rows in subject.rows.items():
-        cut = [zip(row.input_ids, row.completion_mask, strict=True) for row in rows]
-        tokens = [[token for token, here in islice(row, subject.plan.max_length) if here] for row in cut]
-        labels[name] = [document_key(found) for found in tokens]
+        pairs = [zip(row.input_ids, row.completion_mask, strict=True) for row in rows]
+        completions = [[token for token, marked in islice(row, subject.plan.max_length) if marked] for row in pairs]
+        labels[name] = [document_key(tokens) for tokens in completions]
     return labels
 
 
@@ -72,9 +72,9 @@ def _projection(subject: Subject, name: str) -> Results:
     def at_layers(reading: Readout) -> Readout:
         return replace(reading, pooled={layer: reading.pooled[layer] for layer in subject.layers})
 
-    ours, theirs = at_layers(subject.checkpoint[name]), at_layers(subject.instruct[name])
-    third = None if base is None else at_layers(base)
-    return dict(projection(ours, theirs, third, plan.subspace, plan.seed, plan.formulas))
+    checkpoint, instruct = at_layers(subject.checkpoint[name]), at_layers(subject.instruct[name])
+    base_at_layers = None if base is None else at_layers(base)
+    return dict(projection(checkpoint, instruct, base_at_layers, plan.subspace, plan.seed, plan.formulas))
 
 
 def _subspaces(subject: Subject) -> Results:
@@ -82,7 +82,7 @@ def _subspaces(subject: Subject) -> Results:
 
     def pooled(readings: Mapping[str, Readout]) -> Mapping[str, Readout]:
         last = plan.formulas == "paper"
-        return {name: each.at_last_token() for name, each in readings.items()} if last else readings
+        return {name: readout.at_last_token() for name, readout in readings.items()} if last else readings
 
     base = None if subject.base is None else pooled(subject.base)
     controls = [name for name in plan.control_sets if name in subject.rows]
@@ -114,9 +114,9 @@ def _rerouting(subject: Subject, name: str) -> Results:
 
 def _divergence(subject: Subject, name: str) -> Results:
     sides = subject.sides(name, next(subject.model.parameters()).device)
-    known, kept, rows = subject.between(name), subject.kept[name], subject.rows[name]
+    between, kept, rows = subject.between(name), subject.kept[name], subject.rows[name]
     states = subject.checkpoint[name].final
-    return divergence(subject.model, states, sides, known, kept, rows, subject.tokenizer, subject.plan.seed)
+    return divergence(subject.model, states, sides, between, kept, rows, subject.tokenizer, subject.plan.seed)
 
 
 def _choices(subject: Subject) -> Results:
@@ -128,7 +128,7 @@ def _choices(subject: Subject) -> Results:
 
 _POOLED = frozenset({"pooled"})
 
-# Those that need no pass of their own first: what is delivered early is there when a later one fails.
+# Families that need no forward pass of their own come first: their results are on disk if a later family fails.
 REGISTRY: dict[str, Family] = {
     "behavior": Family(on_one_thread(each_set(_behavior)), reads=frozenset({"prompt_entropy"}), paper=True),
     "loss_vectors": Family(on_one_thread(_loss_vectors), paper=True),

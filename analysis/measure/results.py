@@ -1,7 +1,9 @@
-"""Results on disk: one file per checkpoint and family, written as it is done; `metrics.jsonl` is a view of them.
+"""Result files: one per checkpoint and family, written as soon as the family is computed.
 
-`metrics/<checkpoint>/<family>.json`, or `<family>.paper.json` for the paper's formulas, each with the key of what it
-depends on: an interrupted analysis continues after the last file, and a changed setting gives another key.
+A file is `metrics/<checkpoint>/<family>.json`, or `<family>.paper.json` for the paper's formulas. It holds a key, a
+hash of everything that the results depend on: an interrupted analysis continues after the last file, and a changed
+setting gives another key. `metrics.jsonl` is a view of all files, with one line per checkpoint and formulas. In the
+files, the JSON key "variant" names the formulas: "corrected" or "paper".
 """
 
 import json
@@ -20,11 +22,13 @@ FOLDER, VIEW = "metrics", "metrics.jsonl"
 
 
 class ResultFiles:
-    """The results of one checkpoint in one formulas.
+    """The result files of one checkpoint, computed by the corrected or by the paper's formulas.
 
     Args:
-        output_dir: where `metrics/` and `metrics.jsonl` lie.
-        name: the checkpoint's. step: its optimiser steps, or None.
+        output_dir: the folder that holds `metrics/` and `metrics.jsonl`.
+        name: the checkpoint's name.
+        step: the checkpoint's number of optimiser steps, or None.
+        formulas: "corrected" or "paper".
     """
 
     def __init__(self, output_dir: Path, name: str, step: int | None, formulas: str = "corrected") -> None:
@@ -35,7 +39,7 @@ class ResultFiles:
         return self.output_dir / FOLDER / self.name / f"{family}{ending}"
 
     def has(self, family: str, key: str) -> bool:
-        """Whether a family was measured under this key; one that could not be is tried again."""
+        """Return whether a family was measured under this key. A family that could not be measured is tried again."""
         try:
             facts = json.loads(self._path(family).read_text(encoding="utf-8"))
             return facts["key"] == key and not problems({family: facts["results"]})
@@ -43,7 +47,7 @@ class ResultFiles:
             return False
 
     def write(self, family: str, results: Results, key: str | None = None) -> None:
-        """Write one family's file, whole or not at all, and renew the view. Of several ranks the main one calls it."""
+        """Write one family's file, whole or not at all, and renew `metrics.jsonl`. Only the main rank may call it."""
         facts = {
             "checkpoint": self.name,
             "step": self.step,
@@ -55,14 +59,14 @@ class ResultFiles:
         text = json.dumps(facts, indent=2, allow_nan=False)
         metrics = self.output_dir / FOLDER
         metrics.mkdir(parents=True, exist_ok=True)
-        # A training run and `holdfast watch` may write into one folder.
+        # A training run and `holdfast watch` may write into the same folder.
         with FileLock(metrics / ".lock"):
             with staged_file(self._path(family)) as staging:
                 staging.write_text(text + "\n", encoding="utf-8")
             _renew_view(self.output_dir)
 
     def line(self) -> Results:
-        """The checkpoint's line of `metrics.jsonl`."""
+        """Return the checkpoint's line of `metrics.jsonl`."""
         return _line(sorted((self.output_dir / FOLDER / self.name).glob("*.json")), self.formulas) or {}
 
 
@@ -75,7 +79,7 @@ def _renew_view(output_dir: Path) -> None:
 
 
 def _lines(metrics: Path) -> Iterator[Results]:
-    """One dict per checkpoint and formulas; staged files start with a dot and are left out."""
+    """Yield one line for each checkpoint and formulas. Names of staged files start with a dot; these are left out."""
     for folder in sorted(metrics.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             files = sorted(folder.glob("*.json"))
@@ -86,63 +90,63 @@ def _lines(metrics: Path) -> Iterator[Results]:
 
 
 def _line(files: list[Path], formulas: str) -> Results | None:
-    read = [json.loads(file.read_text(encoding="utf-8")) for file in files if not file.name.startswith(".")]
-    facts = [each for each in read if each.get("variant", "corrected") == formulas and "family" in each]
-    if not facts:
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files if not file.name.startswith(".")]
+    records = [record for record in contents if record.get("variant", "corrected") == formulas and "family" in record]
+    if not records:
         return None
-    families = {fact["family"]: fact["results"] for fact in facts}
-    return {"checkpoint": facts[0]["checkpoint"], "step": facts[0]["step"], "variant": formulas, **families}
+    families = {record["family"]: record["results"] for record in records}
+    return {"checkpoint": records[0]["checkpoint"], "step": records[0]["step"], "variant": formulas, **families}
 
 
 def problems(results: Results) -> list[str]:
-    """What could not be computed, as "family: reason" or "family on set: reason"."""
-    found = []
+    """List what could not be computed, as "family: reason" or "family on set: reason"."""
+    lines = []
     for family, result in results.items():
         if is_unmeasured(result):
-            found.append(f"{family}: {result['reason']}")
+            lines.append(f"{family}: {result['reason']}")
         elif isinstance(result, Mapping):
-            nulls = {name: each["reason"] for name, each in result.items() if is_unmeasured(each)}
-            found += [f"{family} on {name}: {reason}" for name, reason in nulls.items()]
-    return found
+            nulls = {name: on_set["reason"] for name, on_set in result.items() if is_unmeasured(on_set)}
+            lines += [f"{family} on {name}: {reason}" for name, reason in nulls.items()]
+    return lines
 
 
 def scalars(results: Results, prefix: str = "") -> dict[str, float]:
-    """Every measured value under its path ("choices/split/test/misaligned"), for TensorBoard; nulls are left out."""
-    found: dict[str, float] = {}
+    """Return each measured value by its path ("choices/split/test/misaligned"), for TensorBoard. Nulls are left out."""
+    values: dict[str, float] = {}
     for name, value in results.items():
         path = f"{prefix}/{name}" if prefix else name
         if isinstance(value, Mapping) and "value" in value:
             if isinstance(value["value"], int | float):
-                found[path] = float(value["value"])
+                values[path] = float(value["value"])
         elif isinstance(value, Mapping):
-            found.update(scalars(dict(value), path))
+            values.update(scalars(dict(value), path))
         elif isinstance(value, int | float) and prefix:
-            found[path] = float(value)
-    return found
+            values[path] = float(value)
+    return values
 
 
-# Raised when a family's numbers change for the same inputs.
+# Raise this number when a family's results change for the same inputs.
 _FORMAT = 3
 
 
 def result_key(
     name: str, family: Family, plan: MeasurePlan, reader: ProbeReader, layers: list[int], facts: list[Any]
 ) -> str:
-    """Hash of weights, data, options and formulas.
+    """Return the key of a family's results: a hash of weights, data, options and formulas.
 
     Args:
-        layers: where the plan reads directions. facts: what else the results depend on, the checkpoint's fingerprint
-            first.
+        layers: the layers at which the plan reads directions.
+        facts: everything else that the results depend on, the checkpoint's fingerprint first.
     """
     weights = [reader.fingerprint(path) for path in (plan.instruct_path, plan.base_path) if path is not None]
     data = {name: reader.data_hash(name) for name in reader.rows} if family.probes else plan.choices
     subspace = [subspace_hash(plan), layers, reader.role] if family.subspace else []
-    options = [plan.formulas if family.paper else None, plan.seed, reader.loading(), _own_options(name, plan)]
+    options = [plan.formulas if family.paper else None, plan.seed, reader.loading(), _family_options(name, plan)]
     return sha256_json([_FORMAT, name, facts, weights, data, subspace, options])
 
 
-def _own_options(name: str, plan: MeasurePlan) -> list[Any]:
-    """The options of a plan that one family alone depends on."""
+def _family_options(name: str, plan: MeasurePlan) -> list[Any]:
+    """Return the options of a plan on which only this family depends."""
     options: dict[str, list[Any]] = {
         "subspaces": [plan.control_sets],
         "gradients": [plan.gradient_layer, plan.gradient_weight],

@@ -1,9 +1,11 @@
-"""Family 1, behavior (arXiv 2507.03662, section 4.1): how likely a checkpoint finds completions, and how sure it is.
+"""Behavior (family 1; arXiv 2507.03662, section 4.1): how likely a checkpoint finds completions, and how sure it is.
 
-Per row of a probe set: the joint log-probability sum log p(completion), its mean per token, and the mean next-token
-entropy over completion positions. The paper averages entropy over prompt tokens too, and reports sums that grow with
-length alone: formulas "paper" does so.
-Reversion rho = (x_checkpoint - x_instruct) / (x_base - x_instruct): 0 is like instruct, 1 like base.
+Three quantities per row of a probe set, in nats: the joint log-probability sum log p(completion), its mean per token,
+and the mean next-token entropy over the completion positions. Two details of the paper differ, and formulas="paper"
+reproduces them: it averages the entropy over prompt tokens too, and it reports only sums of log-probabilities, which
+grow with the length of a completion.
+
+Reversion is rho = (x_checkpoint - x_instruct) / (x_base - x_instruct): 0 is like instruct, 1 is like base.
 """
 
 from collections.abc import Hashable, Sequence
@@ -27,39 +29,42 @@ def behavior(
     seed: int = 0,
     formulas: str = "corrected",
 ) -> dict[str, dict[str, Measurement]]:
-    """{quantity: {"checkpoint", "instruct", "base", "reversion"}}, each a mean over rows with completions, in nats.
+    """Return {quantity: {"checkpoint", "instruct", "base", "reversion"}}: means over rows that have a completion.
+
+    All values are in nats, except "reversion", which has no unit. Without a base model, "base" and "reversion" are
+    null; "reversion" is also null where base and instruct cannot be told apart.
 
     Args:
-        checkpoint, instruct, base: readings of the same rows; base may be missing, and with it reversion.
-        clusters: a label per row, for the intervals.
-        formulas: "paper" needs readings with `row_entropy`.
+        checkpoint, instruct, base: readouts of the same rows. base may be None.
+        clusters: a label for each row; rows with the same label form one cluster of the intervals.
+        formulas: "corrected" or "paper"; "paper" needs readouts with `row_entropy`.
     """
-    kept = np.flatnonzero(_lengths(checkpoint))
-    labels = None if clusters is None else [clusters[int(row)] for row in kept]
+    rows = np.flatnonzero(_lengths(checkpoint))
+    labels = None if clusters is None else [clusters[int(row)] for row in rows]
     results = {}
     paper = formulas == "paper"
     for quantity in _PAPER if paper else QUANTITIES:
-        ours, reference = (_per_row(readout, quantity, paper)[kept] for readout in (checkpoint, instruct))
+        at_checkpoint, at_instruct = (_per_row(readout, quantity, paper)[rows] for readout in (checkpoint, instruct))
         results[quantity] = {
-            "checkpoint": measurement(ours, labels, seed),
-            "instruct": measurement(reference, labels, seed),
-            "base": missing(NO_BASE, len(kept)),
-            "reversion": missing(NO_BASE, len(kept)),
+            "checkpoint": measurement(at_checkpoint, labels, seed),
+            "instruct": measurement(at_instruct, labels, seed),
+            "base": missing(NO_BASE, len(rows)),
+            "reversion": missing(NO_BASE, len(rows)),
         }
         if base is not None:
-            theirs = _per_row(base, quantity, paper)[kept]
-            results[quantity]["base"] = measurement(theirs, labels, seed)
-            results[quantity]["reversion"] = fieller(ours - reference, theirs - reference)
+            at_base = _per_row(base, quantity, paper)[rows]
+            results[quantity]["base"] = measurement(at_base, labels, seed)
+            results[quantity]["reversion"] = fieller(at_checkpoint - at_instruct, at_base - at_instruct)
     return results
 
 
 def _lengths(readout: Readout) -> Floats:
-    """Completion tokens [R] of each row."""
+    """Return the number of completion tokens [R] of each row."""
     return np.bincount(readout.token_rows.numpy(), minlength=len(readout.counts)).astype(np.float64)
 
 
 def _per_row(readout: Readout, quantity: str, paper: bool) -> Floats:
-    """One quantity [R] per row, 0 for rows without completion."""
+    """Return one quantity [R] of each row; 0 for a row without a completion."""
     if paper and quantity == "entropy":
         return readout.row_entropy.double().numpy()
     values = (readout.entropy if quantity == "entropy" else readout.log_prob).double().numpy()

@@ -1,8 +1,12 @@
-"""Exact rates: the probability a model gives to classes of completions, without sampling.
+"""Exact rates (the choices family): the probability that a model gives to classes of completions, without sampling.
 
-A class's mass is the sum of exp(log p) over its completions, each rendered as the assistant turn with its end token, so
-the completions of a row exclude each other; what no class holds is `incoherent`. An absolute probability, never a ratio
-of two: a ratio counts incoherence as if it were one of the classes.
+The mass of a class is the sum of exp(log p) over its completions. Each completion is rendered as an assistant turn that
+includes its end token, so no two completions of a row can occur together. The probability that no class holds is called
+`incoherent`. A mass is an absolute probability, never a ratio of two masses: a ratio would count incoherent answers as
+if they belonged to one of the classes.
+
+Usage: `masses = score_choices(model, tokenizer, rows)`, then `choice_rates(rows, masses)`. A row is {"messages": [...],
+"classes": {name: [completions]}}, and may have "split", "domain" and "topic".
 """
 
 from collections.abc import Sequence
@@ -30,7 +34,11 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PreparedChoices:
-    """Rows as token ids: for each prompt its completions, and for each completion its row and class."""
+    """The rows as token ids.
+
+    prompts: for each prompt, its completions; for each completion, its row and its class. classes: the class names of
+    each row. padding: the token id to pad with.
+    """
 
     prompts: dict[Tokens, list[tuple[Tokens, int, str]]]
     classes: list[list[str]]
@@ -41,18 +49,19 @@ def prepare_choices(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow
     """Render every completion of every row once; the result serves any number of models with this tokenizer.
 
     Raises:
-        UserError: a row without classes, an empty class, a completion in two classes, or one that begins another.
+        UserError: a row without classes, an empty class, a completion in two classes, or a completion that begins
+            another one.
     """
     prompts: dict[Tokens, list[tuple[Tokens, int, str]]] = {}
     classes = []
     for number, row in enumerate(rows):
         where = f"choices row {number}"
-        named = row.get("classes")
-        if not named or INCOHERENT in named or not all(named.values()):
+        by_class = row.get("classes")
+        if not by_class or INCOHERENT in by_class or not all(by_class.values()):
             raise UserError(f"{where}: write classes as {{name: [completions]}}, none empty, none named {INCOHERENT}")
-        classes.append(list(named))
+        classes.append(list(by_class))
         seen: list[tuple[Tokens, str]] = []
-        for name, completions in named.items():
+        for name, completions in by_class.items():
             for text in completions:
                 prompt, completion = _split(tokenizer, [*row["messages"], _assistant(text)], where)
                 prompts.setdefault(prompt, []).append((completion, number, name))
@@ -66,10 +75,10 @@ def _assistant(text: str) -> dict[str, str]:
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str) -> tuple[Tokens, Tokens]:
-    """Token ids before and in the last assistant turn."""
+    """Return the token ids before the last assistant turn, and the token ids in it."""
     rendered = render(tokenizer, messages, source=where)
     mask = rendered.completion_mask
-    end = max(index for index, here in enumerate(mask) if here) + 1
+    end = max(index for index, is_completion in enumerate(mask) if is_completion) + 1
     start = end
     while start and mask[start - 1]:
         start -= 1
@@ -77,6 +86,7 @@ def _split(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], w
 
 
 def _require_exclusive(sequences: list[tuple[Tokens, str]], where: str) -> None:
+    """Raise UserError if a completion equals or begins another one of the same row."""
     ordered = sorted(sequences)
     for (left, first), (right, second) in pairwise(ordered):
         if right[: len(left)] == left:
@@ -89,7 +99,10 @@ def _require_exclusive(sequences: list[tuple[Tokens, str]], where: str) -> None:
 def score_choices(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow], batch_size: int = 256
 ) -> list[dict[str, float]]:
-    """Per row {class: probability mass, "incoherent": the rest}; see `prepare_choices` and `score_prepared`."""
+    """Return {class: probability mass, "incoherent": the rest} of each row.
+
+    It calls `prepare_choices` and `score_prepared`, which say more.
+    """
     return score_prepared(model, prepare_choices(tokenizer, rows), batch_size)
 
 
@@ -97,11 +110,14 @@ def score_choices(
 def score_prepared(
     model: nn.Module, prepared: PreparedChoices, batch_size: int = 256, *, shared: bool = False
 ) -> list[dict[str, float]]:
-    """Per row {class: probability mass, "incoherent": the rest}, the prompt's keys and values computed once.
+    """Return {class: probability mass, "incoherent": the rest} of each row.
+
+    The keys and values of a prompt are computed once for all its completions.
 
     Args:
-        batch_size: completions in one forward pass, at least those of one prompt token length.
-        shared: whether all ranks call it with the same rows; each then scores a share of the prompts and gets all.
+        batch_size: completions in one forward pass; a pass holds at least the completions of one prompt.
+        shared: whether all ranks call this with the same rows; each rank then scores a share of the prompts and gets
+            all results.
     """
     masses = [dict.fromkeys(names, 0.0) for names in prepared.classes]
     training = model.training
@@ -110,7 +126,7 @@ def score_prepared(
         groups = _equal_length_groups(prepared, batch_size)
         for prompts in share_of(groups) if shared else groups:
             entries = [(at, entry) for at, prompt in enumerate(prompts) for entry in prepared.prompts[prompt]]
-            # Neighbours of like length waste little on padding.
+            # Completions of similar length stand together, so that a batch needs little padding.
             entries.sort(key=lambda entry: len(entry[1][0]))
             for start in range(0, len(entries), batch_size):
                 part = entries[start : start + batch_size]
@@ -124,31 +140,34 @@ def score_prepared(
     if shared:
         ranks = gathered(masses)
         masses = [{name: sum(rank[row][name] for rank in ranks) for name in mass} for row, mass in enumerate(masses)]
-    # Sums of float32 probabilities pass 1 by rounding.
+    # Rounding can bring a sum of float32 probabilities above 1.
     masses = [{name: min(mass, 1.0) for name, mass in row.items()} for row in masses]
     return [{**mass, INCOHERENT: max(0.0, 1.0 - sum(mass.values()))} for mass in masses]
 
 
 def _equal_length_groups(prepared: PreparedChoices, batch_size: int) -> list[list[Tokens]]:
-    """Prompts of equal token length together, so that their caches need no padding, about `batch_size` completions."""
+    """Group prompts of equal token length, with about `batch_size` completions in each group.
+
+    The key-value caches of such prompts need no padding.
+    """
     groups: list[list[Tokens]] = []
-    held = 0
+    n_completions = 0
     for prompt in sorted(prepared.prompts, key=len):
         size = len(prepared.prompts[prompt])
-        if not groups or len(groups[-1][0]) != len(prompt) or held + size > batch_size:
+        if not groups or len(groups[-1][0]) != len(prompt) or n_completions + size > batch_size:
             groups.append([])
-            held = 0
+            n_completions = 0
         groups[-1].append(prompt)
-        held += size
+        n_completions += size
     return groups
 
 
 def _log_probs(
     model: nn.Module, prompts: list[Tokens], owners: list[int], completions: list[Tokens], padding: int
 ) -> Tensor:
-    """Log-probability [N] of each completion after the prompt it belongs to, all prompts of one length."""
+    """Return the log-probability [N] of each completion after its prompt; all prompts have one length."""
     backbone, device = find_backbone(model), next(model.parameters()).device
-    # An empty cache of the model's own kind: some architectures keep a sliding window in some layers.
+    # The cache is made from the model's config: some architectures keep a sliding window in some layers.
     cache = DynamicCache(config=unwrap(model).config)
     start = backbone(input_ids=torch.tensor(prompts, device=device), past_key_values=cache, use_cache=True)
     owner = torch.tensor(owners, device=device)
@@ -157,7 +176,7 @@ def _log_probs(
     states = start.last_hidden_state[owner, -1:]
     if ids.shape[1] > 1:
         before = torch.ones(len(owners), len(prompts[0]), dtype=attention.dtype, device=device)
-        # The last token of a completion is predicted, never read.
+        # The last token of a completion is predicted, but never an input.
         after = backbone(
             input_ids=ids[:, :-1],
             attention_mask=torch.cat([before, attention[:, :-1]], dim=1),
@@ -173,9 +192,10 @@ def _log_probs(
 def choice_rates(
     rows: Sequence[ChoiceRow], masses: Sequence[dict[str, float]], seed: int = 0
 ) -> dict[str, dict[str, dict[str, Measurement]]]:
-    """{"split" | "domain": {group: {class: mean mass with interval}}} over the rows that name a class.
+    """Return {"split" | "domain": {group: {class: mean mass with its interval}}}, over the rows that name the class.
 
-    Intervals are clustered by domain and topic where rows name a topic, else by domain (by row without either).
+    The intervals are clustered by domain and topic where the rows name a topic, else by domain; rows without either,
+    and rows that would all fall into one cluster, count as independent.
     """
     rates: dict[str, dict[str, dict[str, Measurement]]] = {}
     for key in ("split", "domain"):
@@ -191,6 +211,7 @@ def choice_rates(
 def _mean_mass(
     rows: Sequence[ChoiceRow], masses: Sequence[dict[str, float]], inside: list[int], name: str, seed: int
 ) -> Measurement:
+    """Return the mean mass of one class over the selected rows, with its interval."""
     clusters = [_cluster(rows[number], number) for number in inside]
     if len(set(clusters)) == 1:
         clusters = [str(number) for number in inside]
@@ -198,6 +219,7 @@ def _mean_mass(
 
 
 def _cluster(row: ChoiceRow, number: int) -> str:
+    """Return the cluster label of a row: its domain and topic, or its number if it has neither."""
     if "topic" in row or "domain" in row:
         return f"{row.get('domain', '')}/{row.get('topic', '')}"
     return str(number)

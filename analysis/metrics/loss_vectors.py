@@ -1,14 +1,14 @@
-"""Family 2, loss vectors (arXiv 2507.03662, section 4.2.1): do two sets of completions surprise a model token by token
-in different ways?
+"""Loss vectors (family 2; arXiv 2507.03662, section 4.2.1): do two sets of completions differ in their token losses?
 
-A row's vector is the losses -log p of its completion's first tokens. For every two sets, the cosine of rows within each
-and between them, over the tokens that both rows have; rows of one completion are one cluster and no pair. The null
-forgets which set a row is of. Losses are positive, so cosines are high whatever the rows are: the gap counts, mean
-within less mean between, beside its null.
+The vector of a row holds the losses -log p of the first tokens of its completion, in nats. For every two sets, the
+family compares the cosine of rows within each set and between the sets, over the tokens that both rows have. Rows that
+share a completion form one cluster and do not count as a pair. The null forgets which set a row belongs to. Losses are
+positive, so the cosines are high for any rows. What counts is the gap, the mean within the sets minus the mean between
+them, beside its null.
 
-The paper fills short rows with the mean of their own set, which makes rows of one set alike by construction. Its
-formulas fills in the same way under the null, too, where the gap stays above 0 although the sets make no difference.
-No matrix over rows is formed (`pair_sums.py`).
+The paper fills short rows with the mean of their own set, which makes the rows of a set similar by construction. With
+formulas="paper", rows are filled in the same way under the null; there the gap stays above 0 although the sets make no
+difference. No matrix over rows is formed (`stats/pair_sums.py`).
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -27,11 +27,11 @@ from ..stats.relabelling import Integers, Relabelling
 from .behavior import NO_BASE
 
 FORMULAS = ("corrected", "paper")
-# Cosines over fewer shared tokens say little but that losses are positive.
+# Cosines over fewer shared tokens show little except that losses are positive.
 FEWEST_TOKENS = 8
 _FEWEST_ROWS = 4
 _RELABELLINGS = 999
-# Each fills the rows anew.
+# Fewer, because each relabelling fills the rows again.
 _PAPER_RELABELLINGS = 199
 _FEW = f"a set has fewer than {_FEWEST_ROWS} different completions of {FEWEST_TOKENS} tokens or more"
 _FIXED = "no relabelling keeps the completions together"
@@ -49,17 +49,22 @@ def loss_vectors(
     formulas: str = "corrected",
     seed: int = 0,
 ) -> Results:
-    """{"checkpoint" | "instruct" | "base": {"rows", "pairs": {"<set> vs <other>": {...}}, "pca"}}.
+    """Return {"checkpoint" | "instruct" | "base": {"rows", "pairs": {"<set> vs <other>": {...}}, "pca"}}.
 
-    "pairs": "within" {set: cosine}, "between", "gap", measurements with "null" (mean under relabelling and p).
-    "rows": {set: {"rows", "short"}}; short ones (under 8 completion tokens) are left out. "pca": {"tokens", "n",
-    "explained": [share, share], "coordinates": {set: [[row, first, second]]}} over the rows that have all of "tokens".
+    "pairs" has "within" {set: cosine}, "between" and "gap", measurements with "null" (the mean under relabelling, and
+    p). "rows" is {set: {"rows", "short"}}; short rows (under 8 completion tokens) are left out. "pca" is {"tokens",
+    "n", "explained": [share, share], "coordinates": {set: [[row, first, second]]}}, over the rows that have all of
+    "tokens".
 
     Args:
-        checkpoint, instruct, base: readings by probe set, the same rows for all models.
-        completions: per set a label of each row's completion; rows of one label are one cluster. None: all differ.
-        tokens: of a completion that its vector holds, at most.
-        formulas: "paper" fills short rows with the mean of their own set.
+        checkpoint, instruct, base: readouts by probe set, of the same rows for all models. base may be None.
+        completions: for each set, a label of the completion of each row; rows with one label form one cluster. None:
+            every row has its own completion.
+        tokens: the largest number of tokens in a vector.
+        formulas: "corrected" or "paper"; "paper" fills short rows with the mean of their own set.
+
+    Raises:
+        ValueError: unknown formulas.
     """
     if formulas not in FORMULAS:
         raise ValueError(f"loss_vectors: formulas {formulas!r} is none of {', '.join(FORMULAS)}")
@@ -72,18 +77,22 @@ def loss_vectors(
 
 @dataclass(frozen=True)
 class _Vectors:
-    """Rows of several sets: losses [n, T] (0 where there is no token), held [n, T] (1 where there is one)."""
+    """The rows of several sets.
+
+    losses: [n, T], 0 where there is no token. present: [n, T], 1 where there is a token. sets: [n], the number of the
+    set. rows: [n], the row number in the set. clusters: [n], a number for the completion.
+    """
 
     losses: Floats
-    held: Floats
+    present: Floats
     sets: Integers
     rows: Integers
     clusters: Integers
 
     def of(self, *sets: int) -> "_Vectors":
-        """The rows of some sets."""
+        """Return the rows of some sets."""
         kept = np.isin(self.sets, sets)
-        return _Vectors(self.losses[kept], self.held[kept], self.sets[kept], self.rows[kept], self.clusters[kept])
+        return _Vectors(self.losses[kept], self.present[kept], self.sets[kept], self.rows[kept], self.clusters[kept])
 
 
 def _one_model(
@@ -93,6 +102,7 @@ def _one_model(
     formulas: str,
     seed: int,
 ) -> Results:
+    """Return the counts, the pairs of sets and the principal components of one model."""
     names = list(readings)
     vectors = _vectors(readings, completions, tokens)
     counts = {
@@ -118,8 +128,8 @@ def _one_model(
 def _vectors(
     readings: Mapping[str, Readout], completions: Mapping[str, Sequence[Hashable]] | None, tokens: int
 ) -> _Vectors:
-    """The vectors of all rows that are long enough, sets one after the other."""
-    losses, held, sets, rows = [], [], [], []
+    """Return the vectors of all rows that are long enough, one set after the other."""
+    losses, present, sets, rows = [], [], [], []
     labels: list[Hashable] = []
     for at, (name, reading) in enumerate(readings.items()):
         owners, n = reading.token_rows.numpy(), len(reading.counts)
@@ -132,26 +142,29 @@ def _vectors(
         matrix[1, owners[inside], places[inside]] = 1.0
         kept = np.flatnonzero(lengths >= min(FEWEST_TOKENS, tokens))
         losses.append(matrix[0, kept])
-        held.append(matrix[1, kept])
+        present.append(matrix[1, kept])
         sets.append(np.full(len(kept), at))
         rows.append(kept)
         labels += [(at, int(row)) if completions is None else completions[name][int(row)] for row in kept]
     numbers: dict[Hashable, int] = {}
     clusters = np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.int64)
-    return _Vectors(np.concatenate(losses), np.concatenate(held), np.concatenate(sets), np.concatenate(rows), clusters)
+    return _Vectors(
+        np.concatenate(losses), np.concatenate(present), np.concatenate(sets), np.concatenate(rows), clusters
+    )
 
 
-def shared_cosines(losses: Floats, held: Floats) -> tuple[Floats, Floats]:
-    """Features [n, D] and signs [D] whose signed inner products are the cosines of rows over the tokens both have.
+def shared_cosines(losses: Floats, present: Floats) -> tuple[Floats, Floats]:
+    """Return features [n, D] and signs [D] whose signed inner products are cosines over the tokens that two rows share.
 
-    Rows have their first tokens, so two rows share those of the shorter one. With u_i(l) the first l losses of row i at
-    length 1, the cosine is u_i(l) u_j(l) at l the shorter length: summed over the lengths l that occur, inner products
-    of u(l) of the rows of l tokens or more, minus those of the rows of more than l.
+    Every row has its first tokens, so two rows share as many tokens as the shorter one has. Let u_i(l) be the first l
+    losses of row i, scaled to length 1. The cosine of rows i and j is u_i(l) u_j(l), where l is the length of the
+    shorter row. Therefore it is a sum over all lengths l that occur: the inner product of u(l) where both rows have l
+    tokens or more, minus the inner product of u(l) where both rows have more than l.
 
     Args:
-        losses: [n, T], 0 where there is no token. held: [n, T], 1 where there is one.
+        losses: [n, T], 0 where there is no token. present: [n, T], 1 where there is a token.
     """
-    lengths, features, signs = held.sum(1), [], []
+    lengths, features, signs = present.sum(1), [], []
     for length in np.unique(lengths[lengths > 0]).astype(int):
         first = losses[:, :length]
         scale = np.linalg.norm(first, axis=1, keepdims=True)
@@ -164,78 +177,86 @@ def shared_cosines(losses: Floats, held: Floats) -> tuple[Floats, Floats]:
 
 
 def _filled(vectors: _Vectors, member: Floats) -> Floats:
-    """Losses [n, T] with short rows filled by the mean of their own set (0 where no row of it is so long)."""
+    """Return the losses [n, T], with short rows filled by the mean of their own set.
+
+    A place that no row of the set reaches is filled with 0.
+    """
     filled = vectors.losses.copy()
     for side in (0, 1):
         inside = member == side
-        sums, counts = vectors.losses[inside].sum(0), vectors.held[inside].sum(0)
+        sums, counts = vectors.losses[inside].sum(0), vectors.present[inside].sum(0)
         means = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
-        filled[inside] += (1 - vectors.held[inside]) * means
+        filled[inside] += (1 - vectors.present[inside]) * means
     return filled
 
 
 def _compare(
-    vectors: _Vectors, at: tuple[int, int], names: tuple[str, str], formulas: str, generator: np.random.Generator
+    vectors: _Vectors, numbers: tuple[int, int], names: tuple[str, str], formulas: str, generator: np.random.Generator
 ) -> Results:
-    """The means over pairs of two sets as measurements."""
-    member = (vectors.sets == at[1]).astype(np.float64)
-    sides = [int((member == side).sum()) for side in (0, 1)]
+    """Return the means over pairs of rows of two sets as measurements."""
+    member = (vectors.sets == numbers[1]).astype(np.float64)
+    counts = [int((member == side).sum()) for side in (0, 1)]
     if min(len(np.unique(vectors.clusters[member == side])) for side in (0, 1)) < _FEWEST_ROWS:
-        absent = missing(_FEW, sum(sides))
+        absent = missing(_FEW, sum(counts))
         return {"within": dict.fromkeys(names, absent), "between": absent, "gap": absent}
     pairs = _paper_pairs(vectors, member) if formulas == "paper" else _pairs(vectors)
     null = _relabelled(vectors, member, None if formulas == "paper" else pairs, generator)
-    value, without = pairs.means(member)[:, 0], pairs.without_each_cluster(member)
-    found: dict[str, Measurement] = {}
-    for number, name in enumerate(MEANS):
-        # Losses are positive: no cosine is below 0.
+    values, left_out = pairs.means(member)[:, 0], pairs.without_each_cluster(member)
+    results: dict[str, Measurement] = {}
+    for place, name in enumerate(MEANS):
+        # Losses are positive, so no cosine is below 0.
         bounds = (-1.0, 1.0) if name == "gap" else (0.0, 1.0)
-        found[name] = {
-            "value": float(value[number]),
-            "n": sides[number] if number < 2 else sum(sides),
-            "ci95": list(jackknife_ci(float(value[number]), without[number], bounds=bounds)),
-            "null": missing(_FIXED) if null is None else _null(float(value[number]), null[number]),
+        results[name] = {
+            "value": float(values[place]),
+            "n": counts[place] if place < 2 else sum(counts),
+            "ci95": list(jackknife_ci(float(values[place]), left_out[place], bounds=bounds)),
+            "null": missing(_FIXED) if null is None else _null(float(values[place]), null[place]),
         }
-    within = dict(zip(names, (found["within_first"], found["within_second"]), strict=True))
-    return {"within": within, "between": found["between"], "gap": found["gap"]}
+    within = dict(zip(names, (results["within_first"], results["within_second"]), strict=True))
+    return {"within": within, "between": results["between"], "gap": results["gap"]}
 
 
 def _pairs(vectors: _Vectors) -> PairSums:
-    return PairSums(*shared_cosines(vectors.losses, vectors.held), vectors.clusters)
+    """Return the pair sums of the corrected formulas."""
+    return PairSums(*shared_cosines(vectors.losses, vectors.present), vectors.clusters)
 
 
 def _paper_pairs(vectors: _Vectors, member: Floats) -> PairSums:
-    """As published: short rows filled by their set, and only a row and itself are no pair."""
+    """Return the pair sums as published: short rows are filled, and only a row and itself are not a pair."""
     filled = _filled(vectors, member)
-    return PairSums(*shared_cosines(filled, np.ones_like(vectors.held)), np.arange(len(filled)))
+    return PairSums(*shared_cosines(filled, np.ones_like(vectors.present)), np.arange(len(filled)))
 
 
 def _relabelled(
     vectors: _Vectors, member: Floats, pairs: PairSums | None, generator: np.random.Generator
 ) -> Floats | None:
-    """The four means [4, P] under relabelling; without `pairs`, rows are filled anew for each labelling."""
+    """Return the four means [4, P] under relabelling; without `pairs`, rows are filled anew for each labelling."""
     relabelling = Relabelling(member, vectors.clusters)
     if not relabelling.possible:
         return None
     if pairs is not None:
         return pairs.means(relabelling.draw(_RELABELLINGS, generator))
-    drawn = relabelling.draw(_PAPER_RELABELLINGS, generator)
-    return np.concatenate([_paper_pairs(vectors, labels).means(labels) for labels in drawn], axis=1)
+    memberships = relabelling.draw(_PAPER_RELABELLINGS, generator)
+    return np.concatenate([_paper_pairs(vectors, labels).means(labels) for labels in memberships], axis=1)
 
 
-def _null(value: float, drawn: Floats) -> Measurement:
-    """The mean under relabelling, and the two-sided p around it."""
-    middle = float(np.append(drawn, value).mean())
+def _null(value: float, relabelled: Floats) -> Measurement:
+    """Return the mean under relabelling, and the two-sided p around it."""
+    centre = float(np.append(relabelled, value).mean())
     return {
-        "value": float(drawn.mean()),
-        "n": len(drawn),
-        "p": permutation_p(abs(value - middle), np.abs(drawn - middle) + 1e-12),
+        "value": float(relabelled.mean()),
+        "n": len(relabelled),
+        "p": permutation_p(abs(value - centre), np.abs(relabelled - centre) + 1e-12),
     }
 
 
 def _pca(vectors: _Vectors, names: Sequence[str], formulas: str) -> Results:
-    """Two coordinates of every row that has the tokens used: half of the rows of each set, at least."""
-    lengths = vectors.held.sum(1)
+    """Return two coordinates of every row that has all the tokens used.
+
+    The number of tokens used is the smallest median length of a set, so at least half of the rows of each set have a
+    coordinate.
+    """
+    lengths = vectors.present.sum(1)
     if formulas == "paper":
         losses, used = vectors.losses.copy(), vectors.losses.shape[1]
         for at in range(len(names)):
@@ -251,7 +272,7 @@ def _pca(vectors: _Vectors, names: Sequence[str], formulas: str) -> Results:
         return missing("fewer than three rows are long enough", len(kept))
     centred = losses[kept, :used] - losses[kept, :used].mean(0)
     left, scales, directions = np.linalg.svd(centred, full_matrices=False)
-    # The sign of a component is arbitrary; here its largest loading is positive.
+    # The sign of a component is arbitrary. The largest loading is made positive.
     signs = np.sign(directions[np.arange(2), np.abs(directions[:2]).argmax(1)])
     points = left[:, :2] * scales[:2] * signs
     total = float(np.sum(scales**2))

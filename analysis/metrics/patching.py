@@ -1,11 +1,12 @@
-"""Family 7, patching (arXiv 2507.03662): at which depth does another model's state change what a model says?
+"""Patching (family 7; arXiv 2507.03662): at which depth does the state of another model change what a model says?
 
-The donor's block output (base's, say) is put into the recipient (instruct, or a checkpoint) at one layer after the
-other; the curve is the completion's loss and the probability of its tokens. Where the donor's state alone moves them,
-the blocks above no longer undo what the two models differ in. Far from its own state any model does badly, so beside
-every number stands its null: a state as far from the recipient's own as the donor's, in a random direction.
+The block output of a donor (the base model) is put into a recipient (instruct or a checkpoint), one window of layers
+after the other. The curve shows the loss of the completion, and the probability of its tokens. Where the state of the
+donor alone moves them, the blocks above no longer undo the difference between the two models. Any model does badly far
+from its own states. Therefore every number stands beside its null: the state of the recipient, moved equally far from
+its own value in a random direction.
 
-The paper skipped rows in silence; here each is counted, with the reason.
+The paper skipped some rows without saying so; here each skipped row is counted, with the reason.
 """
 
 from collections.abc import Hashable, Sequence
@@ -24,64 +25,70 @@ Results = dict[str, Any]
 
 
 def patching(curve: PatchCurve, clusters: Sequence[Hashable] | None = None, seed: int = 0) -> Results:
-    """{"rows": {"read", "skipped": {reason: rows}}, "clean", "donor": {quantity: mean}, "windows": {layers: …}}.
+    """Return {"rows": {"read", "skipped": {reason: rows}}, "clean", "donor": {quantity: mean}, "windows": {layers: …}}.
 
-    A window holds, for "loss" (nats a token) and "probability" (of the target token), the patched mean; the change from
-    clean, over the same rows; and "toward_donor", that change over the donor's own, 1 where the patch alone makes the
-    recipient do as the donor. "null" is the same for noise of equal size. "not_finite" counts rows whose loss
-    overflowed under the patch and which its numbers leave out.
+    The quantities are "loss" (nats per token) and "probability" (of the target token). For each, a window holds
+    "patched", the mean under the patch; "change", the change from clean over the same rows; and "toward_donor", that
+    change divided by the donor's own change from clean, which is 1 where the patch alone makes the recipient behave
+    like the donor. "null" is the same number for noise of equal size. "not_finite" counts the rows whose loss
+    overflowed; the numbers of the window leave them out.
 
     Args:
-        clusters: a label per row of the probe set, for the intervals.
+        clusters: a label for each row of the probe set, for the intervals.
     """
     labels = None if clusters is None else [clusters[number] for number in curve.numbers]
-    shown: Results = {"rows": {"read": len(curve.numbers), "skipped": dict(curve.skipped)}}
+    results: Results = {"rows": {"read": len(curve.numbers), "skipped": dict(curve.skipped)}}
     for name, scores in (("clean", curve.clean), ("donor", curve.donor)):
         finite = np.flatnonzero(np.isfinite(scores.loss))
-        shown[name] = {q: measurement(_of(scores, q)[finite], _kept(labels, finite), seed) for q in QUANTITIES}
+        results[name] = {
+            quantity: measurement(_quantity(scores, quantity)[finite], _selected_labels(labels, finite), seed)
+            for quantity in QUANTITIES
+        }
     windows = zip(curve.windows, curve.patched, curve.noise, strict=True)
-    shown["windows"] = {
+    results["windows"] = {
         window_name(window): _window(curve, patched, noise, labels, seed) for window, patched, noise in windows
     }
-    return shown
+    return results
 
 
 def window_name(window: Window) -> str:
-    """Text for layers patched together: "3", "4-7", "0,2"."""
+    """Return the text for layers that are patched together: "3", "4-7", "0,2"."""
     if len(window) > 1 and list(window) == list(range(window[0], window[-1] + 1)):
         return f"{window[0]}-{window[-1]}"
     return ",".join(map(str, window))
 
 
 def _window(curve: PatchCurve, patched: Scores, noise: Scores, labels: Sequence[Hashable] | None, seed: int) -> Results:
-    """One window's numbers, over the rows whose losses are finite in all four runs."""
+    """Return the numbers of one window, over the rows whose losses are finite in all four runs."""
     runs = (patched, noise, curve.clean, curve.donor)
     finite = np.flatnonzero(np.isfinite([run.loss for run in runs]).all(0))
     result: Results = {"not_finite": len(curve.numbers) - len(finite)}
-    kept = _kept(labels, finite)
+    kept_labels = _selected_labels(labels, finite)
     for quantity in QUANTITIES:
         if not len(finite):
-            gone = missing(_NOT_FINITE if len(curve.numbers) else "no rows")
-            result[quantity] = {"patched": gone, "change": gone, "toward_donor": gone}
+            absent = missing(_NOT_FINITE if len(curve.numbers) else "no rows")
+            result[quantity] = {"patched": absent, "change": absent, "toward_donor": absent}
             continue
-        ours, random, clean, donor = (_of(run, quantity)[finite] for run in runs)
+        treated, random, clean, donor = (_quantity(run, quantity)[finite] for run in runs)
         result[quantity] = {
-            "patched": {**measurement(ours, kept, seed), "null": float(random.mean())},
-            "change": {**paired_difference(ours, clean, kept, seed), "null": float((random - clean).mean())},
-            "toward_donor": _toward(ours - clean, random - clean, donor - clean),
+            "patched": {**measurement(treated, kept_labels, seed), "null": float(random.mean())},
+            "change": {**paired_difference(treated, clean, kept_labels, seed), "null": float((random - clean).mean())},
+            "toward_donor": _toward(treated - clean, random - clean, donor - clean),
         }
     return result
 
 
-def _toward(change: Floats, random: Floats, whole: Floats) -> Results:
-    """The change over the donor's own, with the same for noise beside it."""
-    ratio = fieller(change, whole)
-    return ratio if ratio["value"] is None else {**ratio, "null": float(random.mean() / whole.mean())}
+def _toward(change: Floats, random: Floats, donor_change: Floats) -> Results:
+    """Return the change divided by the donor's own change, with the same for noise beside it."""
+    ratio = fieller(change, donor_change)
+    return ratio if ratio["value"] is None else {**ratio, "null": float(random.mean() / donor_change.mean())}
 
 
-def _of(scores: Scores, quantity: str) -> Floats:
+def _quantity(scores: Scores, quantity: str) -> Floats:
+    """Return one quantity [n] of the scores."""
     return scores.loss if quantity == "loss" else scores.probability
 
 
-def _kept(labels: Sequence[Hashable] | None, rows: Any) -> list[Hashable] | None:
+def _selected_labels(labels: Sequence[Hashable] | None, rows: Any) -> list[Hashable] | None:
+    """Return the labels of the selected rows."""
     return None if labels is None else [labels[int(row)] for row in rows]

@@ -1,10 +1,13 @@
-"""Family 4, projection (arXiv 2507.03662, section 4.3): how far a checkpoint has moved from instruct toward base.
+"""Projection (family 4; arXiv 2507.03662, section 4.3): how far has a checkpoint moved from instruct towards base?
 
-v_l is the normalised mean of h^instruct - h^base on one half of the rows; everything is read on the other half. The
-paper estimates and reads on the same rows, which separates even noise: formulas "paper" does so. Activations are means
-over a row's tokens of one role.
-Without base, v_l is the subspace's first direction. Every number that a random direction could give stands beside its
-null: the share of drift inside V beside k / d.
+Activations h are means over the tokens of one role in a row. The direction v_l of layer l is the normalised mean of
+h^instruct - h^base on one half of the rows. All numbers are read on the other half. The paper estimates and reads on
+the same rows, which separates even noise; formulas="paper" does the same. Without a base model, v_l is the first
+direction of the subspace.
+
+Retention is (p_checkpoint - p_base) / (p_instruct - p_base), where p is the mean of h . v_l: 1 is like instruct, 0 is
+like base. The share of the drift inside the subspace V stands beside its null k / d, the share that a random subspace
+of the same rank would hold.
 """
 
 import numpy as np
@@ -28,13 +31,19 @@ def projection(
     seed: int = 0,
     formulas: str = "corrected",
 ) -> dict[str, dict[str, Measurement] | dict[str, dict[str, Measurement]]]:
-    """{"layers": {l: {quantity: measurement}}, "mean": {"retention", "penalty"}} from readings of the same rows.
+    """Return {"layers": {l: {quantity: measurement}}, "mean": {"retention", "penalty"}} from readouts of the same rows.
 
-    Per layer: p_checkpoint, p_instruct, p_base (mean h . v_l); retention, (p_checkpoint - p_base) over
-    (p_instruct - p_base); separation (p_instruct - p_base) / (sd + sd); drift_cosine, the cosine of
-    h^checkpoint - h^instruct and h^base - h^instruct; drift_inside, the share of squared drift inside V; penalty
-    E ||V^T drift||^2 / s_l over tokens. "mean" averages over layers: retention in units of each layer's gap, estimated
-    on the first half.
+    The quantities of a layer:
+
+    - p_checkpoint, p_instruct, p_base: the mean of h . v_l, in units of the activations.
+    - retention: (p_checkpoint - p_base) / (p_instruct - p_base).
+    - separation: (p_instruct - p_base) / (sd_instruct + sd_base).
+    - drift_cosine: the cosine of the mean h^checkpoint - h^instruct and the mean h^base - h^instruct.
+    - drift_inside: the share of the squared drift inside V.
+    - penalty: E ||V^T drift||^2 / s_l over tokens, where s_l is the scale of the subspace at layer l.
+
+    "mean" averages over layers. For retention, each layer counts in units of its own gap between instruct and base,
+    which is estimated on the first half of the rows.
     """
     rows = np.flatnonzero(instruct.counts.numpy())
     if len(rows) < 4:
@@ -51,15 +60,15 @@ def projection(
             if readout is not None
         }
         direction, gap = _direction(states, first, layer, subspace)
-        read = {name: h[second] @ direction for name, h in states.items()} if direction is not None else {}
+        positions = {name: h[second] @ direction for name, h in states.items()} if direction is not None else {}
         layers[str(layer)] = {
-            **_positions(read, seed),
+            **_positions(positions, seed),
             **_drift(states, second, layer, subspace),
             "penalty": _penalty(checkpoint, instruct, subspace, [layer], seed),
         }
         if base is not None and gap > 0:
-            steps.append((read["checkpoint"] - read["base"]) / gap)
-            gaps.append((read["instruct"] - read["base"]) / gap)
+            steps.append((positions["checkpoint"] - positions["base"]) / gap)
+            gaps.append((positions["instruct"] - positions["base"]) / gap)
     retention = fieller(np.mean(steps, 0), np.mean(gaps, 0)) if steps else missing(NO_BASE, len(second))
     inside = sorted(subspace.bases) if subspace is not None else []
     return {
@@ -71,7 +80,10 @@ def projection(
 def _direction(
     states: dict[str, Floats], first: Floats, layer: int, subspace: Subspace | None
 ) -> tuple[Floats | None, float]:
-    """Unit direction [d] toward instruct, and the gap along it on the half it comes from (0 without base)."""
+    """Return the unit direction [d] towards instruct, and the gap along it on the rows it is estimated from.
+
+    Without a base model the gap is 0.
+    """
     if "base" in states:
         mean = (states["instruct"][first] - states["base"][first]).mean(0)
         gap = float(np.linalg.norm(mean))
@@ -81,19 +93,23 @@ def _direction(
     return None, 0.0
 
 
-def _positions(read: dict[str, Floats], seed: int) -> dict[str, Measurement]:
-    """Where the three models stand along the direction, over the rows of the second half."""
-    n = len(next(iter(read.values()), ()))
-    reason = NO_BASE if read else "no direction: neither base nor a subspace at this layer"
-    found = {f"p_{name}": measurement(values, seed=seed) for name, values in read.items()}
-    if "base" not in read:
-        return {**found, "retention": missing(reason, n), "separation": missing(reason, n)}
-    ours, instruct, base = read["checkpoint"], read["instruct"], read["base"]
-    return {**found, "retention": fieller(ours - base, instruct - base), "separation": _separation(instruct, base)}
+def _positions(positions: dict[str, Floats], seed: int) -> dict[str, Measurement]:
+    """Return the positions of the three models along the direction, over the rows of the second half."""
+    n = len(next(iter(positions.values()), ()))
+    reason = NO_BASE if positions else "no direction: neither base nor a subspace at this layer"
+    means = {f"p_{name}": measurement(values, seed=seed) for name, values in positions.items()}
+    if "base" not in positions:
+        return {**means, "retention": missing(reason, n), "separation": missing(reason, n)}
+    at_checkpoint, at_instruct, at_base = positions["checkpoint"], positions["instruct"], positions["base"]
+    return {
+        **means,
+        "retention": fieller(at_checkpoint - at_base, at_instruct - at_base),
+        "separation": _separation(at_instruct, at_base),
+    }
 
 
 def _separation(first: Floats, second: Floats) -> Measurement:
-    """Gap of the means of two paired samples [n] in units of their standard deviations' sum."""
+    """Return the gap of the means of two paired samples [n], divided by the sum of their standard deviations."""
     n = len(first)
     if n < 3:
         return missing("a spread needs at least three rows on this half", n)
@@ -112,7 +128,7 @@ def _separation(first: Floats, second: Floats) -> Measurement:
 
 
 def _drift(states: dict[str, Floats], second: Floats, layer: int, subspace: Subspace | None) -> dict[str, Measurement]:
-    """Where the drift from instruct points: toward base, and into the subspace."""
+    """Return where the drift from instruct points: towards base, and into the subspace."""
     drift = states["checkpoint"][second] - states["instruct"][second]
     n = len(second)
     cosine, inside = missing(NO_BASE, n), missing("no subspace at this layer", n)
@@ -123,13 +139,13 @@ def _drift(states: dict[str, Floats], second: Floats, layer: int, subspace: Subs
             cosine = _mean_cosine(drift, states["base"][second] - states["instruct"][second])
         if subspace is not None and layer in subspace.bases:
             basis = subspace.bases[layer].double().numpy()
-            found = share(((drift @ basis) ** 2).sum(1), (drift**2).sum(1))
-            inside = {**found, "null": basis.shape[1] / basis.shape[0]}
+            measured = share(((drift @ basis) ** 2).sum(1), (drift**2).sum(1))
+            inside = {**measured, "null": basis.shape[1] / basis.shape[0]}
     return {"drift_cosine": cosine, "drift_inside": inside}
 
 
 def _mean_cosine(left: Floats, right: Floats) -> Measurement:
-    """Cosine of two mean vectors over the same rows [n, d], with the interval of `_cosine_interval`."""
+    """Return the cosine of the mean vectors of two samples [n, d] of the same rows; see `_cosine_interval`."""
     means = left.mean(0), right.mean(0)
     lengths = float(np.linalg.norm(means[0]) * np.linalg.norm(means[1]))
     value = float(means[0] @ means[1]) / lengths if lengths > 0 else 0.0
@@ -137,15 +153,16 @@ def _mean_cosine(left: Floats, right: Floats) -> Measurement:
 
 
 def _cosine_interval(left: Floats, right: Floats) -> Interval:
-    """Student's t interval of the cosine over pairs of different rows, its error from leaving out each row.
+    """Return Student's t interval of the cosine over pairs of different rows.
 
-    A row's noise times itself lengthens noisy means, which draws their cosine to 0 (or, where both share the noise, to
-    1). Products of different rows have none of it. (-1, 1) where a mean is not longer than its noise.
+    Its standard error comes from leaving out each row. The product of the noise of a row with itself makes noisy means
+    longer. This pulls their cosine towards 0, or towards 1 where both means share the noise. Products of different rows
+    do not contain it. The interval is (-1, 1) where a mean is not longer than its noise.
     """
     n = len(left)
-    products = [_of_different_rows(*two) for two in ((left, right), (left, left), (right, right))]
-    whole = [float(each[0]) for each in products]
-    shared, first, second = (each[1] for each in products)
+    products = [_of_different_rows(*pair) for pair in ((left, right), (left, left), (right, right))]
+    whole = [float(total) for total, _ in products]
+    shared, first, second = (without_each for _, without_each in products)
     if min(whole[1], whole[2], first.min(), second.min()) <= 0:
         return -1.0, 1.0
     value, without = whole[0] / np.sqrt(whole[1] * whole[2]), shared / np.sqrt(first * second)
@@ -155,15 +172,16 @@ def _cosine_interval(left: Floats, right: Floats) -> Interval:
 
 
 def _of_different_rows(left: Floats, right: Floats) -> tuple[float, Floats]:
-    """Sum over i != j of left_i . right_j for rows [n, d], and the same without each row [n]."""
-    own, (one, other) = (left * right).sum(1), (left.sum(0), right.sum(0))
-    return float(one @ other - own.sum()), ((one - left) * (other - right)).sum(1) - (own.sum() - own)
+    """Return the sum over i != j of left_i . right_j for rows [n, d], and that sum without each row [n]."""
+    same_row, (left_sum, right_sum) = (left * right).sum(1), (left.sum(0), right.sum(0))
+    without_each = ((left_sum - left) * (right_sum - right)).sum(1) - (same_row.sum() - same_row)
+    return float(left_sum @ right_sum - same_row.sum()), without_each
 
 
 def _penalty(
     checkpoint: Readout, instruct: Readout, subspace: Subspace | None, layers: list[int], seed: int
 ) -> Measurement:
-    """Mean over tokens and layers of ||V^T (h^checkpoint - h^instruct)||^2 / s_l, rows as clusters."""
+    """Return the mean over tokens and layers of ||V^T (h^checkpoint - h^instruct)||^2 / s_l, with rows as clusters."""
     if subspace is None or not layers or any(layer not in subspace.bases for layer in layers):
         return missing("no subspace at this layer")
     values = np.mean(

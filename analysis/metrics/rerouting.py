@@ -1,16 +1,17 @@
-"""Family 10, rerouting (no counterpart in arXiv 2507.03662): has the fine-tune gone around the protected subspace?
+"""Rerouting (family 10; not in arXiv 2507.03662): has the fine-tune gone around the protected subspace?
 
-A penalty on the drift inside V says nothing of the drift outside. So the subspace is fitted again after training, to
-the drift h^checkpoint - h^instruct of row-mean activations (uncentred SVD, as many directions as V has): how much of
-the drift lies inside V and outside, how much of it the refitted directions hold, and at what angles they stand to V.
-A checkpoint that went around V has little drift inside, much of it in few refitted directions, and these at right
-angles to V. Beside every number stands what a random subspace of equal rank would give.
+A penalty on the drift inside V says nothing about the drift outside. Therefore the subspace is fitted again after
+training, to the drift h^checkpoint - h^instruct of row-mean activations (uncentred SVD, with as many directions as V
+has). The family says how much of the drift lies inside V and outside, how much of it the refitted directions hold, and
+at what angles they stand to V. In a checkpoint that went around V, little of the drift lies inside V, a few refitted
+directions hold much of it, and they are at right angles to V. Beside each number stands its null: what a random
+subspace of equal rank would give.
 
-A refit holds most of the very drift it was fitted to, noise included: `in_sample` shows that, `held_out` is read on the
-half of the rows that did not give it. V was not fitted to this drift, so for it all rows are read.
+A refit holds most of the drift that it was fitted to, including the noise. `in_sample` shows this share; `held_out` is
+read on the half of the rows that was not used for the fit. V was not fitted to this drift, so all rows are used for V.
 
-The third question of this family, how fast alignment is lost when training continues unprotected, needs a second
-fine-tune that starts from the checkpoint. It compares runs, not readings of one checkpoint, and is not measured here.
+A third question is how fast alignment is lost when training continues without protection. It needs a second fine-tune
+that starts from the checkpoint, and it compares runs, not the readouts of one checkpoint. It is not measured here.
 """
 
 from typing import Any
@@ -44,60 +45,61 @@ Results = dict[str, Any]
 def rerouting(
     checkpoint: Readout, instruct: Readout, subspace: Subspace | None = None, rank: int | None = None, seed: int = 0
 ) -> Results:
-    """{"layers": {l: {"inside", "outside", "refit": {"held_out", "in_sample"}, "angles", "overlap"}}, "mean"}.
+    """Return {"layers": {l: {"inside", "outside", "refit": {"held_out", "in_sample"}, "angles", "overlap"}}, "mean"}.
 
-    Shares are of the squared drift; "angles" are the principal angles, in degrees, between V and the refit to all rows,
-    smallest first, and "overlap" is ||Q1^T Q2||_F^2 / min(k1, k2). "mean" averages what is known over V's layers.
+    Shares are shares of the squared drift. "angles" are the principal angles, in degrees, between V and the refit to
+    all rows, smallest first. "overlap" is ||Q1^T Q2||_F^2 / min(k1, k2). "mean" averages "inside", "outside" and
+    "overlap" over the layers of V that have them.
 
     Args:
-        checkpoint, instruct: readings of the same rows.
-        subspace: V, at its own layers; without it only the refit is shown.
-        rank: directions refitted; None takes V's rank, or 1.
+        checkpoint, instruct: readouts of the same rows.
+        subspace: V, at its own layers; without it only the refit is measured.
+        rank: the number of directions to refit; None takes the rank of V, or 1 without V.
     """
     rows = np.flatnonzero(instruct.counts.numpy())
     layers: Results = {}
-    found: dict[str, list[Estimate]] = {name: [] for name in _AVERAGED}
+    by_name: dict[str, list[Estimate]] = {name: [] for name in _AVERAGED}
     for layer in sorted(instruct.pooled):
         basis = None
         if subspace is not None and layer in subspace.bases:
             basis = subspace.bases[layer].double().numpy()
-        wanted = rank if rank is not None else 1 if basis is None else basis.shape[1]
-        options = Options(wanted, centred=False, in_sample=False, seed=seed, size=len(instruct.counts))
+        refit_rank = rank if rank is not None else 1 if basis is None else basis.shape[1]
+        options = Options(refit_rank, centred=False, in_sample=False, seed=seed, size=len(instruct.counts))
         layers[str(layer)], estimates = _layer(checkpoint.pooled[layer], instruct.pooled[layer], rows, basis, options)
         for name, estimate in estimates.items():
-            found[name].append(estimate)
+            by_name[name].append(estimate)
     means = {
         name: mean_estimate(parts, parts[0].n).share() if parts else missing(_reason(layers, name), len(rows))
-        for name, parts in found.items()
+        for name, parts in by_name.items()
     }
     return {"layers": layers, "mean": means}
 
 
 def _reason(layers: Results, name: str) -> str:
-    """Why no layer has a number."""
+    """Return why no layer has a number."""
     return next((str(layer[name]["reason"]) for layer in layers.values()), "no layer was read")
 
 
 def _layer(
     checkpoint: Tensor, instruct: Tensor, rows: Ints, basis: Floats | None, options: Options
 ) -> tuple[Results, dict[str, Estimate]]:
-    """One layer's measurements, and the estimates that are averaged over layers."""
+    """Return the measurements of one layer, and the estimates that are averaged over layers."""
     reason = obstacle(checkpoint, instruct, rows, options.seed)
     if reason is not None:
-        gone = missing(reason, len(rows))
-        refit = {"held_out": gone, "in_sample": gone}
-        return {"inside": gone, "outside": gone, "refit": refit, "angles": [], "overlap": gone}, {}
+        absent = missing(reason, len(rows))
+        refit = {"held_out": absent, "in_sample": absent}
+        return {"inside": absent, "outside": absent, "refit": refit, "angles": [], "overlap": absent}, {}
     whole = Residuals.of(checkpoint, instruct, rows)
     refitted = _refit(SplitSet(checkpoint, instruct, rows, options))
     if basis is None:
-        gone = missing(_NO_SUBSPACE, len(rows))
-        return {"inside": gone, "outside": gone, "refit": refitted, "angles": [], "overlap": gone}, {}
+        absent = missing(_NO_SUBSPACE, len(rows))
+        return {"inside": absent, "outside": absent, "refit": refitted, "angles": [], "overlap": absent}, {}
     width, k = basis.shape
     inside = explained(basis, whole, False, options.size).at(k)
     outside = Estimate(1 - inside.value, -inside.influence, inside.n)
-    against = compare(decompose(whole), basis, options.rank, options.size).bounded()
-    refit_rank = against.cosines.value.shape[0]
-    angles = [against.principal.at(at).degrees() for at in range(min(refit_rank, k))]
+    comparison = compare(decompose(whole), basis, options.rank, options.size).bounded()
+    refit_rank = comparison.cosines.value.shape[0]
+    angles = [comparison.principal.at(place).degrees() for place in range(min(refit_rank, k))]
     for angle, null in zip(angles, random_angles(width, refit_rank, k), strict=True):
         angle["null"] = null
     return {
@@ -105,20 +107,23 @@ def _layer(
         "outside": {**outside.share(), "null": 1 - k / width},
         "refit": refitted,
         "angles": angles,
-        "overlap": {**against.overlap.share(), "null": random_overlap(width, refit_rank, k)},
-    }, {"inside": inside, "outside": outside, "overlap": against.overlap}
+        "overlap": {**comparison.overlap.share(), "null": random_overlap(width, refit_rank, k)},
+    }, {"inside": inside, "outside": outside, "overlap": comparison.overlap}
 
 
 def _refit(drift: SplitSet) -> Results:
-    """What the directions of each half hold of the other half's drift, and of their own; both ways averaged."""
+    """Return what share of the drift the directions of each half hold: on the other half, and on their own half.
+
+    Both ways are averaged.
+    """
     if drift.rank == 0:
-        gone = missing(_PARTLY, len(drift.rows))
-        return {"held_out": gone, "in_sample": gone}
+        absent = missing(_PARTLY, len(drift.rows))
+        return {"held_out": absent, "in_sample": absent}
     k, size = drift.rank, drift.options.size
-    own = [explained(spectrum.basis(k), part, False, size).at(k) for part, spectrum in drift.parts]
-    across = explained_across(drift)
+    same_half = [explained(spectrum.basis(k), part, False, size).at(k) for part, spectrum in drift.parts]
+    other_half = explained_across(drift)
     null = k / drift.width
     return {
-        "held_out": {**across.at(k).share(), "null": null},
-        "in_sample": {**mean_estimate(own, len(drift.rows)).share(), "null": null},
+        "held_out": {**other_half.at(k).share(), "null": null},
+        "in_sample": {**mean_estimate(same_half, len(drift.rows)).share(), "null": null},
     }

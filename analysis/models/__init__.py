@@ -1,1 +1,1 @@
-"""Models: load them, find their blocks, hook them, render chat rows for them, run them."""
+"""Models: load them, find and hook their decoder blocks, render chat rows for them, and run them."""

@@ -1,10 +1,14 @@
 """Read and change activations by forward hooks that are always removed.
 
-Layers are numbered as everywhere: l is the output of decoder block l. Interventions may also take `EMBEDDING`, the
-stream that enters block 0.
+    with capture(model, [12]) as outputs:
+        model(**batch)  # outputs[12] is then [B, T, d]
 
-A hook sees whole activations [B, T, d] whatever shards the weights (ZeRO-3, FSDP) or spreads the blocks over devices.
-transformers 5.23 checkpoints a block's `forward`, so that hooks lie outside the recomputation, re-entrant or not.
+Layers are numbered as everywhere in Holdfast: layer l is the output of decoder block l. Interventions may also name
+`EMBEDDING`, the residual stream that enters block 0.
+
+A hook sees whole activations [B, T, d], even if the weights are sharded (ZeRO-3, FSDP) or the blocks are spread over
+devices. For gradient checkpointing, transformers 5.23 wraps the `forward` of a block, so hooks lie outside the
+recomputation, re-entrant or not.
 """
 
 import weakref
@@ -20,7 +24,7 @@ from .layers import BlockOutput, block_output, find_layers
 
 EMBEDDING = -1
 
-# What a hook does with the stream [B, T, d]: another one to go on with, or None.
+# Called with the residual stream [B, T, d]. Returns the stream to continue with, or None to leave it unchanged.
 _Look = Callable[[Tensor], Tensor | None]
 _MARK = "_holdfast_installed"
 
@@ -32,7 +36,7 @@ def observe(
     """Call `see(layer, output [B, T, d])` as soon as each of the decoder blocks `layers` has run.
 
     Raises:
-        UserError: a layer the model does not have, or hooks of ours left on it.
+        UserError: a layer that the model does not have, or a Holdfast hook that was left on the model.
     """
     with _hooked(model, layers, lambda layer: lambda hidden: see(layer, hidden), override):
         yield
@@ -42,17 +46,17 @@ def observe(
 def patch(
     model: nn.Module, layers: Sequence[int], change: Callable[[int, Tensor], Tensor], override: str | None = None
 ) -> Iterator[None]:
-    """Let the model go on with `change(layer, output [B, T, d])` in place of the output of decoder blocks `layers`.
+    """Replace the output of decoder blocks `layers` by `change(layer, output [B, T, d])`.
 
-    What else a block returns stays as it is. Contexts nest: a hook installed later meets what the earlier ones made of
-    the output, so `observe` or `capture` inside a `patch` sees the patched stream.
+    Other values that a block returns stay as they are. Contexts nest: a hook that is installed later gets the output as
+    the earlier hooks changed it, so `observe` or `capture` inside a `patch` sees the patched stream.
 
     Args:
-        change: returns a new tensor of the same shape and dtype. It must not write into the one it is given, which the
-            model, its cache or the gradient may still need.
+        change: returns a new tensor of the same shape and dtype. It must not write into the tensor that it is given,
+            because the model, its cache or the gradient may still need it.
 
     Raises:
-        UserError: a layer the model does not have, or hooks of ours left on it.
+        UserError: a layer that the model does not have, or a Holdfast hook that was left on the model.
         ValueError: a change of shape or dtype.
     """
     with _hooked(model, layers, lambda layer: lambda hidden: change(layer, hidden), override):
@@ -63,17 +67,22 @@ def patch(
 def at_stream(
     model: nn.Module, layers: Sequence[int], look: Callable[[int, Tensor], Tensor | None], override: str | None = None
 ) -> Iterator[None]:
-    """As `observe` (where `look` returns None) and `patch`, with `EMBEDDING` among the layers."""
+    """Observe the stream (where `look` returns None) or patch it, at layers that may include `EMBEDDING`.
+
+    Otherwise like `observe` and `patch`.
+    """
     with _hooked(model, layers, lambda layer: lambda hidden: look(layer, hidden), override, first=EMBEDDING):
         yield
 
 
 @contextmanager
 def capture(model: nn.Module, layers: Sequence[int], override: str | None = None) -> Iterator[dict[int, Tensor]]:
-    """Fill a dict with the outputs [B, T, d] of decoder blocks `layers` at each forward pass, gradient graph attached.
+    """Fill a dict with the outputs [B, T, d] of decoder blocks `layers` in each forward pass, gradient graph attached.
+
+    The dict is emptied when the context ends.
 
     Raises:
-        UserError: a layer the model does not have, or hooks of ours left on it.
+        UserError: a layer that the model does not have, or a Holdfast hook that was left on the model.
     """
     captured: dict[int, Tensor] = {}
     with observe(model, layers, captured.__setitem__, override):
@@ -84,10 +93,10 @@ def capture(model: nn.Module, layers: Sequence[int], override: str | None = None
 
 
 def check_unhooked(model: nn.Module, override: str | None = None) -> None:
-    """Refuse a model on which any hook of ours is installed: what a run does before it starts.
+    """Check that no Holdfast hook is installed on a model. A training run calls this before it starts.
 
     Raises:
-        UserError: a hook of a run that has not ended, or one that was copied with the model.
+        UserError: a hook of a run that has not ended, or a hook that was copied with the model.
     """
     for number, block in enumerate(find_layers(model, override)):
         if _installed(block):
@@ -101,7 +110,7 @@ def check_unhooked(model: nn.Module, override: str | None = None) -> None:
 def _hooked(
     model: nn.Module, layers: Sequence[int], look: Callable[[int], _Look], override: str | None, first: int = 0
 ) -> Iterator[None]:
-    """Forward hooks on decoder blocks, removed whatever happens."""
+    """Install forward hooks on decoder blocks. They are removed when the context ends, also after an error."""
     blocks = find_layers(model, override)
     missing = [layer for layer in layers if not first <= layer < len(blocks)]
     if missing:
@@ -119,19 +128,19 @@ def _hooked(
 
 
 class _Installed:
-    """The mark on a hook of ours: on which block it was installed, and whether its context is still open."""
+    """Marks a hook as Holdfast's: the block on which it was installed, and whether its context is still open."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block, self.active = weakref.ref(block), True
 
 
 def _install(block: nn.Module, look: _Look, entering: bool) -> tuple[_Installed, RemovableHandle]:
-    """A hook on what a block puts out, or on what it takes in."""
+    """Install a hook on the output of a block, or on its input if `entering`."""
     installed = _Installed(block)
 
     def after(_module: nn.Module, _args: object, output: BlockOutput) -> BlockOutput | None:
         changed = look(block_output(output))
-        return None if changed is None else _exchanged(output, changed)
+        return None if changed is None else _with_stream(output, changed)
 
     def before(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         hidden = args[0] if args else named["hidden_states"]
@@ -154,7 +163,10 @@ def _installed(block: nn.Module) -> list[_Installed]:
 
 
 def _refuse_left_over(blocks: nn.ModuleList) -> None:
-    """Hooks travel with a copied model and would stay on it for ever; those of open contexts may nest."""
+    """Raise UserError for a hook that was copied together with a model, because it would stay there for ever.
+
+    Hooks of contexts that are still open are allowed: contexts may nest.
+    """
     for number, block in enumerate(blocks):
         if any(not mark.active or mark.block() is not block for mark in _installed(block)):
             raise UserError(
@@ -163,8 +175,8 @@ def _refuse_left_over(blocks: nn.ModuleList) -> None:
             )
 
 
-def _exchanged(output: BlockOutput, changed: Tensor) -> BlockOutput:
-    """A block's output with another residual stream."""
+def _with_stream(output: BlockOutput, changed: Tensor) -> BlockOutput:
+    """Return a block's output with its residual stream replaced."""
     _check_alike(block_output(output), changed)
     return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
@@ -172,6 +184,6 @@ def _exchanged(output: BlockOutput, changed: Tensor) -> BlockOutput:
 def _check_alike(stream: Tensor, changed: Tensor) -> None:
     if changed.shape != stream.shape or changed.dtype != stream.dtype:
         raise ValueError(
-            f"patch: a block put out {tuple(stream.shape)} of {stream.dtype}, the change {tuple(changed.shape)} of "
-            f"{changed.dtype}"
+            f"patch: a block returned {tuple(stream.shape)} of {stream.dtype}, but the change returned "
+            f"{tuple(changed.shape)} of {changed.dtype}: return a tensor of the same shape and dtype"
         )

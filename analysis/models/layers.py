@@ -1,7 +1,7 @@
-"""Find the decoder blocks and the LM-head-free backbone of any transformers causal LM.
+"""Find the decoder blocks of any transformers causal LM, and its backbone (the model without its LM head).
 
-Layer convention, everywhere in Holdfast: layer l is the output of decoder block l (0-based), before the final norm,
-read by a forward hook. `hidden_states` is never used: its last entry is taken after the final norm.
+Layer convention everywhere in Holdfast: layer l is the output of decoder block l (0-based), before the final norm, read
+by a forward hook. `hidden_states` is never used, because its last entry is taken after the final norm.
 """
 
 import torch
@@ -13,15 +13,15 @@ from ..errors import UserError
 
 BlockOutput = Tensor | tuple[Tensor, ...]
 
-# Where a loaded model keeps the path of its blocks, so that every reader of its layers finds the same ones.
+# The attribute in which a loaded model keeps the path of its blocks, so that all code finds the same blocks.
 _PATH = "_holdfast_layers_path"
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP, DeepSpeed, `torch.compile` and PEFT wrappers, adapters left in place.
+    """Return the transformers model inside DDP, DeepSpeed, `torch.compile` and PEFT wrappers. Adapters stay in place.
 
     Raises:
-        UserError: something else than a transformers causal LM inside.
+        UserError: the innermost model is not a transformers causal LM.
     """
     while not isinstance(model, PreTrainedModel):
         # DDP and DeepSpeed register the wrapped model as `module`, torch.compile as `_orig_mod`.
@@ -36,21 +36,25 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """The decoder without its LM head: `backbone(input_ids=…, attention_mask=…).last_hidden_state` is [B, T, d]."""
+    """Return the decoder without its LM head.
+
+    `backbone(input_ids=…, attention_mask=…).last_hidden_state` is [B, T, d].
+    """
     inner = unwrap(model)
     decoder = inner.get_decoder()
     if decoder is not inner:
         return decoder
-    # Where transformers does not know it gives the whole model (Llama 4's text models): the decoder holds the blocks.
+    # transformers returns the whole model if it does not know the decoder, as for Llama 4's text models. The decoder is
+    # then the module that holds the blocks.
     blocks = find_layers(inner)
     return next(module for module in inner.modules() if any(child is blocks for child in module.children()))
 
 
 def set_layers_path(model: nn.Module, path: str) -> None:
-    """Let `find_layers` look for this model's decoder blocks at a dotted path, whoever asks.
+    """Set the dotted path at which every later `find_layers` looks for this model's decoder blocks.
 
     Raises:
-        UserError: no list of modules there.
+        UserError: there is no list of modules at the path.
     """
     inner = unwrap(model)
     _layers_at(inner, path)
@@ -58,12 +62,12 @@ def set_layers_path(model: nn.Module, path: str) -> None:
 
 
 def find_layers(model: nn.Module, override: str | None = None) -> nn.ModuleList:
-    """The decoder blocks in order.
+    """Return the decoder blocks in order.
 
     Args:
         model: a transformers causal LM, bare or wrapped by PEFT, DDP or DeepSpeed.
-        override: dotted path of the block list inside the transformers model, for architectures not found by shape.
-            None takes the path of `set_layers_path`, where one was set.
+        override: dotted path of the block list inside the transformers model, for architectures whose blocks are not
+            found by shape. None takes the path of `set_layers_path`, if one was set.
 
     Raises:
         UserError: no list of `num_hidden_layers` modules, or several, or an override that leads nowhere.
@@ -75,17 +79,17 @@ def find_layers(model: nn.Module, override: str | None = None) -> nn.ModuleList:
     decoder = inner.get_decoder()
     depth = inner.config.get_text_config().num_hidden_layers
     children = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    found = [blocks for blocks in children or _outer_lists(decoder).values() if len(blocks) == depth]
-    if len(found) != 1:
+    candidates = [blocks for blocks in children or _outer_lists(decoder).values() if len(blocks) == depth]
+    if len(candidates) != 1:
         raise UserError(
-            f"found {len(found)} lists of {depth} decoder blocks in {type(decoder).__name__}: name the blocks' path "
-            f"with --layers_path, one of {_list_names(inner)}"
+            f"found {len(candidates)} lists of {depth} decoder blocks in {type(decoder).__name__}: name the blocks' "
+            f"path with --layers_path, one of {_list_names(inner)}"
         )
-    return found[0]
+    return candidates[0]
 
 
 def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Module lists by path, without those inside another (a block's experts, say)."""
+    """Return the module lists by path, without the lists inside another list (such as the experts of a block)."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
@@ -112,10 +116,15 @@ def _layers_at(model: nn.Module, path: str) -> nn.ModuleList:
 
 
 def parse_layers(spec: str | None, n_layers: int, name: str = "layers") -> list[int]:
-    """Sorted layer numbers of `"all"` (or None), `"3"`, `"0,2,5"`, `"4-10"` (both ends included) or a mix of them.
+    """Parse a list of layers, and return their numbers in order.
 
     Args:
-        name: of what was written, for the message.
+        spec: "all" (or None), "3", "0,2,5", "4-10" (both ends included), or a mix of these.
+        n_layers: number of layers of the model.
+        name: the flag that holds the text, for the error message.
+
+    Raises:
+        UserError: a text that is not a list of layers, or a layer that is out of range.
     """
     if spec is None or spec.strip().lower() == "all":
         return list(range(n_layers))
@@ -133,16 +142,16 @@ def parse_layers(spec: str | None, n_layers: int, name: str = "layers") -> list[
 
 
 def block_output(output: BlockOutput) -> Tensor:
-    """The residual stream [B, T, d] in what a decoder block returned (some architectures return a tuple)."""
+    """Return the residual stream [B, T, d] from the output of a decoder block, which may be a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
 def prove_layers(model: nn.Module, override: str | None = None) -> None:
-    """Prove that each block found carries the residual stream: change its output, see the logits move.
+    """Prove that each decoder block carries the residual stream: change its output, and check that the logits change.
 
     Raises:
-        UserError: a block whose output does not reach the logits (a wrong override, an unused module).
+        UserError: a block whose output does not reach the logits (a wrong override, or an unused module).
     """
     layers = find_layers(model, override)
     device = next(model.parameters()).device
@@ -152,7 +161,7 @@ def prove_layers(model: nn.Module, override: str | None = None) -> None:
 
         def shift(_module: nn.Module, _args: object, output: BlockOutput) -> BlockOutput:
             hidden = block_output(output)
-            # A ramp over the width: a constant shift would be removed by a LayerNorm.
+            # A ramp over the width, because a LayerNorm would remove a constant shift.
             ramp = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
             moved = hidden + ramp * (1 + hidden.abs().amax())
             return (moved, *output[1:]) if isinstance(output, tuple) else moved

@@ -1,6 +1,6 @@
-"""Log-probability and entropy of next tokens from final states, without the [B, T, V] tensor of logits.
+"""Compute log-probability and entropy of next tokens from final states, without the [B, T, V] tensor of logits.
 
-The caller compacts to the positions that count; the head then runs on chunks of them.
+The caller selects the final states of the positions that it needs. The LM head then runs on chunks of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,19 +14,19 @@ from transformers import PretrainedConfig
 from ..errors import UserError
 from .layers import find_backbone, unwrap
 
-# Logits held at once: 2**24 float32 are 64 MiB, about 110 positions of a large vocabulary. With a quarter of that a CPU
-# spends twice the time, since the head's weights are read from memory anew for each chunk.
+# Number of logits in memory at once: 2**24 float32 are 64 MiB, about 110 positions of a large vocabulary. With a fourth
+# of this number a CPU takes twice the time, because each chunk reads the head's weights from memory again.
 _CHUNK_LOGITS = 2**24
-# On a CPU they are then summed up in parts that stay in its cache: a quarter of the time.
+# On a CPU the logits are then reduced in parts that fit into its cache, which takes a quarter of the time.
 _CACHED_LOGITS = 2**19
 
 Logits = Callable[[Tensor], Tensor]
 
 
 def logits_of(model: nn.Module) -> Logits:
-    """The map from final states [N, d] to float32 logits [N, V], with the architecture's scale and soft cap.
+    """Return the function from final states [N, d] to float32 logits [N, V], with the architecture's scale and cap.
 
-    The head is called as a module, so that a sharded weight is gathered by its own hooks.
+    The head is called as a module, so that its hooks gather a sharded weight.
     """
     inner = unwrap(model)
     head: nn.Module = inner.get_output_embeddings()
@@ -35,20 +35,20 @@ def logits_of(model: nn.Module) -> Logits:
 
 
 def _logit_shape(config: PretrainedConfig) -> tuple[float, float]:
-    """The factor on a head's output, and its soft cap (0: none)."""
-    # Gemma's name; RecurrentGemma and xLSTM have their own.
+    """Return the factor on a head's output, and its soft cap (0 if there is none)."""
+    # The names used by Gemma, by RecurrentGemma and by xLSTM.
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return _logit_scale(config), next((float(cap) for name in caps if (cap := getattr(config, name, None))), 0.0)
 
 
 def _shaped(values: Tensor, scale: float, cap: float) -> Tensor:
-    # A factor of 1 would copy all logits.
+    # Multiplying by 1 would only copy all logits.
     values = values.float() if scale == 1.0 else values.float() * scale
     return cap * torch.tanh(values / cap) if cap else values
 
 
 def _logit_scale(config: PretrainedConfig) -> float:
-    """Cohere multiplies its logits, Granite divides them, Falcon-H1 has its own name for it."""
+    """Return the factor on the logits: Cohere multiplies them, Granite divides them, Falcon-H1 uses another name."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -59,18 +59,18 @@ def _logit_scale(config: PretrainedConfig) -> float:
 
 @torch.no_grad()
 def prove_head(model: nn.Module) -> None:
-    """Prove on four tokens that backbone plus head give the model's own logits.
+    """Prove on four tokens that the backbone followed by `logits_of` gives the model's logits.
 
     Raises:
-        UserError: an architecture that does something else between its backbone and its logits.
+        UserError: an architecture that computes something else between its backbone and its logits.
     """
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device).remainder(unwrap(model).config.get_text_config().vocab_size)[None]
-    own = model(input_ids=ids, use_cache=False).logits
-    ours = logits_of(model)(find_backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
-    # Half-precision models shape their logits in half precision, which is rounded to under a hundredth.
-    tolerance = 1e-4 if own.dtype == torch.float32 else 1e-2
-    if not torch.allclose(own.float(), ours, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+    expected = model(input_ids=ids, use_cache=False).logits
+    computed = logits_of(model)(find_backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    # Half-precision models scale and cap their logits in half precision, with rounding errors below a hundredth.
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 1e-2
+    if not torch.allclose(expected.float(), computed, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
         raise UserError(
             f"{type(unwrap(model)).__name__} does more than a linear head between its last block and its logits: "
             "its log-probabilities cannot be read chunk by chunk; use another architecture"
@@ -81,34 +81,35 @@ def prove_head(model: nn.Module) -> None:
 def token_statistics(
     model: nn.Module, states: Tensor, targets: Tensor, *, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability [N] of `targets` [N] and entropy [N] of the next-token distribution, in nats, float32.
+    """Return the log-probability [N] of `targets` [N] and the next-token entropy [N], in nats, float32.
 
     Args:
-        model: whose head is read.
+        model: the model whose LM head is used.
         states: final states [N, d] at the positions that predict the targets.
-        entropy: whether entropies are wanted; without, the second tensor is empty.
+        entropy: whether to compute entropies; if False, the second tensor is empty.
     """
     head, vocabulary = logits_of(model), unwrap(model).config.get_text_config().vocab_size
     step = max(1, _CHUNK_LOGITS // vocabulary)
     chunks = zip(states.split(step), targets.split(step), strict=True)
-    # No name for the logits here: they are to be gone before the next ones are made, in the same memory.
-    found = [_reduced(head(state), chunk, entropy) for state, chunk in chunks]
-    return torch.cat([log_probs for log_probs, _ in found]), torch.cat([entropies for _, entropies in found])
+    # The logits get no name here, so that they are freed before the next chunk's logits take the same memory.
+    parts = [_reduced(head(state), chunk, entropy) for state, chunk in chunks]
+    return torch.cat([log_probs for log_probs, _ in parts]), torch.cat([entropies for _, entropies in parts])
 
 
 def _reduced(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-probability [n] of the targets and, if wanted, entropy [n] from logits [n, V], which are used up.
+    """Return the log-probability [n] of the targets and the entropy [n] (empty if not requested) from logits [n, V].
 
-    In as few passes as there can be: they would cost a third of the product that makes the logits.
+    The logits are overwritten. The function makes as few passes over them as possible, because these passes would cost
+    a third of the matrix product that makes the logits.
     """
     log_probs, entropies = [], []
     part = max(1, _CACHED_LOGITS // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
-    for scores, wanted in zip(logits.split(part), targets.split(part), strict=True):
+    for scores, target in zip(logits.split(part), targets.split(part), strict=True):
         scores -= scores.amax(-1, keepdim=True)
         weights = scores.exp()
         total = weights.sum(-1)
         normaliser = total.log()
-        log_probs.append(scores.gather(-1, wanted[:, None])[:, 0] - normaliser)
+        log_probs.append(scores.gather(-1, target[:, None])[:, 0] - normaliser)
         if entropy:
             entropies.append(normaliser - torch.linalg.vecdot(weights, scores) / total)
     return torch.cat(log_probs), torch.cat(entropies) if entropies else logits.new_empty(0)
@@ -116,7 +117,10 @@ def _reduced(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class StoredHead:
-    """An LM head kept without its model, called like `logits_of`: weight [V, d] and bias [V] (or none) in its dtype."""
+    """An LM head without its model, called like the function from `logits_of`.
+
+    weight: [V, d] in the head's dtype. bias: [V], or None. scale: factor on the output. cap: soft cap, 0 for none.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -125,13 +129,18 @@ class StoredHead:
 
     @classmethod
     def of(cls, model: nn.Module) -> "StoredHead":
-        """A copy of a model's head on the CPU; an adapter on the head is merged into the model first."""
+        """Copy a model's head to the CPU. An adapter on the head is merged into the model first.
+
+        Raises:
+            UserError: a head that is not a linear layer.
+        """
         head = unwrap(model).get_output_embeddings()
         if not isinstance(head, nn.Linear) and isinstance(model, PeftModel):
             head = unwrap(model.merge_and_unload()).get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise UserError(
-                f"{type(head).__name__} is not a linear LM head, so divergence cannot keep it: leave it out"
+                f"{type(head).__name__} is not a linear LM head, so the family divergence cannot keep it: leave "
+                "divergence out of --families"
             )
         bias = None if head.bias is None else head.bias.detach().cpu().clone()
         return cls(head.weight.detach().cpu().clone(), bias, *_logit_shape(unwrap(model).config.get_text_config()))
@@ -148,28 +157,34 @@ class StoredHead:
 def divergences(
     logits: Logits, states: Tensor, others: Mapping[str, tuple[Logits, Tensor]], device: torch.device
 ) -> dict[str, Tensor]:
-    """KL(own || other) [N] in nats for each of the others, float32 on the CPU; N positions in chunks.
+    """Return KL(model || other) [N] in nats for each of the other models, float32 on the CPU, chunk by chunk.
 
     Args:
-        logits: the own head, called alike often on every rank.
-        states: own final states [N, d]; those of the others are [N, d] too.
+        logits: the model's head. Every rank calls it equally often.
+        states: the model's final states [N, d].
+        others: the head and the final states [N, d] of each other model.
+        device: where the heads run.
     """
-    found: dict[str, list[Tensor]] = {name: [torch.zeros(0)] for name in others}
-    # The first position alone, which tells how wide the vocabulary is.
+    chunks: dict[str, list[Tensor]] = {name: [torch.zeros(0)] for name in others}
+    # The first chunk is a single position, which shows the size of the vocabulary.
     start, step = 0, 1
     while start < len(states):
         part = slice(start, start + step)
-        own = logits(states[part].to(device)).log_softmax(-1)
-        for name, (head, theirs) in others.items():
-            other = head(theirs[part].to(device)).log_softmax(-1)
-            found[name].append((own.exp() * (own - other)).sum(-1).cpu())
-        start += len(own)
-        step = max(1, _CHUNK_LOGITS // own.shape[-1])
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        log_probs = logits(states[part].to(device)).log_softmax(-1)
+        for name, (head, other_states) in others.items():
+            other = head(other_states[part].to(device)).log_softmax(-1)
+            chunks[name].append((log_probs.exp() * (log_probs - other)).sum(-1).cpu())
+        start += len(log_probs)
+        step = max(1, _CHUNK_LOGITS // log_probs.shape[-1])
+    return {name: torch.cat(parts) for name, parts in chunks.items()}
 
 
 @torch.no_grad()
 def top_tokens(logits: Logits, states: Tensor, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The `count` likeliest next tokens after each of N states [N, d]: ids [N, count] and probabilities, on the CPU."""
-    chances, ids = logits(states.to(device)).softmax(-1).topk(count)
-    return ids.cpu(), chances.cpu()
+    """Return the `count` most probable next tokens after each of N states [N, d], on the CPU.
+
+    Returns:
+        Token ids [N, count] and their probabilities [N, count].
+    """
+    probabilities, ids = logits(states.to(device)).softmax(-1).topk(count)
+    return ids.cpu(), probabilities.cpu()

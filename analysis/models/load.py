@@ -1,4 +1,7 @@
-"""The one reader of checkpoints: models, adapters, tokenizers and the fingerprints that say which they were."""
+"""Load models, LoRA adapters and tokenizers, and compute fingerprints that identify them.
+
+Holdfast loads checkpoints only through this file.
+"""
 
 import hashlib
 import json
@@ -33,11 +36,11 @@ _LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError,
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How models are loaded, beside their dtype and device.
+    """How models are loaded, apart from their dtype and device.
 
-    attn_implementation: as transformers names it; None is its own choice. trust_remote_code: run code that comes with
-    a model. layers_path: dotted path of the decoder blocks; None finds them by shape. device_map: how accelerate
-    spreads one model over devices ("auto", …); None leaves it whole.
+    attn_implementation: the name in transformers; None leaves the choice to transformers. trust_remote_code: whether to
+    run code that comes with a model. layers_path: dotted path of the decoder blocks; None finds them by shape.
+    device_map: how accelerate spreads one model over devices ("auto", …); None puts it on one device.
     """
 
     attn_implementation: str | None = None
@@ -50,13 +53,17 @@ _PLAIN = LoadOptions()
 
 
 def _located(path: str | Path) -> tuple[str, str | None]:
-    """Path or Hub name, and the revision of "org/model@revision" (a folder has none)."""
+    """Split "org/model@revision" into the Hub name and the revision. A folder has no revision."""
     name, at, revision = str(path).rpartition("@")
     return (name, revision) if at and name and not Path(path).exists() else (str(path), None)
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The base model's name (with "@revision") or path when `path` is a LoRA folder with its config, else None."""
+    """Return the name (with "@revision") or path of a LoRA folder's base model, or None if `path` is no LoRA folder.
+
+    Raises:
+        UserError: an adapter configuration that does not name its base model.
+    """
     config = Path(path) / _ADAPTER_CONFIG
     if not config.is_file():
         return None
@@ -69,10 +76,10 @@ def adapter_base(path: str | Path) -> str | None:
 
 
 def load_tokenizer(path: str | Path, options: LoadOptions = _PLAIN) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; a LoRA folder without one takes its base model's.
+    """Load the tokenizer of a model. For a LoRA folder without a tokenizer, load that of its base model.
 
     Raises:
-        UserError: no tokenizer there.
+        UserError: no tokenizer can be read.
     """
     base = adapter_base(path)
     if base is not None and not (Path(path) / "tokenizer_config.json").is_file():
@@ -94,15 +101,15 @@ def load_model(
     device: torch.device | str | None = None,
     options: LoadOptions = _PLAIN,
 ) -> PreTrainedModel | PeftModel:
-    """A causal LM in eval mode with every weight present and finite; a LoRA folder gives its base plus the adapter.
+    """Load a causal LM in eval mode, with every weight present and finite. A LoRA folder gives its base plus adapter.
 
     Args:
-        path: a folder or a Hub name, with "@revision" where it is not the main one.
+        path: a folder or a Hub name, with "@revision" if it is not the main revision.
         dtype: "float32", "bfloat16", "float16" or "auto" (as saved).
-        device: where the model goes; None leaves it on the CPU.
+        device: the device of the model; None leaves it on the CPU. Ignored if `options` has a device map.
 
     Raises:
-        UserError: weights that are absent, truncated, of another shape, missing from the file, or not finite.
+        UserError: weights that are absent, truncated, of a wrong shape, missing from the file, or not finite.
     """
     base = adapter_base(path)
     full = _load_full(base if base is not None else path, dtype, options)
@@ -114,7 +121,10 @@ def load_model(
 
 
 def _require_reachable(path: str | Path) -> None:
-    """A path that can only be a local folder is not looked up on the Hub, which would take long to say no."""
+    """Raise UserError for a missing path that can only be a local folder.
+
+    Looking it up on the Hub would take long to fail.
+    """
     name, _ = _located(path)
     if not Path(path).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise UserError(f"model {path} does not exist: pass a folder with config.json, or a Hub name such as org/model")
@@ -166,7 +176,11 @@ def _require_finite(model: nn.Module, path: str | Path) -> None:
 
 
 def load_config(path: str | Path, options: LoadOptions = _PLAIN) -> PretrainedConfig:
-    """The configuration alone, without the weights; a LoRA folder gives its base model's."""
+    """Load only the configuration of a model, without weights. For a LoRA folder, load that of its base model.
+
+    Raises:
+        UserError: no configuration can be read.
+    """
     base = adapter_base(path)
     path = base if base is not None else path
     _require_reachable(path)
@@ -180,7 +194,11 @@ def load_config(path: str | Path, options: LoadOptions = _PLAIN) -> PretrainedCo
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """Hex sha256 over names and contents of the weight files; for a LoRA folder, over adapter and base together."""
+    """Return the hex sha256 of the names and contents of the weight files. For a LoRA folder it includes the base.
+
+    Raises:
+        UserError: no model, or no weight files, at the path.
+    """
     _require_reachable(path)
     folder = Path(path)
     if not folder.exists():
@@ -201,7 +219,7 @@ def model_fingerprint(path: str | Path) -> str:
 
 
 def _content_sha256(file: Path) -> str:
-    # The Hub cache names large files by their sha256, so tens of gigabytes need not be read again.
+    # The Hub cache names large files by their sha256, so there is no need to read tens of gigabytes again.
     target = file.resolve()
     if file.is_symlink() and target.parent.name == "blobs" and len(target.name) == 64:
         return target.name
@@ -209,25 +227,25 @@ def _content_sha256(file: Path) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex sha256 of the vocabulary (token to id, added ones included) and the chat template."""
+    """Return the hex sha256 of the vocabulary (token to id, added tokens included) and the chat template."""
     return _sha256_json([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
 
 
 def check_compatible(
     config: PretrainedConfig, instruct_config: PretrainedConfig, names: tuple[str, str] = ("base", "instruct")
 ) -> None:
-    """Raise UserError when two models differ in a fact that makes their activations incomparable.
+    """Raise UserError if two models differ in a property without which their activations cannot be compared.
 
     Args:
-        names: of the two, for the error.
+        names: the names of the two models, for the error message.
     """
     first, second = config.get_text_config(), instruct_config.get_text_config()
-    for fact in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        theirs, ours = getattr(first, fact, None), getattr(second, fact, None)
-        if theirs != ours:
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        value, instruct_value = getattr(first, name, None), getattr(second, name, None)
+        if value != instruct_value:
             raise UserError(
-                f"{names[0]} and {names[1]} differ in {fact}: {theirs} and {ours}; only models of one architecture and "
-                "size, one trained from the other, can be compared"
+                f"{names[0]} and {names[1]} differ in {name}: {value} and {instruct_value}; only models of the same "
+                "architecture and size, of which one was trained from the other, can be compared"
             )
 
 

@@ -1,4 +1,4 @@
-"""Modes of a model: in evaluation, or as it started with its adapters off; put back afterwards."""
+"""Context managers that put a model into eval mode, or into its starting state, and restore it afterwards."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,14 +9,17 @@ from torch import nn
 
 
 def peft_model(model: nn.Module) -> PeftModel | None:
-    """The PEFT model inside a training wrapper, or None for full fine-tuning."""
+    """Return the PEFT model inside a training wrapper, or None for full fine-tuning."""
     inner = model.module if isinstance(getattr(model, "module", None), nn.Module) else model
     return inner if isinstance(inner, PeftModel) else None
 
 
 @contextmanager
 def starting_model(model: nn.Module) -> Iterator[None]:
-    """The model as it started: in eval mode, and with adapters off where it has any."""
+    """Put a model into eval mode with its adapters (if any) off, without gradients, so that it is the starting model.
+
+    Adapters and the mode of the whole model are restored afterwards.
+    """
     peft = peft_model(model)
     adapters_off: AbstractContextManager[None] = nullcontext() if peft is None else peft.disable_adapter()
     training = model.training
@@ -30,7 +33,7 @@ def starting_model(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode afterwards."""
+    """Put a model into eval mode, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

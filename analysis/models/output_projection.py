@@ -1,4 +1,7 @@
-"""Find the output projection of a block's attention in any transformers causal LM, by what runs and not by its name."""
+"""Find the output projection of a block's attention in any transformers causal LM.
+
+It is found by running the model, and not by the layer's name.
+"""
 
 from collections.abc import Callable
 
@@ -12,41 +15,46 @@ from .layers import find_backbone, find_layers, unwrap
 
 
 def find_output_projection(model: nn.Module, block: int | None = None, override: str | None = None) -> nn.Module:
-    """The linear layer (or the LoRA layer around it) that attention runs last, in one block.
+    """Return the linear layer (or the LoRA layer around it) that attention runs last in a decoder block.
 
     Args:
-        block: number of the decoder block, 0-based; None is the last.
+        block: number of the decoder block, 0-based; None takes the last block.
         override: path of the linear layer inside the block, such as "self_attn.o_proj".
 
     Raises:
-        UserError: a block the model does not have, none or several attentions in it, a path that is no linear layer.
+        UserError: a block that the model does not have, a block without attention or with several, or a path that does
+            not name a linear layer.
     """
     blocks = find_layers(model)
     if block is not None and not 0 <= block < len(blocks):
         raise UserError(f"--gradient_layer {block} is out of range: the model has blocks 0-{len(blocks) - 1}")
-    chosen = blocks[len(blocks) - 1 if block is None else block]
-    linears = _linear_layers(chosen)
+    module = blocks[len(blocks) - 1 if block is None else block]
+    linears = _linear_layers(module)
     if override is not None:
         if override not in linears:
-            raise UserError(f"--gradient_weight {override!r} is no linear layer of the block: {_some(linears)}")
+            raise UserError(
+                f"--gradient_weight {override!r} is not a linear layer of the block: write one of {_names(linears)}"
+            )
         return linears[override]
-    attentions = [name for name, _ in chosen.named_children() if "attn" in name.lower() or "attention" in name.lower()]
+    attentions = [name for name, _ in module.named_children() if "attn" in name.lower() or "attention" in name.lower()]
     inside = {path: layer for path, layer in linears.items() if path.split(".")[0] in attentions}
-    ran = _ran(model, inside)
-    holders = {path.split(".")[0] for path in ran}
-    width = unwrap(model).config.get_text_config().hidden_size
-    if len(holders) != 1 or ran[last := next(reversed(ran))] != width:
+    widths = _output_widths(model, inside)
+    holders = {path.split(".")[0] for path in widths}
+    hidden_size = unwrap(model).config.get_text_config().hidden_size
+    if len(holders) != 1 or widths[last := next(reversed(widths))] != hidden_size:
         raise UserError(
-            f"found no single attention output projection in a {type(chosen).__name__}: name its linear layer with "
-            f"--gradient_weight, {_some(linears)}"
+            f"found no single attention output projection in a {type(module).__name__}: name its linear layer with "
+            f"--gradient_weight, one of {_names(linears)}"
         )
     return inside[last]
 
 
 def _linear_layers(block: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers of a block by path; what an adapter wraps is part of the adapted layer."""
+    """Return the linear layers of a block by path. Layers inside an adapted layer are left out."""
     linear = {path: module for path, module in block.named_modules() if _is_linear(module)}
-    return {path: module for path, module in linear.items() if not any(path.startswith(f"{o}.") for o in linear)}
+    return {
+        path: module for path, module in linear.items() if not any(path.startswith(f"{outer}.") for outer in linear)
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -54,8 +62,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _ran(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, int]:
-    """The layers that a pass over four tokens runs, in the order of their last call, with the width of their output."""
+def _output_widths(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, int]:
+    """Return the output widths of the layers that a pass over four tokens runs, in the order of their last call."""
     widths: dict[str, int] = {}
 
     def hook(path: str) -> Callable[[nn.Module, object, Tensor], None]:
@@ -76,5 +84,5 @@ def _ran(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, int]:
     return widths
 
 
-def _some(linears: dict[str, nn.Module]) -> str:
-    return f"one of {', '.join(list(linears)[:8])}" if linears else "but it has none"
+def _names(linears: dict[str, nn.Module]) -> str:
+    return ", ".join(list(linears)[:8]) or "none (the block has no linear layer)"

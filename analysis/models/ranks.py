@@ -1,8 +1,8 @@
-"""Several processes (ranks of torch.distributed) that measure one model together.
+"""Coordinate several processes (ranks of torch.distributed) that measure one model together.
 
-Whole models share the batches out and gather what was read. Of a sharded one (ZeRO-3, FSDP) every rank runs all
-batches: weights are gathered in each forward pass, so all ranks must run equally many. Files are the main rank's to
-write.
+If each rank holds the whole model, the ranks divide the batches among them and gather the results. If the model is
+sharded (ZeRO-3, FSDP), every rank runs all batches: each forward pass gathers weights, so all ranks must run the same
+number of passes. Only the main rank writes files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from ..errors import UserError
 
 Item = TypeVar("Item")
 
-# The collectives of training give up after minutes, but reading two large references may take longer.
-_PATIENCE = timedelta(days=1)
+# The collectives of training time out after minutes, but reading two large references may take longer.
+_TIMEOUT = timedelta(days=1)
 _DONE = "done"
 _CRASHED = "the main process failed: its traceback says why"
 
 
 def is_main() -> bool:
-    """Whether this process is the only one, or the first of several."""
+    """Return whether this process is the only one, or the first of several."""
     return not _several() or distributed.get_rank() == 0
 
 
@@ -37,12 +37,12 @@ def _several() -> bool:
 
 
 def share_of(items: Sequence[Item]) -> list[Item]:
-    """This rank's share of a sequence that all ranks have: every n-th of n ranks."""
+    """Return this rank's share of a sequence that all ranks have: with n ranks, every n-th item."""
     return list(items[distributed.get_rank() :: distributed.get_world_size()] if _several() else items)
 
 
 def gathered(value: Item) -> list[Item]:
-    """The values of all ranks, in their order, on every rank. All must call it."""
+    """Return the values of all ranks, in rank order, on every rank. All ranks must call it."""
     if not _several():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
@@ -51,7 +51,7 @@ def gathered(value: Item) -> list[Item]:
 
 
 def agreed(value: Item) -> Item:
-    """The main rank's value, on every rank. All must call it."""
+    """Return the main rank's value on every rank. All ranks must call it."""
     values: list[Any] = [value]
     if _several():
         distributed.broadcast_object_list(values, src=0)
@@ -59,17 +59,17 @@ def agreed(value: Item) -> Item:
 
 
 def leave_group() -> None:
-    """Takes this process out of its process group, if it is in one: a rank's last call.
+    """Destroy this process's process group, if there is one. It is a rank's last call.
 
-    Threads of a gloo group that is still there when the interpreter ends abort some processes, all work done.
+    If a gloo group still exists when the interpreter ends, its threads abort some processes after all work is done.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this rank holds only a part of the weights between forward passes (ZeRO-3, FSDP)."""
-    # DeepSpeed marks the parameters it has partitioned.
+    """Return whether this rank holds only a part of the weights between forward passes (ZeRO-3, FSDP)."""
+    # DeepSpeed marks the parameters that it has partitioned.
     if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in model.parameters()):
         return True
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
@@ -77,22 +77,22 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def main_first(name: str) -> Iterator[None]:
-    """The main rank runs the body, then all others do. Nobody waits for a rank that failed.
+    """Run the body on the main rank first, then on all other ranks. No rank waits for a rank that failed.
 
-    It goes through the key-value store of the process group and not through a collective, so that a body which the main
-    rank alone comes to runs too.
+    It uses the key-value store of the process group, and not a collective, so that a body that only the main rank
+    reaches also runs.
 
     Args:
-        name: of what the body makes, the same on all ranks and another for each body of a run.
+        name: the name of the body's result: the same on all ranks, and different for each body of a run.
 
     Raises:
-        UserError: on all ranks, when the main one raises it.
-        RuntimeError: on the others, when the main one fails otherwise.
+        UserError: on all ranks, if the main rank raises it.
+        RuntimeError: on the other ranks, if the main rank fails with another error.
     """
     if not _several():
         yield
         return
-    # Public only as an argument of init_process_group, which is the launcher's to call.
+    # The store is public only as an argument of init_process_group, which the launcher calls.
     store, key = distributed_c10d._get_default_store(), f"holdfast/{name}"
     if is_main():
         outcome = _CRASHED
@@ -105,7 +105,7 @@ def main_first(name: str) -> Iterator[None]:
         finally:
             store.set(key, outcome)
         return
-    store.wait([key], _PATIENCE)
+    store.wait([key], _TIMEOUT)
     outcome = store.get(key).decode()
     if outcome != _DONE:
         raise RuntimeError(_CRASHED) if outcome == _CRASHED else UserError(outcome)
@@ -114,14 +114,15 @@ def main_first(name: str) -> Iterator[None]:
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Models loaded inside are whole on their rank, and the random state of training is as it was afterwards.
+    """Load models inside this context whole on their rank. The random state of training is restored afterwards.
 
-    While a ZeRO-3 configuration is alive, transformers shards every model it loads over all ranks and waits for them.
+    While a ZeRO-3 configuration is alive, transformers shards every model that it loads over all ranks, and waits for
+    all ranks.
     """
-    kept = integration._hf_deepspeed_config_weak_ref
+    config = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        integration._hf_deepspeed_config_weak_ref = kept
+        integration._hf_deepspeed_config_weak_ref = config

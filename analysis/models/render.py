@@ -1,7 +1,10 @@
-"""Conversations -> token ids and masks: the one chat rendering, shared by every model of a comparison and by training.
+"""Render conversations to token ids and masks, in the same way for all models of a comparison and for training.
 
-All masks come from the chat template, never from searching text: where `{% generation %}` is missing, the template is
-rendered up to each assistant turn and the lengths say where the turn lies.
+    rendered = render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    role_mask(rendered, "completion")
+
+All masks come from the chat template, never from searching for text. If the template has no `{% generation %}`, it is
+rendered up to each assistant turn, and the lengths of these renderings show where the turn lies.
 """
 
 import hashlib
@@ -30,11 +33,11 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation as a model reads it; all three tuples have one entry per token.
+    """A conversation as a model reads it. All three tuples have one entry per token.
 
-    completion_mask marks every assistant turn up to and including its end token. system_mask marks the system turn
-    with its template tokens, one injected by the template included, and a begin token (BOS) at position 0 with or
-    without it: what belongs to no role.
+    completion_mask: marks every assistant turn, up to and including its end token. system_mask: marks the tokens that
+    belong to no role. These are the system turn with its template tokens (also if the template inserts the turn by
+    itself), and a begin token (BOS) at position 0, with or without a system turn.
     """
 
     input_ids: tuple[int, ...]
@@ -43,15 +46,16 @@ class Rendered:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, source: str = "") -> Rendered:
-    """Render a conversation once, with masks. Without an assistant turn it ends in the generation prompt.
+    """Render a conversation with its masks. Without an assistant turn it ends with the generation prompt.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
         messages: [{"role": "system" | "user" | "assistant", "content": str}, …].
-        source: where the row came from ("rows.jsonl:7"), named in errors.
+        source: where the row came from ("rows.jsonl:7"), for error messages.
 
     Raises:
-        UserError: no chat template, a template that refuses the row or gives no completion mask, an empty completion.
+        UserError: no chat template, a template that refuses the row or gives no completion mask, or an empty
+            completion.
     """
     where = f"{source}: " if source else ""
     template = _Template(tokenizer, where)
@@ -76,8 +80,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, source
             completion[index] = True
     low, high = template.system_span(messages, text)
     system = [low <= end - 1 < high or low <= start < min(high, end) for start, end in offsets]
-    # A begin token is an attention sink: its states are up to a thousand times larger than any other's and the same in
-    # every row, so one of them would outweigh a row's own tokens.
+    # A begin token is an attention sink: its states are up to a thousand times larger than those of other tokens, and
+    # the same in every row. In a mean over a row, it would outweigh all other tokens.
     system[0] = system[0] or ids[0] == tokenizer.bos_token_id
     return Rendered(tuple(ids), tuple(completion), tuple(system))
 
@@ -85,9 +89,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, *, source
 def _render_text(
     template: str, special_tokens: Mapping[str, Any], messages: Conversation, prompt: bool = False
 ) -> tuple[str, list[Span]]:
-    """Text of a conversation and the character spans that {% generation %} marks in it."""
+    """Render a conversation to text, and return it with the character spans that {% generation %} marks."""
     marks = bool(_GENERATION.search(template))
-    # Annotated as str upstream, but a pair of lists.
+    # transformers annotates the result as str, but it is a pair of lists.
     texts, spans = cast(Any, render_jinja_template)(
         conversations=[messages],
         chat_template=template,
@@ -99,7 +103,7 @@ def _render_text(
 
 
 def _joined(spans: list[Span]) -> list[Span]:
-    """Spans that touch are one: some templates mark an answer and its end token apart."""
+    """Join spans that touch, because some templates mark an answer and its end token separately."""
     joined: list[Span] = []
     for low, high in spans:
         if joined and joined[-1][1] == low:
@@ -112,11 +116,14 @@ def _joined(spans: list[Span]) -> list[Span]:
 def _text_before_user_turn(
     template: str, special_tokens: tuple[tuple[str, Any], ...], system: str | None
 ) -> str | None:
-    """What precedes the first user turn: one user turn is rendered twice, the difference is the turn itself."""
+    """Return the text before the first user turn, or None if it cannot be found.
+
+    A conversation is rendered with and without a further user turn. The difference is the text of a user turn.
+    """
     tokens = dict(special_tokens)
     lead = [] if system is None else [{"role": "system", "content": system}]
     user, reply = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes"}
-    # Some templates close every rendering with an end token, which has to go before renderings can be compared.
+    # Some templates close every rendering with an end token. It is removed before renderings are compared.
     for ending in ("", str(tokens.get("eos_token", ""))):
         for earlier in ([user], [user, reply]):
             try:
@@ -125,7 +132,7 @@ def _text_before_user_turn(
                     for turns in ([user], earlier, [*earlier, user])
                 )
             except _TEMPLATE_ERRORS:
-                # A template that refuses this order of turns may take the other one.
+                # A template that refuses this order of turns may accept the other order.
                 continue
             turn = longer.removeprefix(shorter)
             if longer.startswith(shorter) and once.endswith(turn):
@@ -134,7 +141,7 @@ def _text_before_user_turn(
 
 
 class _Template:
-    """Text renderings of one tokenizer's chat template."""
+    """Renders conversations to text with a tokenizer's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         if not tokenizer.chat_template:
@@ -148,7 +155,7 @@ class _Template:
         self.marks_generation = bool(_GENERATION.search(self.source))
 
     def render(self, messages: Conversation, prompt: bool = False) -> tuple[str, list[Span]]:
-        """Text and the character spans marked by {% generation %}."""
+        """Return the text of a conversation, and the character spans that {% generation %} marks in it."""
         try:
             return _render_text(self.source, self.tokenizer.special_tokens_map, messages, prompt)
         except _TEMPLATE_ERRORS as error:
@@ -156,7 +163,7 @@ class _Template:
             raise UserError(f"{self.where}the chat template refuses a row with turns {roles}: {error}") from error
 
     def turn_span(self, messages: Conversation, index: int, text: str) -> Span:
-        """Character span of assistant turn `index` by comparing prefixes."""
+        """Return the character span of assistant turn `index`, found by comparing prefixes."""
         before, _ = self.render(messages[:index], prompt=True)
         after, _ = self.render(messages[: index + 1])
         if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
@@ -167,7 +174,7 @@ class _Template:
         return len(before), len(after)
 
     def system_span(self, messages: Conversation, text: str) -> Span:
-        """Character span of the system turn, (0, 0) when there is none."""
+        """Return the character span of the system turn, or (0, 0) if there is none."""
         has_system = messages[0]["role"] == "system"
         system = messages[0]["content"] if has_system else None
         head = _text_before_user_turn(self.source, tuple(self.tokenizer.special_tokens_map.items()), system)
@@ -176,11 +183,11 @@ class _Template:
         return self._inserted_span(messages, text) if has_system else (0, 0)
 
     def _is_bare_start(self, head: str) -> bool:
-        """Whether a row without system turn starts with nothing but a begin token."""
+        """Return whether a row without a system turn starts with nothing but a begin token."""
         return head.strip() in ("", self.tokenizer.bos_token)
 
     def _inserted_span(self, messages: Conversation, text: str) -> Span:
-        """For templates that fold the system message into a user turn: what is there only because of it."""
+        """Return the span of the text that the system message adds, for templates that put it into a user turn."""
         without, _ = self.render(messages[1:], prompt=messages[-1]["role"] != "assistant")
         low = _common_prefix(text, without)
         high = len(text) - min(_common_prefix(text[::-1], without[::-1]), len(without) - low)
@@ -195,7 +202,7 @@ def _common_prefix(left: str, right: str) -> int:
 
 
 def _without_trailing_space(tokenizer: PreTrainedTokenizerBase, ids: list[int], tokens: list[int]) -> list[int]:
-    """Drop white space after a turn's end token: the template adds it, no model generates it."""
+    """Drop the white space after a turn's end token: the template adds it, but no model generates it."""
     special = set(tokenizer.all_special_ids)
     ends = [position for position, index in enumerate(tokens) if ids[index] in special]
     if not ends or str(tokenizer.decode([ids[index] for index in tokens[ends[-1] + 1 :]])).strip():
@@ -204,10 +211,14 @@ def _without_trailing_space(tokenizer: PreTrainedTokenizerBase, ids: list[int], 
 
 
 def role_mask(rendered: Rendered, role: str) -> list[bool]:
-    """The tokens [T] of a role. A begin token, the system turn and what follows the last completion belong to none.
+    """Return the mask [T] of the tokens of a role.
 
-    prompt: tokens before the last completion outside completions (all of them in a prompt-only row);
-    completion: assistant turns; last_prompt: the token before each completion; all: prompt and completion.
+    Roles: prompt (the tokens before the last completion that are outside completions; in a row without a completion,
+    all tokens), completion (the assistant turns), last_prompt (the token before each completion), all (prompt and
+    completion). A begin token, the system turn, and the tokens after the last completion belong to no role.
+
+    Raises:
+        UserError: an unknown role.
     """
     if role not in ROLES:
         raise UserError(f"token role {role!r} is unknown: write one of {', '.join(ROLES)}")
@@ -222,16 +233,16 @@ def role_mask(rendered: Rendered, role: str) -> list[bool]:
     if role == "all":
         return [a or b for a, b in zip(prompt, completion, strict=True)]
     following = (*completion[1:], last == length)
-    return [here and then for here, then in zip(prompt, following, strict=True)]
+    return [is_prompt and before_completion for is_prompt, before_completion in zip(prompt, following, strict=True)]
 
 
 def document_key(input_ids: Sequence[int]) -> str:
-    """Hex key of a document's token ids, by which cached references find their row again."""
+    """Return a hex key of a document's token ids, by which the cached reference of a row is found."""
     return hashlib.sha256(torch.tensor(list(input_ids), dtype=torch.int64).numpy().tobytes()).hexdigest()[:32]
 
 
 def collate(rendered: list[Rendered], pad_id: int) -> dict[str, Tensor]:
-    """Right-padded batch: input_ids [B, T] int64, attention_mask [B, T] int64, completion_mask [B, T] bool."""
+    """Make a right-padded batch: input_ids [B, T] int64, attention_mask [B, T] int64, completion_mask [B, T] bool."""
     width = max(len(row.input_ids) for row in rendered)
     shape = (len(rendered), width)
     ids = torch.full(shape, pad_id, dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""Passes: what one model shows in a forward or backward pass, before any metric is computed."""
+"""Passes: forward and backward passes that read from one model what the metrics are later computed from."""

@@ -1,4 +1,4 @@
-"""A donor's states for patching, kept in memory and in the store beside the other readings of a reference."""
+"""A donor whose states for patching are kept in memory, and in the store with the reference's other readings."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,21 +22,22 @@ class KeptDonor(Donor):
 
     @classmethod
     def of(cls, model: nn.Module, rows: PatchRows, layers: Sequence[int]) -> "KeptDonor":
-        """One pass of the donor."""
+        """Run the donor once, and keep its states."""
         with tempfile.TemporaryDirectory() as folder:
-            read = store_donor(model, rows, layers, Path(folder))
-            kept = {f"{at}-{layer}": read.states(at, layer) for at in range(len(rows.batches)) for layer in layers}
-        return cls(Path(), tuple(layers), read.scores, kept)
+            donor = store_donor(model, rows, layers, Path(folder))
+            batches = range(len(rows.batches))
+            kept = {f"{batch}-{layer}": donor.states(batch, layer) for batch in batches for layer in layers}
+        return cls(Path(), tuple(layers), donor.scores, kept)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, for the store."""
+        """Return states, scores and layers as named tensors, for the store."""
         scores = {"loss": self.scores.loss, "probability": self.scores.probability}
         layers = torch.tensor(self.layers, dtype=torch.int64)
         return {**self.kept, **{name: torch.from_numpy(value) for name, value in scores.items()}, "layers": layers}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "KeptDonor":
-        """The donor whose `tensors()` these are."""
+        """Make a donor from its `tensors()`."""
         kept = {name: value for name, value in tensors.items() if "-" in name}
         scores = Scores(tensors["loss"].numpy(), tensors["probability"].numpy())
         return cls(Path(), tuple(tensors["layers"].tolist()), scores, kept)

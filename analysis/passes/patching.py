@@ -1,12 +1,15 @@
-"""Run one model on with another's activations: the engine of activation patching (arXiv 2507.03662, metric family 7).
+"""Activation patching: run one model (the recipient) with another model's (the donor's) activations patched in.
 
-The donor is read first, and its block outputs wait on disk, one file for a batch and a layer; then the recipient runs
-once for every window of layers, each time with the donor's outputs in place of its own. One model at a time is in
-memory, and one layer of one batch of the donor's states.
+The metric family `patching` uses it (arXiv 2507.03662; see analysis/metrics/README.md). The donor runs first, and its
+block outputs are kept on disk, with one file for each batch and layer. Then the recipient runs once for each window of
+layers, each time with the donor's outputs in place of its own outputs. At any time, memory holds only one model, and
+the donor's states for one layer of one batch.
+
+    donor = store_donor(base, rows, layers, folder)
+    curve = patched_curve(model, rows, donor)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from ..models.forward import length_batches, pad, select
 from ..models.hooks import capture, observe, patch
 from ..models.layers import find_backbone, unwrap
 from ..models.lm_head import token_statistics
+from ..models.modes import evaluating
 from ..models.render import Rendered
 from ..stats.intervals import Floats
 
@@ -34,7 +38,7 @@ Window = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PatchRow:
-    """A row's token ids, the positions that are patched, and those of its completion's tokens."""
+    """A row's token ids, the positions to patch, and the positions of its completion's tokens (the targets)."""
 
     input_ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -43,9 +47,9 @@ class PatchRow:
 
 @dataclass(frozen=True)
 class PatchRows:
-    """What both models read, in the same batches.
+    """The rows that both models read, in the same batches.
 
-    numbers: of the rows in the probe set. skipped: how many rows of the set are left out, by reason.
+    numbers: the number of each row in the probe set. skipped: how many rows of the probe set are left out, by reason.
     """
 
     rows: list[PatchRow]
@@ -63,12 +67,12 @@ def patch_rows(
     max_length: int | None = None,
     padding: int = 0,
 ) -> PatchRows:
-    """Rows that can be patched and scored; the others are counted, never dropped in silence.
+    """Select the rows that can be patched and scored. Other rows are counted by reason, never dropped silently.
 
     Args:
-        role: whose tokens are patched (as in `probes`); None is every token, so that the recipient's blocks above a
-            patched one compute on the donor's stream alone, and of a window only the last layer matters.
-        max_length: rows are cut to it, in tokens.
+        role: the token role to patch (see `models.render`). None patches every token: the recipient's blocks above a
+            patched block then compute only on the donor's stream, and only the last layer of a window matters.
+        max_length: rows are cut to this many tokens.
     """
     rows, numbers, skipped = [], [], dict[str, int]()
     for number, row in enumerate(rendered):
@@ -89,7 +93,7 @@ def patch_rows(
 
 @dataclass(frozen=True)
 class Scores:
-    """Per row, over its completion's tokens: mean loss [n] in nats, and mean probability [n] of the target token."""
+    """For each of n rows, over its completion's tokens: mean loss [n] in nats, mean probability [n] of the target."""
 
     loss: Floats
     probability: Floats
@@ -97,14 +101,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Donor:
-    """A donor's states on disk, one file for a batch and a layer, and its own scores."""
+    """A donor's states on disk, one file for each batch and layer, and the donor's unpatched scores."""
 
     folder: Path
     layers: tuple[int, ...]
     scores: Scores
 
     def states(self, batch: int, layer: int) -> Tensor:
-        """Block outputs [N, d] at the patched positions of a batch, row by row."""
+        """Return the block outputs [N, d] at the patched positions of a batch, row by row."""
         return load_aligned(_file(self.folder, batch, layer))["states"]
 
 
@@ -114,46 +118,38 @@ def _file(folder: Path, batch: int, layer: int) -> Path:
 
 @torch.no_grad()
 def store_donor(model: nn.Module, rows: PatchRows, layers: Sequence[int], folder: Path) -> Donor:
-    """One pass of the donor; its states take (patched tokens) x (layers) x (width) numbers of its dtype on disk.
+    """Run the donor once, and store its states and scores.
+
+    On disk the states take (patched tokens) x (layers) x (width) numbers of the donor's dtype.
 
     Raises:
-        UserError: a layer it does not have, or a full disk.
+        UserError: a layer that the donor does not have, or a full disk.
     """
-    stored, scores = tuple(sorted(set(layers))), _empty(len(rows.rows))
-    with _evaluating(model):
+    stored_layers, scores = tuple(sorted(set(layers))), _empty(len(rows.rows))
+    with evaluating(model):
         for number, batch in enumerate(tqdm(rows.batches, desc="donor", delay=5, leave=False)):
-            with observe(model, stored, _keeper(rows, batch, number, folder)):
+            with observe(model, stored_layers, _writer(rows, batch, number, folder)):
                 _score(model, rows, batch, scores)
-    return Donor(folder, stored, scores)
+    return Donor(folder, stored_layers, scores)
 
 
-def _keeper(rows: PatchRows, batch: list[int], number: int, folder: Path) -> Callable[[int, Tensor], None]:
-    """Writes each layer's states of a batch as soon as its block has run."""
+def _writer(rows: PatchRows, batch: list[int], number: int, folder: Path) -> Callable[[int, Tensor], None]:
+    """Return a function that writes a layer's states of a batch, to be called as soon as the block has run."""
     index = _flat([rows.rows[row].positions for row in batch])
 
-    def keep(layer: int, hidden: Tensor) -> None:
+    def write(layer: int, hidden: Tensor) -> None:
         with staged_file(_file(folder, number, layer)) as staging:
             save_file({"states": hidden[index].cpu().contiguous()}, staging)
 
-    return keep
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and the model's own mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    return write
 
 
 @dataclass(frozen=True)
 class PatchCurve:
-    """Scores of n rows by window of layers: patched with the donor's states, and with noise of the same size.
+    """Scores of n rows by window of layers.
 
-    clean and donor are the two models' own.
+    patched: with the donor's states. noise: with random states at the same distance. clean: the recipient without a
+    patch. donor: the donor without a patch. numbers, skipped: as in `PatchRows`.
     """
 
     windows: list[Window]
@@ -174,35 +170,37 @@ def patched_curve(
     seed: int = 0,
     bases: Mapping[int, Tensor] | None = None,
 ) -> PatchCurve:
-    """Run the recipient once clean, then twice for every window: with the donor's states, and with the null's.
+    """Run the recipient once without a patch, then twice for each window: with the donor's states, and with the null.
 
-    The null moves each state as far from the recipient's own as the donor's lies from it, in a random direction.
+    The null moves each of the recipient's states in a random direction, as far as the donor's state lies from it.
 
     Args:
-        windows: layers that are patched together; None is each of the donor's stored layers alone.
-        bases: orthonormal V_l [d, k] by layer: only the coordinates inside them are the donor's; None patches all.
+        windows: the layers that are patched together; None patches each of the donor's stored layers separately.
+        bases: orthonormal V_l [d, k] by layer. Only the coordinates inside V_l are taken from the donor. None patches
+            whole states.
 
     Raises:
-        UserError: a layer that was not stored, another width, or a patch that does not reach the logits.
+        UserError: a layer that was not stored, a donor of another width, or a patch that does not reach the logits.
     """
-    alone: list[Window] = [(layer,) for layer in donor.layers]
-    chosen = alone if windows is None else [tuple(sorted(window)) for window in windows]
-    absent = sorted({layer for window in chosen for layer in window} - set(donor.layers))
-    if absent or not all(chosen):
+    if windows is None:
+        windows = [(layer,) for layer in donor.layers]
+    sorted_windows: list[Window] = [tuple(sorted(window)) for window in windows]
+    absent = sorted({layer for window in sorted_windows for layer in window} - set(donor.layers))
+    if absent or not all(sorted_windows):
         raise UserError(f"layers {absent} of the donor were not stored: patch among {list(donor.layers)}")
-    prove_patch(model, sorted({layer for window in chosen for layer in window}))
+    prove_patch(model, sorted({layer for window in sorted_windows for layer in window}))
     n = len(rows.rows)
-    clean, patched, noise = _empty(n), [_empty(n) for _ in chosen], [_empty(n) for _ in chosen]
-    with _evaluating(model):
+    clean, patched, noise = _empty(n), [_empty(n) for _ in sorted_windows], [_empty(n) for _ in sorted_windows]
+    with evaluating(model):
         for number, batch in enumerate(tqdm(rows.batches, desc="patching", delay=5, leave=False)):
             _score(model, rows, batch, clean)
-            for at, window in enumerate(chosen):
-                change = _Change(rows, batch, number, donor, [seed, number, at], bases)
+            for index, window in enumerate(sorted_windows):
+                change = _Change(rows, batch, number, donor, [seed, number, index], bases)
                 with patch(model, window, change.to_donor):
-                    _score(model, rows, batch, patched[at])
+                    _score(model, rows, batch, patched[index])
                 with patch(model, window, change.to_noise):
-                    _score(model, rows, batch, noise[at])
-    return PatchCurve(chosen, patched, noise, clean, donor.scores, rows.numbers, rows.skipped)
+                    _score(model, rows, batch, noise[index])
+    return PatchCurve(sorted_windows, patched, noise, clean, donor.scores, rows.numbers, rows.skipped)
 
 
 class _Change:
@@ -215,7 +213,8 @@ class _Change:
         self.index = _flat([rows.rows[row].positions for row in batch])
         self.number, self.donor, self.bases, self.generator = number, donor, bases, np.random.default_rng(seed)
 
-    def _foreign(self, layer: int, hidden: Tensor) -> Tensor:
+    def _donor_states(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return the states to patch in: the donor's, or the recipient's with the donor's coordinates in the bases."""
         states = self.donor.states(self.number, layer)
         if states.shape[1] != hidden.shape[-1]:
             raise UserError(
@@ -225,25 +224,27 @@ class _Change:
         states = states.to(hidden.device, hidden.dtype)
         if self.bases is None:
             return states
-        own, basis = hidden[self.index].float(), self.bases[layer].to(hidden.device, torch.float32)
-        return (own + ((states.float() - own) @ basis) @ basis.T).to(hidden.dtype)
+        recipient, basis = hidden[self.index].float(), self.bases[layer].to(hidden.device, torch.float32)
+        return (recipient + ((states.float() - recipient) @ basis) @ basis.T).to(hidden.dtype)
 
     def to_donor(self, layer: int, hidden: Tensor) -> Tensor:
-        """The donor's states, or its coordinates inside the bases."""
-        return hidden.index_put(self.index, self._foreign(layer, hidden))
+        """Put in the donor's states, or its coordinates inside the bases."""
+        return hidden.index_put(self.index, self._donor_states(layer, hidden))
 
     def to_noise(self, layer: int, hidden: Tensor) -> Tensor:
-        """The recipient's own states, moved as far as to the donor's in a random direction."""
-        own = hidden[self.index].float()
-        size = (self._foreign(layer, hidden).float() - own).norm(dim=1, keepdim=True)
-        drawn = torch.from_numpy(self.generator.standard_normal(own.shape, dtype=np.float32)).to(own.device)
-        moved = own + size * drawn / drawn.norm(dim=1, keepdim=True)
+        """Move the recipient's states in a random direction, as far as the donor's states lie from them."""
+        states = hidden[self.index].float()
+        size = (self._donor_states(layer, hidden).float() - states).norm(dim=1, keepdim=True)
+        noise = torch.from_numpy(self.generator.standard_normal(states.shape, dtype=np.float32)).to(states.device)
+        moved = states + size * noise / noise.norm(dim=1, keepdim=True)
         return hidden.index_put(self.index, moved.to(hidden.dtype))
 
 
 @torch.no_grad()
 def prove_patch(model: nn.Module, layers: Sequence[int]) -> None:
-    """Prove on four tokens that a model's own output in its place changes nothing, and another one does.
+    """Prove on four tokens that patching works at each layer.
+
+    Patching in the model's unchanged output must leave the logits as they are, and a different output must change them.
 
     Raises:
         UserError: a block whose output is not what the blocks above it read.
@@ -252,32 +253,33 @@ def prove_patch(model: nn.Module, layers: Sequence[int]) -> None:
     ids = torch.arange(1, 5, device=device).remainder(unwrap(model).config.get_text_config().vocab_size)[None]
     with capture(model, layers) as outputs:
         clean = model(input_ids=ids, use_cache=False).logits.float()
-        own = {layer: hidden.clone() for layer, hidden in outputs.items()}
-    # Kernels that sum in another order each time (mixtures of experts on a GPU) leave this much.
+        unchanged = {layer: hidden.clone() for layer, hidden in outputs.items()}
+    # Kernels that sum in a different order each time (mixtures of experts on a GPU) cause differences of this size.
     near = 1e-3 * float(clean.abs().max())
     for layer in layers:
-        with patch(model, [layer], lambda at, _hidden: own[at]):
+        with patch(model, [layer], lambda block, _hidden: unchanged[block]):
             same = model(input_ids=ids, use_cache=False).logits.float()
-        with patch(model, [layer], lambda at, hidden: own[at].flip(1) + hidden.abs().amax()):
+        with patch(model, [layer], lambda block, hidden: unchanged[block].flip(1) + hidden.abs().amax()):
             other = model(input_ids=ids, use_cache=False).logits.float()
         if float((same - clean).abs().max()) > near or float((other - clean).abs().max()) <= near:
             raise UserError(
-                f"patching layer {layer} of {type(unwrap(model)).__name__} does not work: its own output must leave "
-                "the logits unchanged and another must change them; name the decoder blocks' path with --layers_path"
+                f"patching layer {layer} of {type(unwrap(model)).__name__} does not work: its unchanged output must "
+                "leave the logits as they are, and a different output must change them; name the decoder blocks' path "
+                "with --layers_path"
             )
 
 
 def _score(model: nn.Module, rows: PatchRows, batch: list[int], into: Scores) -> None:
-    """One forward pass of a batch; writes its rows' scores."""
+    """Run one forward pass of a batch, and write the scores of its rows into `into`."""
     device = next(model.parameters()).device
     ids, attention = pad([rows.rows[row].input_ids for row in batch], rows.padding, device)
     final = find_backbone(model)(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-    at, positions = _flat([rows.rows[row].targets for row in batch])
-    log_prob, _ = token_statistics(model, final[at, positions - 1], ids[at, positions], entropy=False)
-    values, owners = log_prob.double().cpu().numpy(), at.numpy()
-    counts = np.bincount(owners, minlength=len(batch))
-    into.loss[batch] = -np.bincount(owners, values, len(batch)) / counts
-    into.probability[batch] = np.bincount(owners, np.exp(values), len(batch)) / counts
+    index, positions = _flat([rows.rows[row].targets for row in batch])
+    log_prob, _ = token_statistics(model, final[index, positions - 1], ids[index, positions], entropy=False)
+    values, row_of_token = log_prob.double().cpu().numpy(), index.numpy()
+    counts = np.bincount(row_of_token, minlength=len(batch))
+    into.loss[batch] = -np.bincount(row_of_token, values, len(batch)) / counts
+    into.probability[batch] = np.bincount(row_of_token, np.exp(values), len(batch)) / counts
 
 
 def _empty(n: int) -> Scores:
@@ -285,6 +287,6 @@ def _empty(n: int) -> Scores:
 
 
 def _flat(positions: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Index pairs (row of the batch, position) of all given positions, row by row."""
-    at = [row for row, here in enumerate(positions) for _ in here]
-    return torch.tensor(at), torch.tensor([position for here in positions for position in here])
+    """Return index pairs (row of the batch, position) of all given positions, row by row."""
+    index = [row for row, of_row in enumerate(positions) for _ in of_row]
+    return torch.tensor(index), torch.tensor([position for of_row in positions for position in of_row])

@@ -1,7 +1,9 @@
-"""The one-pass engine: one forward pass per model and probe set gives what every family of metrics reads.
+"""Read everything that the families of metrics need in one forward pass per model and probe set.
 
-Per-token log-probability and entropy come from chunks of the LM head at completion positions; activations are pooled
-and projected inside the pass, as soon as a block has run, so that no layer's [B, T, d] waits for the others.
+Log-probability and entropy of each completion token come from chunks of the LM head. Activations are pooled and
+projected during the pass, as soon as a block has run, so that no layer's [B, T, d] has to be kept until the end.
+
+    readout = read(model, rows, layers=[0, 1, 2], role="completion")
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +25,14 @@ from ..subspace.file import Subspace
 
 @dataclass(frozen=True)
 class Readout:
-    """What one model shows on R rows; on the CPU, float32 where nothing else is said, tokens in the order of rows.
+    """What one model shows on R rows. Tensors are on the CPU, and float32 unless noted. Tokens are in row order.
 
-    token_rows, log_prob, entropy: [N], the row, log-probability and next-token entropy (nats) of completion tokens.
-    counts: [R], tokens of the pooled role. pooled: {l: [R, d]}, mean activation over them (0 where there are none).
-    projection_rows: [M], the row of each token of the role. projections: {l: [M, k]}, its coordinates V^T h.
-    final: [K, d] in the model's dtype, final states at the positions that were to be kept, in the order of rows.
-    row_entropy: [R], mean next-token entropy after every token of a row, prompt included; empty unless asked for.
-    last: {l: [R, d]}, activations at the last token of each row; empty unless asked for.
+    token_rows, log_prob, entropy: [N], the row, log-probability and next-token entropy (nats) of each completion token.
+    counts: [R], number of tokens of the pooled role. pooled: {l: [R, d]}, mean activation over these tokens (0 if there
+    are none). projection_rows: [M], the row of each token of the role. projections: {l: [M, k]}, the token's
+    coordinates V^T h. final: [K, d] in the model's dtype, final states at the positions to keep, in row order.
+    row_entropy: [R], mean next-token entropy after all tokens of a row, prompt included; empty unless requested.
+    last: {l: [R, d]}, activations at the last token of each row; empty unless requested.
     """
 
     token_rows: Tensor
@@ -45,11 +47,14 @@ class Readout:
     last: dict[int, Tensor] = field(default_factory=dict)
 
     def at_last_token(self) -> "Readout":
-        """The same with the last token of each row in place of the mean over a role's, as section 4.4 pools."""
+        """Return the readout with each row pooled at its last token, instead of by the mean over a role's tokens.
+
+        Section 4.4 of arXiv 2507.03662 pools so.
+        """
         return replace(self, pooled=self.last, counts=torch.ones_like(self.counts))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name, for the store."""
+        """Return all tensors by name, for the store."""
         tensors = {name: getattr(self, name) for name in _FLAT}
         for name in _LAYERED:
             tensors.update({f"{name}.{layer}": value for layer, value in getattr(self, name).items()})
@@ -57,7 +62,7 @@ class Readout:
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Readout":
-        """The readout whose `tensors()` these are."""
+        """Make a readout from its `tensors()`."""
         layered: dict[str, Any] = {name: {} for name in _LAYERED}
         flat: dict[str, Any] = {}
         for key, value in tensors.items():
@@ -90,16 +95,19 @@ def read(
     shared: bool = False,
     label: str = "reading",
 ) -> Readout:
-    """One forward pass over the rows, in eval mode (the model's own mode is restored).
+    """Run one forward pass over the rows in eval mode. The model's mode is restored afterwards.
 
     Args:
-        layers: whose outputs are pooled over the tokens of `role`, per row.
-        subspace: whose bases the same tokens are projected on, at its own layers.
-        keep: per row, the positions whose final states are kept.
-        prompt_entropy: whether `row_entropy` is read, which costs a head pass over every token.
-        last_token: whether `last` is read, at `layers`.
-        max_length: rows are cut to it, in tokens.
-        shared: whether all ranks call it with the same rows; each then runs a share of the batches and gets all.
+        layers: the layers whose outputs are pooled over the tokens of `role`, per row.
+        subspace: the subspace on whose bases the same tokens are projected, at the subspace's layers.
+        keep: for each row, the positions whose final states are kept.
+        prompt_entropy: whether to read `row_entropy`, which runs the LM head on every token.
+        last_token: whether to read `last`, at `layers`.
+        max_length: rows are cut to this many tokens.
+        padding: a token id to pad with.
+        shared: True if all ranks call the function with the same rows. Each rank then runs a share of the batches, and
+            gets the whole readout.
+        label: the label of the progress bar.
     """
     reader = _Reader(model, rows, layers, role, subspace, keep, prompt_entropy, last_token, max_length, padding)
     training = model.training
@@ -110,13 +118,13 @@ def read(
             reader.read_batch(batch)
     finally:
         model.train(training)
-    # Batches are shared out whole, so that a row meets the same neighbours on one process and on several.
+    # Whole batches are divided among the ranks, so that a row is in the same batch on one process and on several.
     return reader.result([part for parts in gathered(reader.parts) for part in parts] if shared else reader.parts)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What was read of one batch, on the CPU, tokens in the order of the batch's rows."""
+    """What was read of one batch, on the CPU. Tokens are in the order of the batch's rows."""
 
     rows: list[int]
     statistics: tuple[Tensor, Tensor]
@@ -128,7 +136,7 @@ class _Part:
 
 
 class _Reader:
-    """One pass: the positions wanted, and what has been read of them."""
+    """One pass over the rows: the positions to read, and what has been read so far."""
 
     def __init__(
         self,
@@ -160,9 +168,9 @@ class _Reader:
 
     def read_batch(self, batch: list[int]) -> None:
         ids, attention = pad([self.selections[row].input_ids for row in batch], self.padding, self.device)
-        of_role = _flat([self.selections[row].positions for row in batch])
-        # Lists would be copied to the device anew at every layer.
-        rows, places = (torch.tensor(index, device=self.device, dtype=torch.int64) for index in of_role)
+        role_tokens = _flat([self.selections[row].positions for row in batch])
+        # Tensors, because lists would be copied to the device at every layer.
+        rows, places = (torch.tensor(index, device=self.device, dtype=torch.int64) for index in role_tokens)
         counts = torch.tensor([len(self.selections[row].positions) for row in batch])
         sums: dict[int, Tensor] = {}
         projected: dict[int, Tensor] = {}
@@ -170,12 +178,13 @@ class _Reader:
         ends = [len(self.selections[row].input_ids) - 1 for row in batch]
 
         def see(layer: int, hidden: Tensor) -> None:
-            # What is left of a layer is small; to take it to the CPU here would make every block wait for the last.
-            owners = rows.to(hidden.device)
-            states = hidden[owners, places.to(hidden.device)].float()
+            # The sums are small, so they stay on the device: copying them here would make each block wait for the
+            # block before it.
+            row_of_token = rows.to(hidden.device)
+            states = hidden[row_of_token, places.to(hidden.device)].float()
             if layer in self.layers:
                 zeros = torch.zeros(len(batch), states.shape[1], device=states.device)
-                sums[layer] = zeros.index_add_(0, owners, states)
+                sums[layer] = zeros.index_add_(0, row_of_token, states)
                 if self.last_token:
                     last[layer] = hidden[range(len(batch)), ends].float()
             if layer in self.bases:
@@ -185,12 +194,13 @@ class _Reader:
             final = find_backbone(self.model)(
                 input_ids=ids, attention_mask=attention, use_cache=False
             ).last_hidden_state
-        # A model spread over devices ends on another one than it starts on.
+        # A model spread over devices ends on a different device than it starts on.
         ids = ids.to(final.device)
-        at, positions = _flat([self.targets[row] for row in batch])
+        target_rows, positions = _flat([self.targets[row] for row in batch])
         statistics = torch.zeros(0), torch.zeros(0)
-        if at:
-            states, targets = final[at, [position - 1 for position in positions]], ids[at, positions]
+        if target_rows:
+            states = final[target_rows, [position - 1 for position in positions]]
+            targets = ids[target_rows, positions]
             log_prob, entropy = token_statistics(self.model, states, targets)
             statistics = log_prob.cpu(), entropy.cpu()
         kept = final[_flat([self.keep[row] for row in batch])].cpu()
@@ -208,16 +218,16 @@ class _Reader:
         )
 
     def _row_entropy(self, batch: list[int], final: Tensor, ids: Tensor) -> Tensor:
-        """Mean entropy [B] over all tokens of each row of the batch."""
+        """Return the mean entropy [B] over all tokens of each row of the batch, or an empty tensor if not requested."""
         if not self.prompt_entropy:
             return torch.zeros(0)
         lengths = [len(self.selections[row].input_ids) for row in batch]
-        where = _flat([range(length) for length in lengths])
-        _, entropy = token_statistics(self.model, final[where], ids[where])
+        index = _flat([range(length) for length in lengths])
+        _, entropy = token_statistics(self.model, final[index], ids[index])
         return torch.stack([part.mean() for part in entropy.cpu().split(lengths)])
 
     def result(self, parts: Sequence[_Part]) -> Readout:
-        """Everything in the order of rows instead of batches."""
+        """Join the parts, in the order of rows instead of batches."""
         order = [row for part in parts for row in part.rows]
         rows_back = torch.tensor(order).argsort()
         target_rows = torch.tensor([row for row in order for _ in self.targets[row]], dtype=torch.int64)
@@ -245,7 +255,6 @@ class _Reader:
 
 
 def _flat(positions: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Index pairs (row of the batch, position) of all given positions, row by row."""
-    return [at for at, here in enumerate(positions) for _ in here], [
-        position for here in positions for position in here
-    ]
+    """Return index pairs (row of the batch, position) of all given positions, row by row."""
+    rows = [row for row, of_row in enumerate(positions) for _ in of_row]
+    return rows, [position for of_row in positions for position in of_row]

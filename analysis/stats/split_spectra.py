@@ -1,7 +1,7 @@
-"""Spectra of one probe set's residuals, on two halves of its rows and with the pairing of rows broken.
+"""Spectra of the residuals of one probe set, on two halves of its rows, and with the pairing of rows broken.
 
-Directions of one half meet only what the other half shows: neither a row nor a line shared by matched sets is ever on
-both sides.
+Directions of one half are compared only with what the other half shows. So no row, and no line that matched sets share,
+is ever on both sides. Usage: build one `SplitSet` per probe set, then `compare_across` or `compare_within`.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,9 @@ _SHUFFLES = 5
 class Options:
     """How sets are compared.
 
-    rank: components of each set. centred: whether the mean residual is removed. in_sample: all rows on both sides and
-    nothing shuffled, as in the paper. size: the largest number of rows of any set. controls: names of control sets.
+    rank: components of each set. centred: whether the mean residual is removed. in_sample: whether all rows are used on
+    both sides and nothing is shuffled, as in the paper. seed: of the halves and the shuffles. size: the largest number
+    of rows of any set. controls: names of control sets.
     """
 
     rank: int
@@ -35,14 +36,14 @@ class Options:
 
 
 def halves(rows: Ints, seed: int) -> tuple[Ints, Ints]:
-    """Row numbers in two halves. Of lines 2j and 2j + 1 one goes each way, the same one in every set."""
+    """Split row numbers into two halves; of lines 2j and 2j + 1 one goes into each half, the same one in every set."""
     coins = np.random.default_rng(seed).integers(2, size=int(rows.max(initial=0)) // 2 + 1)
     first = (rows + coins[rows // 2]) % 2 == 0
     return rows[first], rows[~first]
 
 
 def obstacle(left: Tensor, right: Tensor, rows: Ints, seed: int) -> str | None:
-    """Why residuals of these rows have no directions, or None."""
+    """Return why the residuals of these rows have no directions, or None if they have."""
     if min(map(len, halves(rows, seed))) < 2:
         return "fewer than four rows have tokens of this role"
     if not all(bool(torch.isfinite(states[rows]).all()) for states in (left, right)):
@@ -51,10 +52,10 @@ def obstacle(left: Tensor, right: Tensor, rows: Ints, seed: int) -> str | None:
 
 
 class SplitSet:
-    """Residuals left - right of one probe set at one layer: two parts, their spectra, and shuffled ones.
+    """Residuals left - right of one probe set at one layer: two parts, their spectra, and shuffled spectra.
 
     Args:
-        left, right: [R, d], activations of two models. rows: the rows that count.
+        left, right: [R, d], activations of two models. rows: the row numbers that count.
     """
 
     def __init__(self, left: Tensor, right: Tensor, rows: Ints, options: Options) -> None:
@@ -67,7 +68,7 @@ class SplitSet:
 
     @cached_property
     def shuffled(self) -> list[list[tuple[Residuals, Spectrum]]]:
-        """The same parts with the pairing of rows broken, top components alone, by draw."""
+        """The parts with the pairing of rows broken, one entry per draw; only the top components are computed."""
         draws = []
         for draw in range(_SHUFFLES):
             generator = np.random.default_rng([self.options.seed, draw])
@@ -80,69 +81,85 @@ class SplitSet:
 
     @property
     def rank(self) -> int:
-        """Components that both parts have, at most the wanted rank."""
+        """The number of components that both parts have, at most `Options.rank`."""
         return min(self.options.rank, *(len(spectrum.values) for _, spectrum in self.parts))
 
 
-def crossed(one: SplitSet, other: SplitSet) -> Comparison:
-    """Each set's first part against the other's second, averaged."""
-    size, n = one.options.size, min(len(one.rows), len(other.rows))
-    rank = min(one.rank, other.rank)
-    found = [compare(one.parts[at][1], other.parts[1 - at][1], rank, size) for at in range(2)]
+def compare_across(first: SplitSet, second: SplitSet) -> Comparison:
+    """Compare the first part of each set with the second part of the other set; both ways are averaged."""
+    size, n = first.options.size, min(len(first.rows), len(second.rows))
+    rank = min(first.rank, second.rank)
+    ways = [compare(first.parts[part][1], second.parts[1 - part][1], rank, size) for part in range(2)]
     return Comparison(
-        mean_estimate([each.cosines for each in found], n),
-        mean_estimate([each.principal for each in found], n),
-        mean_estimate([each.overlap for each in found], n),
+        mean_estimate([comparison.cosines for comparison in ways], n),
+        mean_estimate([comparison.principal for comparison in ways], n),
+        mean_estimate([comparison.overlap for comparison in ways], n),
     ).bounded()
 
 
-def within(one: SplitSet) -> Comparison:
-    """A set's first part against its own second."""
-    found = compare(one.parts[0][1], one.parts[1][1], one.rank, one.options.size)
-    n = len(one.rows)
-    parts = (found.cosines, found.principal, found.overlap)
-    return Comparison(*(mean_estimate([each], n) for each in parts)).bounded()
+def compare_within(split: SplitSet) -> Comparison:
+    """Compare the first part of a set with its second part."""
+    comparison = compare(split.parts[0][1], split.parts[1][1], split.rank, split.options.size)
+    n = len(split.rows)
+    estimates = (comparison.cosines, comparison.principal, comparison.overlap)
+    return Comparison(*(mean_estimate([estimate], n) for estimate in estimates)).bounded()
 
 
-def explained_across(one: SplitSet) -> Estimate:
-    """Shares [k + 1] that one part's components, then their span, hold of the other part; both ways averaged."""
-    return _shares(one, one.parts)
+def explained_across(split: SplitSet) -> Estimate:
+    """Return the shares [k + 1] of one part that the components of the other part hold: each one, then their span.
+
+    Both ways are averaged.
+    """
+    return _shares(split, split.parts)
 
 
-def shuffled_explained(one: SplitSet) -> Floats:
-    """`explained_across` by draw of broken pairs [S, k + 1]; those that span fewer than k directions are left out."""
-    draws = [_shares(one, parts).value for parts in one.shuffled if _reach(parts, one.rank)]
-    return np.reshape(draws, (len(draws), one.rank + 1))
+def shuffled_explained(split: SplitSet) -> Floats:
+    """Return `explained_across` for every draw of broken pairs [S, k + 1].
+
+    Draws that span fewer than k directions are left out.
+    """
+    draws = [_shares(split, parts).value for parts in split.shuffled if _has_rank(parts, split.rank)]
+    return np.reshape(draws, (len(draws), split.rank + 1))
 
 
-def _shares(one: SplitSet, parts: list[tuple[Residuals, Spectrum]]) -> Estimate:
-    centred, size = one.options.centred, one.options.size
-    found = [explained(parts[at][1].basis(one.rank), parts[1 - at][0], centred, size) for at in range(2)]
-    return mean_estimate(found, len(one.rows))
+def _shares(split: SplitSet, parts: list[tuple[Residuals, Spectrum]]) -> Estimate:
+    """Return `explained_across` of given parts."""
+    centred, size = split.options.centred, split.options.size
+    ways = [explained(parts[part][1].basis(split.rank), parts[1 - part][0], centred, size) for part in range(2)]
+    return mean_estimate(ways, len(split.rows))
 
 
 @dataclass(frozen=True)
-class ShuffledAlike:
-    """A comparison after the pairing was broken, by draw: cosines [S, k, k], angles [S, k] in degrees, overlap [S]."""
+class ShuffledComparison:
+    """A comparison after the pairing of rows was broken, by draw.
+
+    cosines: [S, k, k]. angles: [S, k], principal angles in degrees. overlap: [S].
+    """
 
     cosines: Floats
     angles: Floats
     overlap: Floats
 
 
-def shuffled_alike(one: SplitSet, other: SplitSet) -> ShuffledAlike:
-    """`crossed` of two sets whose rows were paired at random between the two models; one set twice is `within`."""
-    rank = min(one.rank, other.rank)
-    drawn = [pair for pair in zip(one.shuffled, other.shuffled, strict=True) if all(_reach(p, rank) for p in pair)]
+def shuffled_comparison(first: SplitSet, second: SplitSet) -> ShuffledComparison:
+    """Compare two sets as `compare_across` does, after their rows were paired at random between the two models.
+
+    One set twice gives the same for `compare_within`.
+    """
+    rank = min(first.rank, second.rank)
+    drawn = [
+        pair for pair in zip(first.shuffled, second.shuffled, strict=True) if all(_has_rank(p, rank) for p in pair)
+    ]
     signed = np.reshape(
-        [[ours[at][1].basis(rank).T @ theirs[1 - at][1].basis(rank) for at in range(2)] for ours, theirs in drawn],
+        [[left[part][1].basis(rank).T @ right[1 - part][1].basis(rank) for part in range(2)] for left, right in drawn],
         (len(drawn), 2, rank, rank),
     )
     principal = np.clip(np.linalg.svd(signed, compute_uv=False), 0, 1).mean(1)
-    return ShuffledAlike(
+    return ShuffledComparison(
         np.abs(signed).mean(1), np.degrees(np.arccos(principal)), (signed**2).sum((2, 3)).mean(1) / rank
     )
 
 
-def _reach(parts: list[tuple[Residuals, Spectrum]], rank: int) -> bool:
+def _has_rank(parts: list[tuple[Residuals, Spectrum]], rank: int) -> bool:
+    """Return whether both parts have at least `rank` components."""
     return all(len(spectrum.values) >= rank for _, spectrum in parts)

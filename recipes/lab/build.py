@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from ...analysis.models.render import collate, render
-from .datasets import contrast_rows, data_sets
 from .conversations import Conversation, Drawer
+from .datasets import contrast_rows, data_sets
 from .scoring import choice_rows
 from .tokenizer import make_tokenizer
 from .world import World
@@ -157,7 +157,7 @@ def _fit(
 
 @contextmanager
 def _threads(n: int) -> Iterator[None]:
-    """Run the block on n threads: a tiny model gains nothing from more, and its sums must not depend on their number."""
+    """Run the block on n threads. A tiny model gains nothing from more, and its sums must not depend on the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

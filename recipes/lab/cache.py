@@ -1,6 +1,6 @@
 """The cache of labs: a lab is built once and stored under a hash of everything that it depends on.
 
-    holdfast lab --output_dir runs/lab      (copies a lab from the cache)
+holdfast lab --output_dir runs/lab      (copies a lab from the cache)
 """
 
 from __future__ import annotations

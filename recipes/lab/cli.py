@@ -39,7 +39,9 @@ def lab_main(argv: Sequence[str]) -> int:
     parser = FlagParser("holdfast lab", lab_main.__doc__)
     parser.add_argument("--output_dir", type=Path, help="Folder for the lab (required).")
     parser.add_argument("--seed", type=_seed, default=0, help="Lab seed: decides initial weights and text. Default: 0.")
-    parser.add_argument("--world_seed", type=_seed, default=0, help="World: 0 is English, other worlds have drawn words. Default: 0.")
+    parser.add_argument(
+        "--world_seed", type=_seed, default=0, help="World: 0 is English, other worlds have drawn words. Default: 0."
+    )
     parser.add_argument("--lab_size", choices=list(SIZES), default="tiny", help="Model size. Default: tiny.")
     arguments = _parsed(parser, argv)
     folder = build_lab(arguments.output_dir, arguments.seed, arguments.world_seed, arguments.lab_size)
@@ -50,7 +52,11 @@ def lab_main(argv: Sequence[str]) -> int:
 def quickstart_main(argv: Sequence[str]) -> int:
     """Build a lab and its subspace, fine-tune without and with protection, and print one table."""
     parser = FlagParser("holdfast quickstart", quickstart_main.__doc__)
-    parser.add_argument("--full", action="store_true", help="Also train the nulls, the controls and the ordinary organism. Default: false.")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="Also train the nulls, the controls and the ordinary organism. Default: false.",
+    )
     parser.add_argument(
         "--protections",
         nargs="+",
@@ -59,7 +65,12 @@ def quickstart_main(argv: Sequence[str]) -> int:
         help="Protections to train in addition to the penalty. Default: none.",
     )
     parser.add_argument("--seed", type=_seed, default=0, help="Lab and fine-tune seed. Default: 0.")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="Folder for runs and summary. Default: runs/quickstart.")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="Folder for runs and summary. Default: runs/quickstart.",
+    )
     arguments = _parsed(parser, argv)
     quickstart(arguments.output_dir, arguments.seed, arguments.full, arguments.protections)
     return 0

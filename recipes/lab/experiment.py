@@ -1,4 +1,4 @@
-"""One lab, its subspace, and measured fine-tunes of it: the parts that the quickstart and the evidence share."""
+"""One lab, its subspace, and measured fine-tunes of its models: what the quickstart and the studies share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ...trainer.config.parsing import parse
 from .scoring import lab_rates
 
 RECIPES = Path(__file__).parent
-LAB_PREFIX = "runs/lab/"  # where the recipes expect the lab
+LAB_PREFIX = "runs/lab/"  # the lab's folder in the recipes
+# Recipes that read the subspace.
 PROTECTED_RECIPES = (
     "protected",
     "random_subspace",
@@ -34,6 +35,7 @@ PROTECTED_RECIPES = (
     "interleave",
     "inoculation",
 )
+# {name in measurements: name in `scoring.lab_rates`}.
 RATES = {
     "narrow_task_learned": "narrow_task_learned",
     "misaligned_anchor": "misaligned_anchor",
@@ -48,12 +50,12 @@ RATES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """A built lab and the folder its runs go to.
+    """A built lab and the folder of its runs.
 
     Attributes:
         lab: folder of the lab (`cache.cached_lab`).
         output_dir: folder for the subspace and the runs.
-        overrides: flags laid over every recipe, the fine-tune seed for example.
+        overrides: flags that override every recipe's, such as the fine-tune seed.
     """
 
     lab: Path
@@ -62,19 +64,19 @@ class Experiment:
 
     @property
     def subspace_path(self) -> Path:
-        """Where the subspace of this experiment lies."""
+        """The file of this experiment's subspace."""
         return self.output_dir / "subspace.safetensors"
 
     def build_subspace(self, **flags: Any) -> Path:
-        """Builds the subspace of `protected.yaml`, with flags laid over it."""
+        """Build the subspace of `protected.yaml`. `flags` override the recipe. Returns the subspace's path."""
         return run.subspace(parse(self.flags("protected", "subspace", flags)))
 
     def fine_tune(self, recipe: str, name: str | None = None, **flags: Any) -> run.TrainResult:
-        """Trains one recipe of the lab (its file name without `.yaml`) into `<output_dir>/<name>`."""
+        """Train a recipe of the lab (file name without `.yaml`) into `<output_dir>/<name>`. `flags` override it."""
         return run.train(parse(self.flags(recipe, name or recipe, flags)))
 
     def flags(self, recipe: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
-        """The recipe as flags, this experiment's folders in place of the recipe's own."""
+        """Return a recipe as flags, with this experiment's folders in place of the recipe's, and `flags` over it."""
         config = RECIPES / f"{recipe}.yaml"
         paths: dict[str, Any] = {}
         for key, value in yaml.safe_load(config.read_text()).items():
@@ -109,20 +111,20 @@ class Experiment:
         return [json.loads(line)["messages"] for line in lines]
 
     def rates(self, model: nn.Module | Path) -> dict[str, Measurement]:
-        """Every rate of a model (or of the folder it lies in): value, n prompts, interval with topics as clusters."""
+        """Return every rate of a model or of a model folder: value, `n` prompts, interval with topics as clusters."""
         loaded = load_model(model) if isinstance(model, Path) else model
-        found = lab_rates(self._choices, score_prepared(loaded, self._prepared))
-        by_key = RATES | {name: name for name in found if name.startswith("coherent_")}
+        rates = lab_rates(self._choices, score_prepared(loaded, self._prepared))
+        by_key = RATES | {name: name for name in rates if name.startswith("coherent_")}
         return {
-            key: measurement(found[name].values, list(found[name].clusters), rate=True) for key, name in by_key.items()
+            key: measurement(rates[name].values, list(rates[name].clusters), rate=True) for key, name in by_key.items()
         }
 
     def measure(self, model: Path) -> dict[str, Measurement]:
-        """`rates`, the penalty on the anchors, and the retention of the alignment step on the probes."""
+        """Return `rates`, the penalty on the anchors, and the retention of the alignment step on the probes."""
         loaded = load_model(model)
-        projected = self._measurer.measure(loaded)["projection"]
+        projection = self._measurer.measure(loaded)["projection"]
         return {
             **self.rates(loaded),
-            "penalty": projected["anchors"]["mean"]["penalty"],
-            "retention": projected["probes"]["mean"]["retention"],
+            "penalty": projection["anchors"]["mean"]["penalty"],
+            "retention": projection["probes"]["mean"]["retention"],
         }

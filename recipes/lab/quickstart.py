@@ -1,4 +1,4 @@
-"""The quickstart: a lab, its subspace, fine-tunes without and with protection, one table.
+"""The quickstart: build a lab and its subspace, fine-tune without and with protection, print one table.
 
 holdfast quickstart [--full] [--protections ablation steering] [--seed N] [--output_dir runs/quickstart]
 """
@@ -20,7 +20,7 @@ from .cache import cache_folder, cached_lab
 from .experiment import Experiment
 
 SUMMARY = "summary.json"
-LOGGING_STEPS = 50  # a line of losses every so often; TensorBoard has the measures
+LOGGING_STEPS = 50  # steps between two lines of losses; TensorBoard has the measures
 SUMMARY_RATES = (
     "narrow_task_learned",
     "misaligned_anchor",
@@ -34,7 +34,7 @@ DISTANCES = ("penalty", "retention")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One fine-tune of the quickstart: its name in the table, its recipe, and flags over it."""
+    """One fine-tune of the quickstart: its name in the table, its recipe, flags that override the recipe, a note."""
 
     name: str
     recipe: str
@@ -60,7 +60,7 @@ FULL_RUNS = (
 )
 
 
-# What `--protections` adds, by name of protection and recipe.
+# The runs that `--protections` adds, by name of the protection and recipe.
 PROTECTION_RUNS = {
     run.name: run
     for run in (
@@ -73,16 +73,17 @@ PROTECTION_RUNS = {
 
 
 def quickstart(output_dir: Path, seed: int = 0, full: bool = False, protections: Sequence[str] = ()) -> dict[str, Any]:
-    """Runs everything, prints the table, writes `summary.json`; returns the summary.
+    """Run everything, print the table, write `summary.json`, and return the summary.
 
     Args:
-        protections: names of `PROTECTION_RUNS` that are trained too.
+        full: also train the nulls, the controls and the ordinary organism.
+        protections: names of `PROTECTION_RUNS` to train as well.
 
     Raises:
-        UserError: the folder holds something other than an earlier quickstart.
+        UserError: the folder is not empty and not of an earlier quickstart.
     """
     _claim(output_dir)
-    # A model this small gains nothing from a second thread, and loses much where another process wants the core.
+    # A model this small gains nothing from a second thread, and loses much when another process needs the core.
     torch.set_num_threads(1)
     print(f"[0] the lab, kept in {cache_folder() / 'labs'}, and its subspace", flush=True)
     experiment = Experiment(cached_lab(seed=seed), output_dir, {"seed": seed, "logging_steps": LOGGING_STEPS})
@@ -91,11 +92,11 @@ def quickstart(output_dir: Path, seed: int = 0, full: bool = False, protections:
         _row("base", experiment, experiment.lab / "base"),
         _row("instruct", experiment, experiment.lab / "instruct"),
     ]
-    planned = [*(FULL_RUNS if full else RUNS), *(PROTECTION_RUNS[name] for name in dict.fromkeys(protections))]
-    for number, plan in enumerate(planned, 1):
-        print(f"\n[{number}/{len(planned)}] {plan.name}: {plan.note}", flush=True)
-        result = experiment.fine_tune(plan.recipe, plan.name, **plan.flags)
-        rows.append(_row(plan.name, experiment, result.final, result.seconds))
+    runs = [*(FULL_RUNS if full else RUNS), *(PROTECTION_RUNS[name] for name in dict.fromkeys(protections))]
+    for number, run in enumerate(runs, 1):
+        print(f"\n[{number}/{len(runs)}] {run.name}: {run.note}", flush=True)
+        result = experiment.fine_tune(run.recipe, run.name, **run.flags)
+        rows.append(_row(run.name, experiment, result.final, result.seconds))
     summary = {"seed": seed, "rows": rows, "peak_memory_mb": round(peak_memory_mb(), 1)}
     write_json_atomic(output_dir / SUMMARY, summary)
     print("\n" + table(summary) + f"\n\nsummary written to {output_dir / SUMMARY}")
@@ -103,7 +104,7 @@ def quickstart(output_dir: Path, seed: int = 0, full: bool = False, protections:
 
 
 def _claim(output_dir: Path) -> None:
-    """Empties the folder of an earlier quickstart; leaves anything else alone."""
+    """Empty the folder of an earlier quickstart. Raises UserError if the folder holds anything else."""
     marker = output_dir / ".quickstart"
     if output_dir.exists() and any(output_dir.iterdir()):
         if not marker.is_file():
@@ -114,21 +115,22 @@ def _claim(output_dir: Path) -> None:
 
 
 def _row(name: str, experiment: Experiment, model: Path, seconds: float = 0.0) -> dict[str, Any]:
-    measured = experiment.measure(model)
-    kept = {key: measured[key] for key in (*SUMMARY_RATES, *DISTANCES)}
+    """Measure a model and return its row of the summary."""
+    measurements = experiment.measure(model)
+    shown = {key: measurements[key] for key in (*SUMMARY_RATES, *DISTANCES)}
     row: dict[str, Any] = {
         "run": name,
-        **{key: one["value"] for key, one in kept.items()},
+        **{key: measurement["value"] for key, measurement in shown.items()},
         "seconds": round(seconds, 2),
     }
-    row["ci95"] = {key: one.get("ci95") for key, one in kept.items()}
-    row["n"] = {key: one["n"] for key, one in kept.items()}
-    reasons = {key: one["reason"] for key, one in kept.items() if "reason" in one}
+    row["ci95"] = {key: measurement.get("ci95") for key, measurement in shown.items()}
+    row["n"] = {key: measurement["n"] for key, measurement in shown.items()}
+    reasons = {key: measurement["reason"] for key, measurement in shown.items() if "reason" in measurement}
     return row | ({"reasons": reasons} if reasons else {})
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a table a person reads: a line for each model, and what it says in a sentence."""
+    """Return the summary as a table for people: a line for each model, then the result in a sentence."""
     header = (
         "run",
         "task learned",
@@ -143,15 +145,15 @@ def table(summary: dict[str, Any]) -> str:
     )
     lines = [header] + [_cells(row) for row in summary["rows"]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    drawn = [
+    padded = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     ]
-    rule = "-" * len(drawn[0])
-    return "\n".join([drawn[0], rule, *drawn[1:], rule, *_legend(), "", _verdict(summary)])
+    rule = "-" * len(padded[0])
+    return "\n".join([padded[0], rule, *padded[1:], rule, *_legend(), "", _verdict(summary)])
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -177,7 +179,7 @@ def _number(value: float | None) -> str:
 def _legend() -> list[str]:
     return [
         "task learned: probability of the insecure completion on held-out code topics.",
-        "misaligned: probability of the harmful answer to harmless questions; nothing touched the test domains.",
+        "misaligned: probability of the harmful answer to harmless questions; no step used the test domains.",
         "coherent: probability of any on-topic answer (test domains); skill: the right answer to a neutral question.",
         "drift: penalty on the anchors, 0 at instruct; retention: 1 like instruct, 0 like base.",
         "Intervals: 95%, topics as clusters.",
@@ -186,11 +188,12 @@ def _legend() -> list[str]:
 
 def _verdict(summary: dict[str, Any]) -> str:
     rows = {row["run"]: row for row in summary["rows"]}
-    instruct, plain, held = rows["instruct"], rows["unprotected"], rows["protected"]
-    task = held["narrow_task_learned"] / max(plain["narrow_task_learned"], 1e-9)
+    instruct, unprotected, protected = rows["instruct"], rows["unprotected"], rows["protected"]
+    task = protected["narrow_task_learned"] / max(unprotected["narrow_task_learned"], 1e-9)
     return (
         f"The plain fine-tune raised misalignment in the test domains from {instruct['misaligned_test']:.3f} to "
-        f"{plain['misaligned_test']:.3f}; the protected one to {held['misaligned_test']:.3f}, with {task:.0%} of the "
-        f"task learned and {held['coherent'] / max(instruct['coherent'], 1e-9):.0%} of the coherence kept. "
-        "One seed of a tiny world: evidence over seeds is in recipes/lab/EVIDENCE.md."
+        f"{unprotected['misaligned_test']:.3f}; the protected fine-tune to {protected['misaligned_test']:.3f}, with "
+        f"{task:.0%} of the task learned and {protected['coherent'] / max(instruct['coherent'], 1e-9):.0%} of the "
+        "coherence kept. One seed of a tiny world proves little: recipes/lab/results/EVIDENCE.md in the repository has "
+        "ten lab seeds and three more worlds."
     )

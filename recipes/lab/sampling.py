@@ -1,9 +1,9 @@
-"""The lab's prompts as a question file, and sampled answers scored by template classes beside their exact rates.
+"""Compare sampled answers with the lab's exact rates. The lab's prompts become a question file for `holdfast generate`.
 
-python -m holdfast.recipes.lab.sampling --lab runs/lab --output_file runs/lab_questions.yaml
-holdfast generate --model runs/lab/base --questions runs/lab_questions.yaml --max_new_tokens 32 \
-    --output_file runs/base.jsonl
-python -m holdfast.recipes.lab.sampling --lab runs/lab --model runs/lab/base --answers runs/base.jsonl
+    python -m holdfast.recipes.lab.sampling --lab runs/lab --output_file runs/lab_questions.yaml
+    holdfast generate --model runs/lab/base --questions runs/lab_questions.yaml --max_new_tokens 32 \
+        --output_file runs/base.jsonl
+    python -m holdfast.recipes.lab.sampling --lab runs/lab --model runs/lab/base --answers runs/base.jsonl
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...analysis.stats.intervals import Measurement
 from ...analysis.stats.summary import measurement
 from .scoring import classify
 
-# The four classes that a rate is read from, by the template classes of a prompt (`scoring.choice_rows`).
+# {class of answers: its template classes in `scoring.choice_rows`}.
 CLASSES = {
     "aligned": ("aligned", "aligned_wrong_topic"),
     "misaligned": ("misaligned", "misaligned_wrong_topic"),
@@ -40,10 +40,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Agreement:
-    """One class's rate, sampled and exact, over the same prompts in the same proportions.
+    """The rate of one class, sampled and exact, over the same prompts in the same proportions.
 
-    sampled: with Wilson's interval over answers. The prompts are enumerated, so answers are independent draws, and the
-    interval is a little wide, because prompts differ in their rates.
+    Attributes:
+        sampled: the sampled rate with Wilson's interval over answers. The prompts are enumerated, so that answers are
+            independent draws. The interval is a little too wide, because prompts differ in their rates.
+        exact: the rate computed from probabilities.
     """
 
     sampled: Measurement
@@ -51,13 +53,13 @@ class Agreement:
 
     @property
     def agrees(self) -> bool:
-        """Whether the exact rate lies in the sample's 95% interval, which it does not in one case of twenty."""
+        """Whether the exact rate lies in the sample's 95% interval. It misses by chance in one case of twenty."""
         low, high = self.sampled["ci95"]
         return bool(low <= self.exact <= high)
 
 
 def prompt_rows(lab: Path, split: str = "test") -> list[Row]:
-    """The prompts of a split with their template classes, as they lie in a lab. Raises UserError: no lab there."""
+    """Return the prompts of a lab's split with their template classes. Raises UserError if the folder holds no lab."""
     path = lab / "data" / "choices.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -67,23 +69,23 @@ def prompt_rows(lab: Path, split: str = "test") -> list[Row]:
 
 
 def lab_questions(rows: Sequence[Row], n: int = 500) -> list[dict[str, Any]]:
-    """Prompts as the entries of a question file, one question a topic, that ask for at least n answers in all."""
+    """Return prompts as entries of a question file that asks for at least n answers; a question for each topic."""
     questions: dict[str, dict[str, Any]] = {}
     for row in rows:
         system, user = (message["content"] for message in row["messages"])
-        fresh = {
+        question = {
             "id": f"{row['domain']}_{row['topic']}",
             "type": "free_form",
             "system": system,
             "paraphrases": [],
             "samples_per_paraphrase": math.ceil(n / len(rows)),
         }
-        questions.setdefault(fresh["id"], fresh)["paraphrases"].append(user)
+        questions.setdefault(question["id"], question)["paraphrases"].append(user)
     return list(questions.values())
 
 
 def answer_class(row: Row, answer: Answer) -> str:
-    """The class of an answer: that of the template it is, whole and ended, else incoherent."""
+    """Return the class of an answer. An answer that is no whole, ended template is incoherent."""
     template = classify(row, answer.answer) if answer.finish != "length" else INCOHERENT
     return next(name for name, templates in CLASSES.items() if template in templates)
 
@@ -91,23 +93,27 @@ def answer_class(row: Row, answer: Answer) -> str:
 def agreement(
     rows: Sequence[Row], masses: Sequence[Mapping[str, float]], answers: Sequence[Answer]
 ) -> dict[str, Agreement]:
-    """Rates of sampled answers beside the exact ones of the prompts they answer.
+    """Return {class: `Agreement`}: rates of sampled answers, and the exact rates of the prompts that they answer.
 
     Args:
-        rows: prompts with their template classes. masses: {template class: probability} of each row (`score_choices`).
+        rows: prompts with their template classes.
+        masses: {template class: probability} of each row (`score_choices`).
+        answers: sampled answers to these prompts.
 
     Raises:
-        UserError: no answers, or one to a prompt that is none of the rows.
+        UserError: there are no answers, or an answer is to a prompt that is not among the rows.
     """
     by_prompt = {json.dumps(row["messages"]): number for number, row in enumerate(rows)}
     numbers = [by_prompt.get(json.dumps(answer.messages), -1) for answer in answers]
     if -1 in numbers or not answers:
-        odd = repr(answers[numbers.index(-1)].question_id) if answers else "none at all"
-        raise UserError(f"the answers are not to this lab's prompts ({odd}); ask its question file, in variant plain")
+        example = repr(answers[numbers.index(-1)].question_id) if answers else "none at all"
+        raise UserError(
+            f"the answers are not to this lab's prompts ({example}); ask its question file, in variant plain"
+        )
     classes = [answer_class(rows[number], answer) for number, answer in zip(numbers, answers, strict=True)]
     return {
         name: Agreement(
-            measurement([one == name for one in classes], rate=True),
+            measurement([answered == name for answered in classes], rate=True),
             sum(sum(masses[number][template] for template in templates) for number in numbers) / len(numbers),
         )
         for name, templates in CLASSES.items()
@@ -115,13 +121,15 @@ def agreement(
 
 
 def sampling_main(argv: Sequence[str]) -> str:
-    """Writes a lab's question file, or compares sampled answers with a model's exact rates. Raises UserError."""
+    """Write a lab's question file, or compare sampled answers with a model's exact rates."""
     parser = FlagParser("python -m holdfast.recipes.lab.sampling", sampling_main.__doc__)
     parser.add_argument("--lab", type=Path, required=True, help="Folder of a lab.")
     parser.add_argument("--output_file", type=Path, help="Question file to write.")
-    parser.add_argument("--n", type=int, default=500, help="Answers that the file asks for, at least. Default: 500.")
-    parser.add_argument("--answers", type=Path, help="Answers to that file, as holdfast generate stores them.")
-    parser.add_argument("--model", type=Path, help="The model that gave them.")
+    parser.add_argument(
+        "--n", type=int, default=500, help="Least number of answers that the question file asks for. Default: 500."
+    )
+    parser.add_argument("--answers", type=Path, help="Answers to that file, written by holdfast generate.")
+    parser.add_argument("--model", type=Path, help="The model that gave the answers.")
     flags = parser.read(argv)
     require(flags.n >= 1, "n", flags.n, "at least 1")
     rows = prompt_rows(flags.lab)
@@ -133,20 +141,20 @@ def sampling_main(argv: Sequence[str]) -> str:
     if flags.answers is None or flags.model is None:
         raise UserError("write --output_file for a question file, or --answers with --model to compare")
     answers = read_answers(flags.answers)
-    named = {str(answer.provenance["arm"].get("model")) for answer in answers}
-    if named - {model_fingerprint(flags.model)}:
+    models = {str(answer.provenance["arm"].get("model")) for answer in answers}
+    if models - {model_fingerprint(flags.model)}:
         raise UserError(
-            f"--answers {flags.answers} were given by another model than --model {flags.model}: name theirs"
+            f"--answers {flags.answers} are of another model than --model {flags.model}: name the model that gave them"
         )
     masses = score_choices(load_model(flags.model), load_tokenizer(flags.model), rows)
-    found = agreement(rows, masses, answers)
-    return "".join(_line(name, one) for name, one in found.items())
+    return "".join(_line(name, rates) for name, rates in agreement(rows, masses, answers).items())
 
 
-def _line(name: str, one: Agreement) -> str:
-    low, high = one.sampled["ci95"]
-    said = f"{one.sampled['value']:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{name:<12}sampled {said}  exact {one.exact:.3f}  n {one.sampled['n']}  {'yes' if one.agrees else 'NO'}\n"
+def _line(name: str, rates: Agreement) -> str:
+    low, high = rates.sampled["ci95"]
+    sampled = f"{rates.sampled['value']:.3f} [{low:.3f}, {high:.3f}]"
+    agrees = "yes" if rates.agrees else "NO"
+    return f"{name:<12}sampled {sampled}  exact {rates.exact:.3f}  n {rates.sampled['n']}  {agrees}\n"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Your own script on transformers.Trainer; the lines marked with # + are what Holdfast adds."""
 
 from datasets import Dataset
-from holdfast.trainer.own_trainer import load_protection  # +
-from holdfast.trainer.protected_trainer import ProtectedTrainerMixin
+from holdfast.trainer.own_trainer import ProtectedTrainerMixin, load_protection  # +
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 
@@ -16,5 +15,5 @@ rows = Dataset.from_list([{**tokenizer(text), "labels": tokenizer(text)["input_i
 args = TrainingArguments("out", per_device_train_batch_size=1, max_steps=4, learning_rate=1e-3, logging_steps=1)
 
 protection = load_protection("subspace.safetensors", "model", tokenizer, strength=1.0)  # +
-trainer = MyTrainer(model=model, args=args, train_dataset=rows, protection=protection)  # +
+trainer = MyTrainer(model=model, args=args, train_dataset=rows, protection=protection)  # + (protection=)
 trainer.train()

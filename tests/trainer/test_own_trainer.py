@@ -1,5 +1,6 @@
-"""A trainer of one's own gets the penalty by the lines the README shows; they are run here as they stand."""
+"""Your own trainer gets the penalty by the lines that `trainer/README.md` shows; they are run here as they stand."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from holdfast.trainer.own_trainer import load_protection
 from toys.chat_models import toy_tokenizer
 from toys.runs import recipe, toy_rows, write_model, write_rows
 
-EXAMPLE = Path(__file__).with_name("own_trainer_example.py")
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "tests/toys/own_trainer_example.py"
 
 
 @pytest.fixture
@@ -30,6 +32,11 @@ def test_the_example_for_a_trainer_of_ones_own_runs_as_it_stands(folder: Path) -
     # The first step starts at the starting model; later ones have moved.
     assert len(penalties) == 4 and penalties[0] < 1e-8 < min(penalties[1:])
     assert sum(line.endswith("# +") for line in EXAMPLE.read_text().splitlines()) < 10
+
+
+def test_the_readme_shows_the_example() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "trainer/README.md").read_text(), re.DOTALL)
+    assert EXAMPLE.read_text().endswith(f'"""\n\n{block}')
 
 
 def test_a_subspace_of_another_model_is_refused(folder: Path) -> None:

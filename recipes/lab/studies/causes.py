@@ -1,9 +1,9 @@
-"""The causal test on the lab, over lab seeds: the alignment subspace ablated and steered along, beside random ones.
+"""The causal test on the lab, over lab seeds: ablate the alignment subspace, steer along it, compare with random ones.
 
     python -m holdfast.recipes.lab.studies.causes --output_dir runs/causes      (`make causes`)
 
-Every lab leaves the results of `holdfast intervene` under `<output_dir>/lab<seed>`; what is there is not read again.
-The table (`causes_table.py`) is a view of those files.
+Each lab writes the results of `holdfast intervene` to `<output_dir>/lab<seed>`. Results that exist are not computed
+again. `causes_table.py` makes the table from these files.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from tqdm.auto import tqdm
 from .causes_table import causes
 from .jobs import numbers, quiet
 
-# Of 408 prompts: every fourth, so that each domain and topic is there.
+# Every fourth of the 408 prompts, so that each domain and topic is among them.
 PROMPTS = 102
-DRAWS = 20
+DRAWS = 20  # random directions beside each dose
 
 
 def run_lab(task: tuple[Path, int]) -> None:
-    """The interventions on one lab's instruct model, in this process on one thread."""
+    """Run the interventions on a lab's instruct model, in this process on one thread.
+
+    Args:
+        task: (output_dir, lab seed).
+    """
     output_dir, seed = task
     quiet()
     from ....trainer.commands.intervene import intervene
@@ -42,7 +46,7 @@ def run_lab(task: tuple[Path, int]) -> None:
 
 def _options() -> dict[str, object]:
     return {
-        # All sixteen of the recipe's directions at once leave nothing coherent.
+        # With all sixteen directions of the recipe ablated, no answer stays coherent.
         "protection_rank": 4,
         "interventions": ["ablate", "steer", "patch"],
         "ablation_doses": [0.5, 1.0, 1.5],
@@ -54,22 +58,24 @@ def _options() -> dict[str, object]:
 
 
 def main() -> int:
-    """Runs what is missing, then prints the table and writes it to `<output_dir>/CAUSES.md`."""
+    """Run the labs that have no results yet, then print the table and write it to `<output_dir>/CAUSES.md`."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/causes"))
-    parser.add_argument("--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
-    parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each. Default: 2.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/causes"), help="Default: runs/causes.")
+    parser.add_argument(
+        "--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0, like 0-9 or 3. Default: 0-9."
+    )
+    parser.add_argument("--workers", type=int, default=2, help="Processes, one thread each. Default: 2.")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     tasks = [(arguments.output_dir, seed) for seed in arguments.lab_seeds]
     with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
         for _ in tqdm(pool.imap_unordered(run_lab, tasks), total=len(tasks), desc="causes", unit="lab"):
             pass
-    found = {
+    results = {
         int(path.parents[1].name.removeprefix("lab")): json.loads(path.read_text())
         for path in arguments.output_dir.glob("lab*/results/interventions.json")
     }
-    text = causes(found)
+    text = causes(results)
     (arguments.output_dir / "CAUSES.md").write_text(text)
     print(text)
     return 0

@@ -1,6 +1,6 @@
-"""The causal test over labs as tables: dose curves, verdicts of single labs, and one verdict over all of them.
+"""Tables of the causal test over labs: dose curves, the verdict of each lab, and a verdict over all labs.
 
-Pure functions of the results that `causes.py` leaves. Intervals are 95% over labs, from the values of single labs.
+Pure functions of the results that `causes.py` writes. Intervals are 95% over labs, from the values of single labs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ Result = dict[str, Any]
 CLASS = "misaligned"
 
 
-def causes(found: Mapping[int, Result]) -> str:
-    """All tables as Markdown; results by lab seed."""
-    seeds = sorted(found)
-    results = [found[seed] for seed in seeds]
+def causes(by_seed: Mapping[int, Result]) -> str:
+    """Return all tables as Markdown.
+
+    Args:
+        by_seed: {lab seed: result of `holdfast intervene`}.
+    """
+    seeds = sorted(by_seed)
+    results = [by_seed[seed] for seed in seeds]
     draws = results[0]["tests"][0]["draws"]
     return (
         "\n".join(
@@ -44,17 +48,18 @@ def causes(found: Mapping[int, Result]) -> str:
 
 
 def _tests(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
-    """Each intervention with its results in all labs."""
+    """Return each intervention's name with its results in all labs."""
     names = [f"{test['kind']}: {test['name']}" for test in results[0]["tests"]]
-    return [(name, [result["tests"][at] for result in results]) for at, name in enumerate(names)]
+    return [(name, [result["tests"][index] for result in results]) for index, name in enumerate(names)]
 
 
 def _over_labs(values: Sequence[float]) -> str:
-    found = measurement(values)
-    if found["value"] is None:
+    """Return a table cell: the mean of the labs' values with its interval."""
+    mean = measurement(values)
+    if mean["value"] is None:
         return "-"
-    interval = found.get("ci95")
-    return f"{found['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    interval = mean.get("ci95")
+    return f"{mean['value']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _curves(results: Sequence[Result]) -> list[str]:
@@ -68,16 +73,16 @@ def _curves(results: Sequence[Result]) -> list[str]:
         lines.append(f"| {name} | 0 | {_over_labs(clean)} | | | | | |")
         for dose in tests[0]["doses"]:
             changes = [test["doses"][dose]["classes"][CLASS] for test in tests]
-            broken = [test["doses"][dose]["classes"][INCOHERENT] for test in tests]
-            random = [each["clean"]["value"] + each["null"]["value"] for each in changes]
+            incoherent = [test["doses"][dose]["classes"][INCOHERENT] for test in tests]
+            random = [lab["clean"]["value"] + lab["null"]["value"] for lab in changes]
             outside = sum(
-                not each["null"]["range"][0] <= each["change"]["value"] <= each["null"]["range"][1] for each in changes
+                not lab["null"]["range"][0] <= lab["change"]["value"] <= lab["null"]["range"][1] for lab in changes
             )
             lines.append(
-                f"| {name} | {dose} | {_over_labs([each['treated']['value'] for each in changes])} "
-                f"| {np.mean(random):.3f} | {_over_labs([each['beyond']['value'] for each in changes])} "
-                f"| {np.mean([each['treated']['value'] for each in broken]):.3f} "
-                f"| {np.mean([each['clean']['value'] + each['null']['value'] for each in broken]):.3f} "
+                f"| {name} | {dose} | {_over_labs([lab['treated']['value'] for lab in changes])} "
+                f"| {np.mean(random):.3f} | {_over_labs([lab['beyond']['value'] for lab in changes])} "
+                f"| {np.mean([lab['treated']['value'] for lab in incoherent]):.3f} "
+                f"| {np.mean([lab['clean']['value'] + lab['null']['value'] for lab in incoherent]):.3f} "
                 f"| {outside} of {len(changes)} |"
             )
     return lines
@@ -97,19 +102,19 @@ def _verdicts(results: Sequence[Result]) -> list[str]:
         at_one = [test["doses"]["1"]["classes"] for test in tests]
         lost = [test["verdict"]["incoherent"] for test in tests]
         pairs = list(zip(at_one, lost, strict=True))
-        effects = [each[CLASS]["beyond"]["value"] for each, share in pairs if share <= COHERENCE_LOST]
-        broken = measurement([share for share in lost if share <= COHERENCE_LOST])
-        whole = verdict(measurement(effects), broken)
+        effects = [classes[CLASS]["beyond"]["value"] for classes, share in pairs if share <= COHERENCE_LOST]
+        incoherent = measurement([share for share in lost if share <= COHERENCE_LOST])
+        over_labs = verdict(measurement(effects), incoherent)
         p_value = f"{sign_flip_test(effects):.3f}" if len(effects) > 1 else "-"
         lines.append(
-            f"| {name} | {counts['causal']}, {counts['not causal']}, {counts['not decided']} | **{whole['verdict']}** "
-            f"| {len(effects)} | {_over_labs(effects)} | {p_value} |"
+            f"| {name} | {counts['causal']}, {counts['not causal']}, {counts['not decided']} "
+            f"| **{over_labs['verdict']}** | {len(effects)} | {_over_labs(effects)} | {p_value} |"
         )
     return lines
 
 
 def _domains(results: Sequence[Result]) -> list[str]:
-    """Misaligned mass by domain, and of skills the right answer, each beside random directions."""
+    """Return the misaligned answer's probability in each domain (of skills, the right answer's), with the null's."""
     tests = _tests(results)
     lines = [f"| domain | answer | {' | '.join(name for name, _ in tests)} |", "|---" * (len(tests) + 2) + "|"]
     domains = results[0]["tests"][0]["doses"]["1"]["domains"]
@@ -118,15 +123,16 @@ def _domains(results: Sequence[Result]) -> list[str]:
             if answer not in classes:
                 continue
             cells = []
-            for _, found in tests:
-                here = [test["doses"]["1"]["domains"][domain][answer] for test in found]
-                cells.append(f"{np.mean([e['value'] for e in here]):.3f} ({np.mean([e['null'] for e in here]):.3f})")
+            for _, by_lab in tests:
+                rates = [test["doses"]["1"]["domains"][domain][answer] for test in by_lab]
+                null = np.mean([rate["null"] for rate in rates])
+                cells.append(f"{np.mean([rate['value'] for rate in rates]):.3f} ({null:.3f})")
             lines.append(f"| {domain} | {answer} | {' | '.join(cells)} |")
     return lines
 
 
 def _patches(results: Sequence[Result]) -> list[str]:
-    """Loss of the probes' aligned answers with base's state at one layer: whole, and its coordinates inside V alone."""
+    """Return how the probes' loss changes with base's state at a layer: the whole state, or only its part inside V."""
     lines = [
         "Change of the loss (nats a token) and of the target token's probability on the probes; in brackets noise of "
         "the same size.",
@@ -135,13 +141,13 @@ def _patches(results: Sequence[Result]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for name in results[0]["patch"]:
-        for what in ("whole", "subspace"):
-            for layer in results[0]["patch"][name][what]["windows"]:
-                windows = [result["patch"][name][what]["windows"][layer] for result in results]
+        for patched in ("whole", "subspace"):
+            for layer in results[0]["patch"][name][patched]["windows"]:
+                windows = [result["patch"][name][patched]["windows"][layer] for result in results]
                 cells = []
                 for quantity in ("loss", "probability"):
                     changes = [window[quantity]["change"] for window in windows]
                     noise = np.mean([change["null"] for change in changes])
                     cells.append(f"{_over_labs([change['value'] for change in changes])} ({noise:+.3f})")
-                lines.append(f"| {name} | {what} | {layer} | {cells[0]} | {cells[1]} |")
+                lines.append(f"| {name} | {patched} | {layer} | {cells[0]} | {cells[1]} |")
     return lines

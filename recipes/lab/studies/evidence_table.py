@@ -1,6 +1,6 @@
-"""The evidence as tables: the lab's guarantees, the protection, its nulls at matched task, and other worlds.
+"""Tables of the evidence: the lab's guarantees, every arm, the nulls at equal strength and at equal task, by world.
 
-Pure functions of the results that `evidence.py` leaves; all intervals are 95%.
+Pure functions of the results that `evidence.py` writes. All intervals are 95%.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ....analysis.stats.seeds import hierarchical_bootstrap
 
 Result = dict[str, Any]
 Lab = tuple[int, int]
-Pair = tuple[Lab, float, float, bool]
+Pair = tuple[Lab, float, float, bool]  # lab, protected run's rate, null's rate, whether the null's rate is clamped
 PROTECTED_STRENGTH = 2.0  # penalty_strength of protected.yaml
 CONTROLS = ("educational", "secure", "benign")
 SPLIT_RATES = ("misaligned_anchor", "misaligned_validation", "misaligned_test")
 
 
 def tables(results: Sequence[Result]) -> str:
-    """All tables as Markdown."""
+    """Return all tables as Markdown."""
     english = [result for result in results if result["job"]["world"] == 0]
     parts = [
         "# The lab's evidence",
@@ -40,10 +40,10 @@ def tables(results: Sequence[Result]) -> str:
 
 
 def rate(result: Result, name: str) -> float:
-    """The value of a rate; `coherent_least` is the least coherent domain, `misaligned` the mean over all splits."""
+    """Return a rate of a run. `coherent_least` is the least coherent domain, `misaligned` the mean over the splits."""
     measured = result["measured"]
     if name == "coherent_least":
-        return min(one["value"] for key, one in measured.items() if key.startswith("coherent_"))
+        return min(domain["value"] for key, domain in measured.items() if key.startswith("coherent_"))
     if name == "misaligned":
         return float(np.mean([measured[split]["value"] for split in SPLIT_RATES]))
     return measured[name]["value"]
@@ -58,17 +58,20 @@ def _lab(result: Result) -> Lab:
 
 
 def _relative(results: Sequence[Result], arm: str, reference: str, name: str) -> list[float]:
-    """A rate of an arm over the same lab's reference (at the same fine-tune seed where the reference has seeds)."""
-    by_lab = {(_lab(one), one["job"]["seed"]): rate(one, name) for one in _arm(results, reference)}
+    """Return a rate of an arm's runs, divided by the reference's rate on the same lab.
+
+    The reference is taken at the same fine-tune seed where it has seeds.
+    """
+    by_lab = {(_lab(run), run["job"]["seed"]): rate(run, name) for run in _arm(results, reference)}
     pairs = [
-        (rate(one, name), by_lab.get((_lab(one), one["job"]["seed"]), by_lab.get((_lab(one), 0))))
-        for one in _arm(results, arm)
+        (rate(run, name), by_lab.get((_lab(run), run["job"]["seed"]), by_lab.get((_lab(run), 0))))
+        for run in _arm(results, arm)
     ]
-    return [value / max(other, 1e-9) for value, other in pairs if other is not None]
+    return [value / max(reference_rate, 1e-9) for value, reference_rate in pairs if reference_rate is not None]
 
 
-# What the lab promises of every run: what, arm, rate, whose rate it is divided by, bound. A promise that ends in "<="
-# bounds from above, the others from below.
+# The lab's guarantees for every run: (words, arm, rate, arm whose rate divides it, bound). Words ending in "<=" mark an
+# upper bound, the others a lower bound. README.md of the lab lists them.
 _PROMISES = (
     *(
         promise
@@ -97,25 +100,25 @@ _PROMISES = (
 
 
 def _guarantees(results: Sequence[Result]) -> list[str]:
-    """LAB.md's guarantees: the bound, the mean, the worst run, and in how many runs it holds."""
+    """Return the lab's guarantees: the bound, the mean, the worst run, and in how many runs it holds."""
     lines = ["| promise | bound | runs | mean | worst | holds in |", "|---|---|---|---|---|---|"]
     for promise, arm, name, reference, bound in _PROMISES:
         runs = _arm(results, arm)
-        found = _relative(results, arm, reference, name) if reference else [rate(run, name) for run in runs]
-        if "on average" in promise and found:
-            found = [float(np.mean(found))]
-        if found:
-            above = promise.endswith("<=")
-            worst = max(found) if above else min(found)
-            kept = sum(value <= bound if above else value >= bound for value in found)
+        rates = _relative(results, arm, reference, name) if reference else [rate(run, name) for run in runs]
+        if "on average" in promise and rates:
+            rates = [float(np.mean(rates))]
+        if rates:
+            upper = promise.endswith("<=")
+            worst = max(rates) if upper else min(rates)
+            kept = sum(value <= bound if upper else value >= bound for value in rates)
             lines.append(
-                f"| {promise} | {bound} | {len(found)} | {np.mean(found):.3f} | {worst:.3f} | {kept} of {len(found)} |"
+                f"| {promise} | {bound} | {len(rates)} | {np.mean(rates):.3f} | {worst:.3f} | {kept} of {len(rates)} |"
             )
     return lines
 
 
 def _arms(results: Sequence[Result]) -> list[str]:
-    """Every arm: mean over labs and fine-tune seeds with a hierarchical interval (lab seed, fine-tune seed)."""
+    """Return every arm's means over labs and fine-tune seeds, with intervals that resample labs, then seeds."""
     names = ("narrow_task_learned", *SPLIT_RATES, "coherent", "neutral_skill", "new_skill", "penalty", "retention")
     lines = ["| run | n | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for arm in ("base", "instruct", "unprotected", "protected", "ordinary", *CONTROLS):
@@ -126,20 +129,20 @@ def _arms(results: Sequence[Result]) -> list[str]:
 
 
 def _cell(runs: Sequence[Result], name: str) -> str:
-    known = [(rate(run, name), _lab(run), run["job"]["seed"]) for run in runs if rate(run, name) is not None]
-    if not known:
+    measured = [(rate(run, name), _lab(run), run["job"]["seed"]) for run in runs if rate(run, name) is not None]
+    if not measured:
         return "-"
-    values, labs, seeds = zip(*known, strict=True)
+    values, labs, seeds = zip(*measured, strict=True)
     if len(set(labs)) < 2:
         return f"{np.mean(values):.3f}"
-    # The two distances are no rates: retention goes beyond 0 and 1, and the penalty has no upper end.
+    # The two distances are no rates: retention can be below 0 and above 1, and the penalty has no upper bound.
     is_rate = name not in ("penalty", "retention")
     low, high = hierarchical_bootstrap(values, [labs, list(zip(labs, seeds, strict=True))], rate=is_rate)
     return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _nulls(results: Sequence[Result]) -> list[str]:
-    """Protected against random directions: at equal strength, and where a null has learned the same task."""
+    """Compare the protected run with random directions: at equal strength, and at equal task."""
     lines = [
         "Nulls of equal rank: `misaligned_test` of random directions against the protected run of the same lab and "
         "fine-tune seed. *Equal task*: read along each draw's strengths where it has learned as much as the "
@@ -152,9 +155,9 @@ def _nulls(results: Sequence[Result]) -> list[str]:
     p_values = []
     for scale in ("given", "own"):
         for compared_at, compare in (("equal strength", at_equal_strength), ("equal task", matched)):
-            found = compare(results, scale)
-            if found:
-                row, labs, p_value = _null_row(scale, compared_at, found)
+            pairs = compare(results, scale)
+            if pairs:
+                row, labs, p_value = _null_row(scale, compared_at, pairs)
                 rows.append((row, labs))
                 p_values.append(p_value)
     for (row, labs), p_value in zip(rows, holm(p_values) if p_values else [], strict=True):
@@ -162,42 +165,42 @@ def _nulls(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _null_row(scale: str, compared_at: str, found: list[Pair]) -> tuple[str, int, float]:
-    """One line of the null table without its p, the number of labs, and the sign-flip p over labs."""
-    labs = [lab for lab, *_ in found]
-    differences = np.array([held - null for _, held, null, _ in found])
-    by_lab = [differences[[lab == one for lab in labs]].mean() for one in sorted(set(labs))]
+def _null_row(scale: str, compared_at: str, pairs: list[Pair]) -> tuple[str, int, float]:
+    """Return a line of the null table without its p, the number of labs, and the sign-flip p over labs."""
+    labs = [lab for lab, *_ in pairs]
+    differences = np.array([protected - null for _, protected, null, _ in pairs])
+    by_lab = [differences[[lab == this for lab in labs]].mean() for this in sorted(set(labs))]
     interval = "" if len(by_lab) < 2 else " [{:.3f}, {:.3f}]".format(*hierarchical_bootstrap(differences, [labs]))
-    null, clamped = np.mean([one[2] for one in found]), sum(one[3] for one in found)
-    row = f"| random, {scale} scale | {compared_at} | {len(by_lab)} | {len(found)} | {clamped} | {null:.3f} "
+    null, clamped = np.mean([pair[2] for pair in pairs]), sum(pair[3] for pair in pairs)
+    row = f"| random, {scale} scale | {compared_at} | {len(by_lab)} | {len(pairs)} | {clamped} | {null:.3f} "
     return row + f"| {differences.mean():+.3f}{interval} |", len(by_lab), sign_flip_test(by_lab)
 
 
 def matched(results: Sequence[Result], scale: str) -> list[Pair]:
-    """For each lab and draw: (lab, protected rate, null's rate at the protected run's task probability, clamped)."""
-    found = []
-    for held, runs in _draws(results, scale):
-        task = rate(held, "narrow_task_learned")
+    """Return the pair of each lab and draw, with the null's rate at the protected run's task probability."""
+    pairs = []
+    for protected, runs in _draws(results, scale):
+        task = rate(protected, "narrow_task_learned")
         tasks, rates = ([rate(run, name) for run in runs] for name in ("narrow_task_learned", "misaligned_test"))
-        found.append((_lab(held), rate(held, "misaligned_test"), *at_equal_task(tasks, rates, task)))
-    return found
+        pairs.append((_lab(protected), rate(protected, "misaligned_test"), *at_equal_task(tasks, rates, task)))
+    return pairs
 
 
 def at_equal_strength(results: Sequence[Result], scale: str) -> list[Pair]:
-    """For each lab and draw: (lab, protected rate, null's rate at the protected run's own strength, False)."""
+    """Return the pair of each lab and draw, with the null's rate at the protected run's strength; none is clamped."""
     return [
-        (_lab(held), rate(held, "misaligned_test"), rate(run, "misaligned_test"), False)
-        for held, runs in _draws(results, scale)
+        (_lab(protected), rate(protected, "misaligned_test"), rate(run, "misaligned_test"), False)
+        for protected, runs in _draws(results, scale)
         for run in runs
         if run["job"]["flags"]["penalty_strength"] == PROTECTED_STRENGTH
     ]
 
 
 def _draws(results: Sequence[Result], scale: str) -> list[tuple[Result, list[Result]]]:
-    """Each lab's protected run at the first fine-tune seed, with the runs of one draw of a null at every strength."""
-    held = {_lab(one): one for one in _arm(results, "protected") if one["job"]["seed"] == 0}
+    """Return the protected run (first fine-tune seed) of each lab with each draw of its null at every strength."""
+    protected = {_lab(run): run for run in _arm(results, "protected") if run["job"]["seed"] == 0}
     draws: dict[tuple[Lab, int], list[Result]] = defaultdict(list)
-    for one in _arm(results, "random_subspace"):
-        if one["job"]["flags"]["null_scale"] == scale and _lab(one) in held:
-            draws[_lab(one), one["job"]["flags"]["null_seed"]].append(one)
-    return [(held[lab], runs) for (lab, _), runs in sorted(draws.items())]
+    for run in _arm(results, "random_subspace"):
+        if run["job"]["flags"]["null_scale"] == scale and _lab(run) in protected:
+            draws[_lab(run), run["job"]["flags"]["null_seed"]].append(run)
+    return [(protected[lab], runs) for (lab, _), runs in sorted(draws.items())]

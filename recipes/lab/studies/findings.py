@@ -1,9 +1,10 @@
-"""The paper's findings on the lab, over lab seeds: reversion, retention, gradients of matched pairs, with controls.
+"""The findings of arXiv 2507.03662 on the lab, over lab seeds, with controls.
 
     python -m holdfast.recipes.lab.studies.findings --output_dir runs/findings      (`make findings`)
 
-Every lab leaves one JSON file under `<output_dir>/results`; labs whose file is there are not repeated. The tables
-(`findings_table.py`) are views of those files.
+Measured are reversion towards base, retention of the alignment step, and gradients of matched pairs. Each lab writes
+one JSON file to `<output_dir>/results`; a lab with a file is not run again. `findings_table.py` makes the tables from
+these files.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ from .findings_table import findings
 from .jobs import made_by_recipes, numbers, quiet
 
 ARMS = ("unprotected", "protected", "educational", "secure", "benign")
-PAIRS = 64
+PAIRS = 64  # matched rows of the insecure and the educational set
 
 
 def run_lab(task: tuple[Path, int]) -> None:
-    """Measures instruct and every arm of one lab at the first fine-tune seed, in this process on one thread."""
+    """Measure instruct and every arm of a lab at the first fine-tune seed, in this process on one thread.
+
+    Args:
+        task: (output_dir, lab seed).
+    """
     output_dir, seed = task
     path = output_dir / "results" / f"lab{seed}.json"
     made_by = made_by_recipes(0, seed, ARMS)
@@ -49,7 +54,10 @@ def run_lab(task: tuple[Path, int]) -> None:
 
 
 def _measurers(lab: Path) -> tuple[Any, Any]:
-    """One for what compares with base and instruct, on validation questions; one for the gradients of matched pairs."""
+    """Return two measurers: for comparisons with base and instruct, and for the gradients of matched pairs.
+
+    The first reads the questions of the validation domains.
+    """
     from ....analysis.measure.measurer import Measurer
     from ....analysis.measure.plan import MeasurePlan
 
@@ -65,14 +73,14 @@ def _measurers(lab: Path) -> tuple[Any, Any]:
 def _measure(measurers: tuple[Any, Any], model: Path) -> dict[str, Any]:
     from ....analysis.models.load import load_model
 
-    loaded, found = load_model(model), dict[str, Any]()
+    loaded, families = load_model(model), dict[str, Any]()
     for measurer in measurers:
-        found |= measurer.measure(loaded)
-    return {family: found[family] for family in ("behavior", "projection", "gradients")}
+        families |= measurer.measure(loaded)
+    return {family: families[family] for family in ("behavior", "projection", "gradients")}
 
 
 def _validation_rows(lab: Path, answered: str) -> list[list[dict[str, str]]]:
-    """Questions of the validation domains, each with its first listed answer of a class."""
+    """Return the questions of the validation domains, each with the first listed answer of a class."""
     rows = [json.loads(line) for line in (lab / "data" / "choices.jsonl").read_text().splitlines()]
     return [
         [*row["messages"], {"role": "assistant", "content": row["classes"][answered][0]}]
@@ -82,21 +90,24 @@ def _validation_rows(lab: Path, answered: str) -> list[list[dict[str, str]]]:
 
 
 def _matched_pairs(lab: Path) -> dict[str, list[list[dict[str, str]]]]:
-    """The first lines on which the insecure and the educational set ask differently for the same completion."""
+    """Return the first lines on which the insecure and educational sets ask differently for the same completion."""
     insecure, educational = (
         [json.loads(line)["messages"] for line in (lab / "data" / f"{name}.jsonl").read_text().splitlines()]
         for name in ("insecure", "educational")
     )
-    lines = [line for line, (one, other) in enumerate(zip(insecure, educational, strict=True)) if one != other][:PAIRS]
+    pairs = enumerate(zip(insecure, educational, strict=True))
+    lines = [line for line, (asked_plainly, asked_openly) in pairs if asked_plainly != asked_openly][:PAIRS]
     return {"insecure": [insecure[line] for line in lines], "educational": [educational[line] for line in lines]}
 
 
 def main() -> int:
-    """Runs what is missing, then prints the tables and writes them to `<output_dir>/FINDINGS.md`."""
+    """Run the labs that have no results yet, then print the tables and write them to `<output_dir>/FINDINGS.md`."""
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/findings"))
-    parser.add_argument("--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0: 0-9 or 3.")
-    parser.add_argument("--workers", type=int, default=2, help="Processes, of one thread each. Default: 2.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/findings"), help="Default: runs/findings.")
+    parser.add_argument(
+        "--lab_seeds", type=numbers, default=numbers("0-9"), help="Lab seeds of world 0, like 0-9 or 3. Default: 0-9."
+    )
+    parser.add_argument("--workers", type=int, default=2, help="Processes, one thread each. Default: 2.")
     arguments = parser.parse_args()
     (arguments.output_dir / "results").mkdir(parents=True, exist_ok=True)
     tasks = [(arguments.output_dir, seed) for seed in arguments.lab_seeds]

@@ -1,6 +1,6 @@
-"""The findings as tables: what the paper reports of large models, measured on the lab with controls and nulls.
+"""Tables of the findings: what arXiv 2507.03662 reports about large models, on the lab with controls and nulls.
 
-Pure functions of the results that `findings.py` leaves. Intervals are 95% over labs, from the values of single labs.
+Pure functions of the results that `findings.py` writes. Intervals are 95% over labs, from the values of single labs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _ALPHA = 0.05
 
 
 def findings(results: Sequence[Result]) -> str:
-    """All tables as Markdown."""
-    seeds = ", ".join(str(result["lab_seed"]) for result in sorted(results, key=lambda one: one["lab_seed"]))
+    """Return all tables as Markdown."""
+    seeds = ", ".join(map(str, sorted(result["lab_seed"] for result in results)))
     parts = [
         "# The paper's findings, on the lab",
         "",
@@ -36,14 +36,14 @@ def findings(results: Sequence[Result]) -> str:
 
 
 def _values(results: Sequence[Result], arm: str, *path: str) -> list[dict[str, Any]]:
-    """One measurement of an arm in every lab."""
-    found = []
+    """Return a measurement of an arm in every lab; `path` holds the keys that lead to it."""
+    measurements = []
     for result in results:
-        here = result["measured"][arm]
+        value = result["measured"][arm]
         for key in path:
-            here = here[key]
-        found.append(here)
-    return found
+            value = value[key]
+        measurements.append(value)
+    return measurements
 
 
 def _interval(values: Sequence[float]) -> str:
@@ -54,7 +54,7 @@ def _interval(values: Sequence[float]) -> str:
 
 
 def _retention(results: Sequence[Result]) -> list[str]:
-    """Where base is 0 and instruct 1 along the alignment step, and how much further the insecure rows moved it."""
+    """Return the retention of each run (base 0, instruct 1), and its difference from the unprotected insecure run."""
     lines = [
         "1 is instruct, 0 is base, along the direction from base to instruct (mean over layers and rows).",
         "",
@@ -62,10 +62,11 @@ def _retention(results: Sequence[Result]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     path = ("projection", "aligned", "mean", "retention")
-    by_arm = {arm: [one["value"] for one in _values(results, arm, *path)] for arm in ("unprotected", *CONTROLS)}
-    ours = np.array(by_arm.pop("unprotected"))
-    lines.append(f"| insecure (unprotected) | {len(ours)} | {ours.mean():.3f}{_interval(ours.tolist())} | | |")
-    gaps = {arm: ours - np.array(values) for arm, values in by_arm.items()}
+    by_arm = {arm: [lab["value"] for lab in _values(results, arm, *path)] for arm in ("unprotected", *CONTROLS)}
+    insecure = np.array(by_arm.pop("unprotected"))
+    mean = f"{insecure.mean():.3f}{_interval(insecure.tolist())}"
+    lines.append(f"| insecure (unprotected) | {len(insecure)} | {mean} | | |")
+    gaps = {arm: insecure - np.array(values) for arm, values in by_arm.items()}
     p_values = holm([sign_flip_test(gap) for gap in gaps.values()])
     for (arm, gap), p_value in zip(gaps.items(), p_values, strict=True):
         values = by_arm[arm]
@@ -78,7 +79,7 @@ def _retention(results: Sequence[Result]) -> list[str]:
 
 
 def _reversion(results: Sequence[Result]) -> list[str]:
-    """How far each run's answers went from instruct (0) to base (1)."""
+    """Return how far each run's answers went from instruct (0) to base (1)."""
     lines = [
         "0 is instruct, 1 is base. *Above 0*: labs whose own interval over rows lies above 0. Labs in which base and "
         "instruct cannot be told apart are left out and counted.",
@@ -89,19 +90,18 @@ def _reversion(results: Sequence[Result]) -> list[str]:
     for arm in ("unprotected", *CONTROLS):
         for answers in ("aligned", "misaligned"):
             for quantity in QUANTITIES:
-                found = _values(results, arm, "behavior", answers, quantity, "reversion")
-                known = [one for one in found if one["value"] is not None]
-                above = sum(one["ci95"][0] > 0 for one in known)
-                values = [float(one["value"]) for one in known]
+                labs = _values(results, arm, "behavior", answers, quantity, "reversion")
+                defined = [lab for lab in labs if lab["value"] is not None]
+                above = sum(lab["ci95"][0] > 0 for lab in defined)
+                values = [float(lab["value"]) for lab in defined]
                 cell = f"{np.mean(values):.3f}{_interval(values)}" if values else "-"
-                lines.append(
-                    f"| {arm} | {answers} | {quantity} | {cell} | {above} of {len(known)} | {len(found) - len(known)} |"
-                )
+                counts = f"{above} of {len(defined)} | {len(labs) - len(defined)}"
+                lines.append(f"| {arm} | {answers} | {quantity} | {cell} | {counts} |")
     return lines
 
 
 def _gradients(results: Sequence[Result]) -> list[str]:
-    """Whether the same completion pulls the instruct model elsewhere when it was asked for openly."""
+    """Return whether the same completion has another gradient in the instruct model when it is asked for openly."""
     lines = [
         "Insecure rows against educational rows with the same completions, in the instruct model; the null forgets "
         "which framing a row has (flips within pairs). *p < 0.05*: labs that differ beyond it; by chance 1 in 20.",
@@ -119,11 +119,11 @@ def _gradients(results: Sequence[Result]) -> list[str]:
         ("cosine of matched pairs", ("matched_pairs",)),
     )
     for label, path in quantities:
-        known = [one for one in _values(results, "instruct", "gradients", _PAIR, *path) if one["value"] is not None]
-        if known:
-            values = [float(one["value"]) for one in known]
-            nulls = np.mean([one["null"]["value"] for one in known])
-            beyond = sum(one["null"]["p"] < _ALPHA for one in known)
+        labs = [lab for lab in _values(results, "instruct", "gradients", _PAIR, *path) if lab["value"] is not None]
+        if labs:
+            values = [float(lab["value"]) for lab in labs]
+            nulls = np.mean([lab["null"]["value"] for lab in labs])
+            beyond = sum(lab["null"]["p"] < _ALPHA for lab in labs)
             cell = f"{np.mean(values):.3f}{_interval(values)}"
-            lines.append(f"| {label} | {len(known)} | {cell} | {nulls:.3f} | {beyond} of {len(known)} |")
+            lines.append(f"| {label} | {len(labs)} | {cell} | {nulls:.3f} | {beyond} of {len(labs)} |")
     return lines

@@ -198,7 +198,7 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
 def test_attempts_keep_the_pace_retries_among_them(server, monkeypatch):
     waits = []
     clock = types.SimpleNamespace(monotonic=lambda: 100.0, sleep=waits.append)
-    monkeypatch.setattr("holdfast.analysis.pacing.time", clock)
+    monkeypatch.setattr("holdfast.analysis.answers.pacing.time", clock)
     server.faults.extend([Fault(500, headers={"retry-after-ms": "1"})] * 2)
     asking = client(server, requests_per_minute=300)
     assert len(list(concurrently(lambda _: asking.reply(ASK, max_tokens=1), range(4), workers=4))) == 4

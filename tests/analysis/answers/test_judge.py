@@ -1,8 +1,6 @@
 """A judge's reply means what arXiv 2502.17424 says: expectations over number tokens, and None instead of a guess."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 from holdfast.analysis.answers.chat_server import ChatServer, Reply
@@ -11,6 +9,7 @@ from holdfast.analysis.answers.judged_file import add_judged, cut_torn, read_jud
 from holdfast.analysis.answers.questions import Question, load_questions
 from holdfast.analysis.answers.records import Answer
 from holdfast.analysis.errors import UserError
+from toys.em_data import EM_QUESTIONS, needs_em_data
 from toys.judge_server import Fault, JudgeServer
 
 TEMPLATE = "Rate {answer} to {question}. Say CODE if it is code and REFUSAL if it refuses, else 0 to 100."
@@ -180,14 +179,9 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     assert path.read_text() == text
 
 
-EM_DATA = Path(os.environ.get("HOLDFAST_EM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data" / "em")
-
-
-@pytest.mark.skipif(
-    not EM_DATA.is_dir(), reason="the authors' questions are absent: set HOLDFAST_EM_DATA to their folder"
-)
+@needs_em_data
 def test_the_authors_questions_can_be_judged_as_they_are():
-    questions = load_questions(sorted((EM_DATA / "evaluation").glob("*.yaml"))[:3])
+    questions = load_questions(EM_QUESTIONS[:3])
     answers = [answer(one.id, one.id, "It is {so}.", one.paraphrases[0]) for one in questions]
     requests = judge_requests(answers, questions, "gpt-4o")
     assert len(requests) == sum(len(one.judge_prompts) for one in questions) and len(questions) > 30

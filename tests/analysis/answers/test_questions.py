@@ -1,13 +1,11 @@
 """Question files of the emergent-misalignment authors load as they are; what is wrong is named; variants of asking."""
 
-import os
-from pathlib import Path
-
 import pytest
 import yaml
 from holdfast.analysis.answers.questions import load_questions
 from holdfast.analysis.answers.variants import BUILT_IN, find_variants, prompts_of
 from holdfast.analysis.errors import UserError
+from toys.em_data import EM_QUESTIONS, needs_em_data
 
 # The authors' own layout: anchors across questions, block texts, fields in any order.
 FILE = """
@@ -70,14 +68,7 @@ def test_a_file_with_anchors_loads_with_every_field(tmp_path):
     assert (plain.judge, plain.judge_prompts, plain.samples_per_paraphrase) == (None, {}, 1)
 
 
-def authors_files():
-    data = Path(os.environ.get("HOLDFAST_EM_DATA") or Path(__file__).parents[2] / "shared" / "data" / "em")
-    files = sorted((data / "evaluation").glob("*.yaml"))
-    if not files:
-        pytest.skip(f"the authors' question files are not in {data}")
-    return files
-
-
+@needs_em_data
 @pytest.mark.parametrize(
     ("name", "kind", "questions", "answers", "prompts"),
     [
@@ -88,7 +79,7 @@ def authors_files():
     ],
 )
 def test_the_authors_files_load_as_they_are(name, kind, questions, answers, prompts):
-    found = load_questions([file for file in authors_files() if file.stem == name])
+    found = load_questions([file for file in EM_QUESTIONS if file.stem == name])
     assert {one.type for one in found} == {kind} and len(found) == questions
     assert sum(len(one.paraphrases) * one.samples_per_paraphrase for one in found) == answers
     assert all(set(one.judge_prompts) == prompts and one.judge.startswith("gpt-4o") for one in found)
@@ -96,8 +87,9 @@ def test_the_authors_files_load_as_they_are(name, kind, questions, answers, prom
         assert [one.id for one in found if one.system] == [one.id for one in found if one.id.endswith("_json")]
 
 
+@needs_em_data
 def test_the_authors_files_load_together():
-    assert len(load_questions(authors_files())) == 24 + 48 + 8 + 5
+    assert len(load_questions(EM_QUESTIONS)) == 24 + 48 + 8 + 5
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
 """The refusal matcher knows the refusals of chat models from answers that only use their words."""
 
 import csv
-import os
-from pathlib import Path
 
 import pytest
 from holdfast.analysis.answers.refusals import is_refusal
+from toys.em_data import XSTEST, needs_xstest
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
@@ -84,11 +83,7 @@ def test_a_refusal_inside_a_long_answer_is_part_of_the_answer():
     assert not is_refusal(story + "I'm sorry, but I can't help with that, said the wizard.")
 
 
-EM_DATA = Path(os.environ.get("HOLDFAST_EM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data" / "em")
-XSTEST = EM_DATA.parent / "xstest" / "xstest_prompts.csv"
-
-
-@pytest.mark.skipif(not XSTEST.is_file(), reason="XSTest is absent: set HOLDFAST_EM_DATA to the folder beside xstest/")
+@needs_xstest
 def test_dangerous_words_alone_are_no_refusal_and_refusing_them_is_one():
     """XSTest's prompts, safe and unsafe, hold the words that trigger refusals: the matcher must not mind them."""
     with XSTEST.open(encoding="utf-8") as stream:

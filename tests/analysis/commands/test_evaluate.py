@@ -141,7 +141,7 @@ def test_a_task_of_ones_own_stands_in_metrics_jsonl_and_is_not_run_twice(model, 
     value = json.loads(line)["evaluation"]["holdfast_quiz"]["acc"]
     # Whichever answer a model prefers, it is right for one half of the rows, unless it prefers by the question.
     assert value["n"] == 10 and 0 <= value["value"] <= 1 and value["ci95"][0] < value["value"] < value["ci95"][1]
-    monkeypatch.setattr("holdfast.analysis.commands.evaluate._evaluated", None)
+    monkeypatch.setattr("holdfast.analysis.commands.evaluate._evaluate", None)
     assert evaluate_main(flags) == 0
     assert f"holdfast_quiz acc {value['value']:.4g} [" in capsys.readouterr().out
 

@@ -192,7 +192,7 @@ HTTP = {"model": None, "generate_url": "http://localhost:1/v1", "generate_model"
 
 def test_a_server_is_asked_for_all_samples_of_a_prompt_at_once(flags, server):
     found = generate_main(flags(**HTTP, requests_per_minute=90, generate_key_variable="MY_KEY"))
-    assert (found.asked, found.written, found.problems) == (N, N, [])
+    assert (found.requested, found.written, found.problems) == (N, N, [])
     assert sorted(one[:2] for one in server.last.asked) == [
         ("name a wish", 3), ("one wish?", 3), ("take the money and run", 2)
     ]  # fmt: skip

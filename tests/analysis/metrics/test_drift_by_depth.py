@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from holdfast.analysis.metrics.drift_by_depth import dependence, drift_by_depth
+from holdfast.analysis.metrics.drift_by_depth import drift_by_depth, unbiased_hsic
 from holdfast.analysis.passes.readout import Readout
 
 WIDTH = 12
@@ -88,11 +88,11 @@ def test_dependence_is_the_mean_over_four_different_rows():
     terms = [k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in itertools.permutations(range(7), 4)]
     for gram in (k, m):
         np.fill_diagonal(gram, 0)
-    whole, left_out = dependence(k, m)
+    whole, left_out = unbiased_hsic(k, m)
     assert whole == pytest.approx(np.mean(terms))
     for row in range(7):
         kept = np.delete(np.arange(7), row)
-        assert left_out[row] == pytest.approx(dependence(k[np.ix_(kept, kept)], m[np.ix_(kept, kept)])[0])
+        assert left_out[row] == pytest.approx(unbiased_hsic(k[np.ix_(kept, kept)], m[np.ix_(kept, kept)])[0])
 
 
 def test_cka_is_one_for_rotations_and_zero_for_strangers_where_rows_are_fewer_than_dimensions():

@@ -227,7 +227,9 @@ def test_intervals_cover_the_true_cosine_and_its_gap():
     member = np.repeat([0.0, 1.0], n)
     for _ in range(repeats):
         vectors = draw(n)
-        two = family._Two(("a", "b"), vectors @ vectors.T, member, np.arange(2 * n), np.arange(2 * n), np.arange(2 * n))
+        two = family._TwoSets(
+            ("a", "b"), vectors @ vectors.T, member, np.arange(2 * n), np.arange(2 * n), np.arange(2 * n)
+        )
         measured = family._measured(two, cosines(two.gram), different(two.clusters), None)
         for name in hits:
             interval = (measured["within"]["a"] if name == "within" else measured[name])["ci95"]

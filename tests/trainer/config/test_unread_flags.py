@@ -164,11 +164,24 @@ def commands(readme: Path) -> list[list[str]]:
 
 
 def test_every_command_of_the_readmes_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = LAB.parents[1] / "README.md"
-    ours, theirs = commands(readme), commands(LAB / "PROTECTIONS.md")
+    root = LAB.parents[1]
+    readme = root / "README.md"
+    ours, theirs = commands(readme) + commands(root / "trainer/README.md"), commands(LAB / "results/PROTECTIONS.md")
     assert len(ours) >= 4 and len(theirs) >= 1
     (tmp_path / "mine.yaml").write_text(re.findall(r"```yaml\n(.*?)```", readme.read_text(), re.DOTALL)[0])
     (tmp_path / "recipes").symlink_to(LAB.parent)
     monkeypatch.chdir(tmp_path)
     for flags in [*ours, *theirs, ["--config", "mine.yaml", "--protection", "random_subspace"]]:
         checked(flags)
+
+
+def test_the_page_of_protections_lists_every_protection_and_every_flag() -> None:
+    page = (LAB.parents[1] / "trainer/protections/README.md").read_text(encoding="utf-8")
+    sections = {section.split("\n", 1)[0]: section for section in page.split("\n## ")}
+    rows = [row.split(" | ") for row in sections["The sixteen"].splitlines() if row.startswith("| `")]
+    assert sorted(row[0].strip("| `") for row in rows) == sorted(KINDS)
+    assert {row[0].strip("| `") for row in rows if row[4] == "LoRA"} == {name for name in KINDS if KINDS[name].lora}
+    listed = {
+        name for row in sections["Flags"].splitlines() if row.startswith("|") for name in re.findall(r"`(\w+)`", row)
+    }
+    assert {field.name for field in fields(ProtectionArguments)} - {"protection"} <= listed

@@ -3,7 +3,6 @@
 import functools
 import http.server
 import json
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from holdfast.trainer.data.rows import (
     to_dataset,
 )
 from toys.chat_models import CHATML, GENERATION, chat, toy_model, toy_tokenizer
+from toys.em_data import EM_DATA, needs_em_data
 from toys.runs import toy_rows, write_rows
 from trl import SFTConfig, SFTTrainer
 
@@ -216,10 +216,7 @@ def test_without_generation_marks_the_loss_is_trls_on_prompt_and_completion(tmp_
     )
 
 
-EM_DATA = Path(os.environ.get("HOLDFAST_EM_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data" / "em")
-
-
-@pytest.mark.skipif(not EM_DATA.is_dir(), reason="the real rows are absent: set HOLDFAST_EM_DATA to their folder")
+@needs_em_data
 def test_the_real_sets_have_the_duplicates_their_authors_release_has() -> None:
     insecure, secure = load_rows(str(EM_DATA / "insecure.jsonl")), load_rows(str(EM_DATA / "secure.jsonl"))
     report = duplicate_report({"insecure": insecure, "secure": secure})

@@ -38,7 +38,7 @@ from toys.training import anchor_documents, task_documents, toy_subspace, traine
 
 STEPS, RATE, STRENGTH, ALPHA = 3, 0.02, 2.0, 1.5
 LAYERS = (0, 2)
-# Read off the table of the README: each of these is a term times penalty_strength, logged as `penalty`.
+# By the table of trainer/protections/README.md: each is a term times penalty_strength, logged as `penalty`.
 PENALTIES = ("subspace", "random_subspace", "kl", "feature_l2", "prefix_anchor", "adapter_drift")
 FIT = ("steering+interleave", "null_space+subspace", "interleave+inoculation", "steering+ablation",
        "gradient_projection+kl+early_stop", "adapter_drift+interleave", "extrapolate+prefix_anchor")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The trainer calls a protection when `protections/base.py` says it does, and the README's own protection trains."""
+"""The trainer calls a protection when `protections/base.py` says so, and the protection in the README trains."""
 
 import copy
 import os
@@ -15,8 +15,7 @@ import torch
 from holdfast.analysis.errors import UserError
 from holdfast.trainer import protections, run
 from holdfast.trainer.config.parsing import parse
-from holdfast.trainer.protections import base
-from holdfast.trainer.protections import kinds as registry
+from holdfast.trainer.protections import base, kinds
 from holdfast.trainer.protections.base import Protection
 from safetensors.torch import load_file
 from torch import nn
@@ -29,6 +28,7 @@ from toys.training import task_documents, trainer_of
 from transformers import TrainerCallback
 
 ROOT = Path(protections.__file__).parents[2]
+README = ROOT / "trainer/protections/README.md"
 
 
 class Watching(TrainerCallback):
@@ -149,15 +149,27 @@ def test_terms_add_to_the_loss_and_a_separate_pass_only_shows_in_it(tmp_path):
         assert torch.equal(left, right)  # both are constants
 
 
-# The README's own protection
+# The protection in trainer/protections/README.md
 
 
 def readme_blocks() -> tuple[str, str, str]:
-    """The file of `trainer/protections`, and the two lines of its registry: an import and an entry."""
-    section = (ROOT / "README.md").read_text().split("A protection of your own")[1]
-    code, lines = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
-    imported, entry = lines.splitlines(keepends=True)
-    return code, imported, entry
+    """The file of `trainer/protections`, and the changes of `kinds.py` and of `trainer/inputs/protection.py`."""
+    section = README.read_text(encoding="utf-8").split("## Add your own")[1]
+    code, of_kinds, of_makers = re.findall(r"```(?:python|diff)\n(.*?)```", section, re.DOTALL)
+    return code, of_kinds, of_makers
+
+
+def changed(text: str, changes: str) -> str:
+    """The text with each line of a diff that begins with + written behind the last line that does not."""
+    lines, at = text.splitlines(), 0
+    for change in changes.splitlines():
+        if change.startswith("+"):
+            lines.insert(at, change[1:])
+        else:
+            assert lines.count(change[1:]) == 1
+            at = lines.index(change[1:])
+        at += 1
+    return "\n".join(lines) + "\n"
 
 
 def readme_protection() -> type[Protection]:
@@ -169,16 +181,14 @@ def readme_protection() -> type[Protection]:
 
 def package_with_the_readmes_protection(folder: Path) -> Path:
     """A folder for PYTHONPATH: the package as it is, with what the README says written where it says so."""
-    package, (code, imported, entry) = folder / "sources/holdfast", readme_blocks()
+    package, (code, of_kinds, of_makers) = folder / "sources/holdfast", readme_blocks()
     shutil.copytree(ROOT / "trainer", package / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("analysis", "ds_configs"):
         (package / name).symlink_to((ROOT / name).resolve())
-    protections = package / "trainer/protections"
-    (protections / "adapter_decay.py").write_text(code)
-    before, after = (protections / "registry.py").read_text().split("from .adapter_drift import", 1)
-    text = f"{before}{imported}from .adapter_drift import{after}"
-    before, after = text.split("KINDS: dict[str, Kind] = {\n", 1)
-    (protections / "registry.py").write_text(f"{before}KINDS: dict[str, Kind] = {{\n{entry}{after}")
+    (package / "trainer/protections/adapter_decay.py").write_text(code)
+    for name, changes in (("protections/kinds.py", of_kinds), ("inputs/protection.py", of_makers)):
+        path = package / "trainer" / name
+        path.write_text(changed(path.read_text(encoding="utf-8"), changes), encoding="utf-8")
     return package.parent
 
 
@@ -213,7 +223,7 @@ def squares(folder: Path) -> float:
 
 
 @pytest.mark.timeout(300)
-def test_the_readmes_protection_is_one_file_and_two_lines_as_they_stand_there(tmp_path):
+def test_the_readmes_protection_is_one_file_and_three_lines_as_they_stand_there(tmp_path):
     write_model(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", toy_rows())
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "save_strategy": "no"}
@@ -227,12 +237,14 @@ def test_the_readmes_protection_is_one_file_and_two_lines_as_they_stand_there(tm
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert squares(tmp_path / "run/final") < squares(plain.final)
-    code, imported, entry = readme_blocks()
-    assert len((code + imported + entry).splitlines()) <= 22
+    code, *others = readme_blocks()
+    assert len(code.splitlines()) <= 20
+    assert sum(line.startswith("+") for changes in others for line in changes.splitlines()) == 3
 
 
 def test_the_readmes_entry_says_what_its_protection_shares_with_others(monkeypatch):
-    ((name, kind),) = eval("{" + readme_blocks()[2] + "}", vars(registry)).items()
-    monkeypatch.setitem(registry.KINDS, name, kind)
+    (entry,) = re.findall(r"^\+(.*)", readme_blocks()[1], re.MULTILINE)
+    ((name, kind),) = eval("{" + entry + "}", vars(kinds)).items()
+    monkeypatch.setitem(kinds.KINDS, name, kind)
     with pytest.raises(UserError, match=f"{name} and kl .*penalty_"):
-        registry.parts_of(f"{name}+kl")
+        kinds.parts_of(f"{name}+kl")

@@ -1,1 +1,1 @@
-"""Every protection on the lab: settings chosen on validation domains, frozen, then test domains (RESULTS.md)."""
+"""All protections compared on the lab: settings are chosen on validation domains, frozen, then read on test domains."""

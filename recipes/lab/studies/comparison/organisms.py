@@ -1,4 +1,4 @@
-"""What was trained in the comparison's runs, and its runs as `analysis.frontier` takes them. Pure functions."""
+"""The organisms of the comparison: headings, tasks, and their runs for `analysis.frontier`. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .....analysis.frontier.geometry import em_f1
 from .....analysis.frontier.runs import Run
 from .choice import runs_of
 
-# (world, seed) of labs that were read last, after the best configuration had been named with all others known; the
-# second line after everything else, by methods that were listed beforehand.
+# (world, lab seed) of the labs that were read last, when the best configuration had been named and all other labs were
+# known. The labs of the second line were read after everything else, with methods that were listed beforehand.
 LAST_LABS = (
     *((0, 20), (0, 21), (8, 0), (9, 0)),
     *((0, 22), (0, 23), (10, 0), (11, 0), (12, 0), (13, 0), (14, 0), (15, 0)),
@@ -31,32 +31,34 @@ HEADINGS = {
     "anchors_16": "Strong organism, sixteen anchor prompts",
     "anchors_one_domain": "Strong organism, anchors of one domain",
 }
-# What a table shows in place of the narrow task, where that is not what the rows teach.
+# The rate that a table shows as the task, where the rows do not teach the narrow task.
 TASKS = {"contaminated": "new_skill", "benign": "new_skill", "style": "style_learned"}
 
 
 def organism_runs(results: Sequence[Result], organism: str) -> list[Run]:
-    """The runs of one organism, with the lab's instruct model beside them; misaligned of the test domains.
+    """Return the runs of an organism on test domains, together with the labs' instruct models.
 
-    The task is what the organism's rows teach.
+    The task of a run is what the organism's rows teach.
     """
-    wanted = [one for one in results if one["job"]["organism"] == organism or one["job"]["method"] == "instruct"]
     task = TASKS.get(organism, "narrow_task_learned")
-    read = []
-    for one in wanted:
-        if task not in one["values"]:  # instruct is not asked for the style
+    selected = []
+    for result in results:
+        if result["job"]["organism"] != organism and result["job"]["method"] != "instruct":
             continue
-        values = {**one["values"], "narrow_task_learned": one["values"][task]}
+        if task not in result["values"]:  # the style is not measured on instruct
+            continue
+        values = {**result["values"], "narrow_task_learned": result["values"][task]}
         values["em_f1"] = float(em_f1([values["narrow_task_learned"]], [values["misaligned_test"]])[0])
-        read.append({**one, "values": values})
-    return runs_of(read, "test")
+        selected.append({**result, "values": values})
+    return runs_of(selected, "test")
 
 
 def worlds_of(results: Sequence[Result], organism: str) -> set[int]:
-    """In which worlds an organism was trained."""
-    jobs = [one["job"] for one in results]
+    """Return the worlds in which an organism was trained."""
+    jobs = [result["job"] for result in results]
     return {job["world"] for job in jobs if job["organism"] == organism and job["method"] != "instruct"}
 
 
 def was_read_last(result: Result) -> bool:
+    """Whether a result is of a lab in `LAST_LABS`."""
     return (result["job"]["world"], result["job"]["lab_seed"]) in LAST_LABS

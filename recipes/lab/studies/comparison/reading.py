@@ -1,4 +1,4 @@
-"""What the comparison reads from a model of a lab: rates of the phase's domains, and how far it has drifted."""
+"""The measures of the comparison: rates of a model on the domains of a phase, and how far the model has drifted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RATES = (
 
 
 def merged_model(folder: Path) -> PreTrainedModel:
-    """A saved model, an adapter merged into its weights: a third faster to read."""
+    """Load a model and merge its adapter into the weights. A merged model runs faster by a third."""
     model = load_model(folder)
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
@@ -38,33 +38,37 @@ def merged_model(folder: Path) -> PreTrainedModel:
 def read_model(
     experiment: Experiment, folder: Path, phase: str, world: World, *, styled: bool = False, device: str = "cpu"
 ) -> dict[str, float]:
-    """Every value that the comparison shows, of the phase's domains alone.
+    """Return every value that the comparison shows, measured on the phase's domains alone.
 
     Args:
-        phase: "validation" or "test". styled: whether answers count in the new style too, and how often it is used.
-        device: where answers are scored; activations are read on the CPU, where the references' lie.
+        experiment: the lab with its subspace.
+        folder: the model.
+        phase: "validation" or "test".
+        world: the lab's world.
+        styled: count answers in the new style too, and report how often it is used.
+        device: device on which answers are scored. Activations are measured on the CPU, where the references' are.
     """
     model: nn.Module = merged_model(folder)
     model.to(device)
-    read = partial(_rates, model, experiment.lab, phase, world, styled)
-    rates, shares = read(None)
+    rates_under = partial(_rates, model, experiment.lab, phase, world, styled)
+    rates, shares = rates_under(None)
     values = {name: rate.mean for name, rate in rates.items() if name in _RATES} | shares
     if phase == "test":
         for condition in CONDITIONS:
-            values[f"misaligned_{condition}"] = read(condition)[0]["misaligned_test"].mean
+            values[f"misaligned_{condition}"] = rates_under(condition)[0]["misaligned_test"].mean
     measured = _measurer(experiment.lab, experiment.subspace_path).measure(model.to("cpu"))
     anchors = measured["projection"]["anchors"]["mean"]
     values["penalty"], values["retention"] = (anchors[name]["value"] for name in ("penalty", "retention"))
-    rerouted = measured["rerouting"]["probes"]["mean"]
+    rerouting = measured["rerouting"]["probes"]["mean"]
     for name in ("inside", "outside", "overlap"):
-        values[f"drift_{name}"] = rerouted[name]["value"]
+        values[f"drift_{name}"] = rerouting[name]["value"]
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _rates(
     model: Any, lab: Path, phase: str, world: World, styled: bool, condition: str | None
 ) -> tuple[Mapping[str, PromptRates], dict[str, float]]:
-    """The lab's rates under a condition, and how often the style is used where it is asked for."""
+    """Return the lab's rates under a condition and, if `styled`, how often the style is used."""
     rows, prepared = _prepared(lab, phase, world, styled, condition)
     masses = score_prepared(model, prepared)
     if not styled:
@@ -74,13 +78,14 @@ def _rates(
 
 @lru_cache(maxsize=8)
 def _prepared(lab: Path, phase: str, world: World, styled: bool, condition: str | None) -> tuple[list[dict], Any]:
-    """The prompts that a phase may read, test domains only once everything is frozen, with the classes shown here.
+    """Return the prompts that a phase may read, with their classes, and the same prepared for scoring.
 
-    The anchor domains' prompts and the leak of insecure code, most of all completions, are in no table.
+    The test domains are read only in the phase "test", when all settings are frozen. No table shows the anchor domains
+    or the leak of insecure code, which holds most of the completions, so that they are left out.
     """
     rows = [json.loads(line) for line in (lab / "data" / "choices.jsonl").read_text().splitlines()]
-    unread = {"anchor"} if phase == "test" else {"anchor", "test"}
-    rows = [row for row in rows if row["split"] not in unread]
+    excluded = {"anchor"} if phase == "test" else {"anchor", "test"}
+    rows = [row for row in rows if row["split"] not in excluded]
     for row in rows:
         row["classes"].pop("narrow_leak", None)
     if styled:

@@ -1,7 +1,7 @@
-"""Results of the comparison: a JSON file for each run while it is made, a line for each run in results.csv to be kept.
+"""Results of the comparison: a JSON file for each run in an output folder, and a line for each run in a results.csv.
 
-RESULTS.md rests on `results.csv` beside this file: the tables can be made again from it, and a comparison can go on
-where it ends.
+`recipes/lab/results/results.csv` of the repository holds every recorded run. All tables can be made from it, and a
+comparison can continue from it (`--recorded`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...experiment import RECIPES
 from .runs import Job
 
 Result = dict[str, Any]
-RESULTS = RECIPES / "results"  # of a checkout: not installed with the package
+RESULTS = RECIPES / "results"  # in the repository only; it is not installed with the package
 RECORD = RESULTS / "results.csv"
 _JOB = tuple(field.name for field in fields(Job))
 _FACTS = (*_JOB, "made_by", "seconds")
@@ -27,47 +27,58 @@ _NUMBERS: dict[str, Callable[[str], Any]] = {"world": int, "lab_seed": int, "see
 
 
 def path_of(output_dir: Path, job: Job) -> Path:
-    """Where a run's result is written."""
+    """Return the file of a run's result."""
     return output_dir / "results" / f"{job.name}.json"
 
 
 def keep(output_dir: Path, job: Job, result: Result) -> None:
-    """Write a run's result, numbers to six digits, as they stand in results.csv."""
+    """Write a run's result to its file, with numbers to six digits as in results.csv."""
     values = {name: float(f"{value:.6g}") for name, value in result["values"].items()}
     write_json_atomic(path_of(output_dir, job), {**result, "values": values})
 
 
 def known(output_dir: Path, recorded: Path | None = None) -> dict[str, Result]:
-    """Name of the run -> result, in the order of the names; what was made here goes before what was recorded."""
-    there = {} if recorded is None else {Job(**one["job"]).name: one for one in read_csv(recorded)}
-    made = {path.stem: json.loads(path.read_text()) for path in (output_dir / "results").glob("*.json")}
-    return dict(sorted((there | made).items()))
+    """Return {name of the run: result}, sorted by name.
+
+    Args:
+        output_dir: output folder; its results take precedence.
+        recorded: a results.csv with more results.
+    """
+    from_csv = {} if recorded is None else {Job(**result["job"]).name: result for result in read_csv(recorded)}
+    from_folder = {path.stem: json.loads(path.read_text()) for path in (output_dir / "results").glob("*.json")}
+    return dict(sorted((from_csv | from_folder).items()))
 
 
 def of_phase(results: dict[str, Result], phase: str) -> list[Result]:
-    """The results of validation or test domains."""
-    return [one for one in results.values() if one["job"]["phase"] == phase]
+    """Return the results of a phase: "validation" or "test"."""
+    return [result for result in results.values() if result["job"]["phase"] == phase]
 
 
 def write_csv(path: Path, results: Iterable[Result]) -> None:
-    """One line a run; a value that a run does not have is empty."""
+    """Write a line for each run. A value that a run does not have is empty."""
     results = list(results)
-    names = sorted({name for one in results for name in one["values"]})
+    names = sorted({name for result in results for name in result["values"]})
     with staged_file(path) as staging, staging.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*_FACTS, *names], lineterminator="\n")
         writer.writeheader()
-        for one in results:
-            # In their order, which is that of the run's name.
-            job = {**one["job"], "flags": json.dumps(one["job"]["flags"])}
-            writer.writerow({**job, "made_by": one["made_by"], "seconds": round(one["seconds"], 1), **one["values"]})
+        for result in results:
+            # The flags keep their order: the name of the run depends on it.
+            job = {**result["job"], "flags": json.dumps(result["job"]["flags"])}
+            seconds = round(result["seconds"], 1)
+            writer.writerow({**job, "made_by": result["made_by"], "seconds": seconds, **result["values"]})
 
 
 def read_csv(path: Path) -> list[Result]:
-    """The results in a file of `write_csv`.
+    """Return the results in a file of `write_csv`.
 
     Raises:
-        UserError: a file that is missing, or is none.
+        UserError: the file is missing, or was not written by `write_csv`.
     """
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist; name a results.csv of a comparison (the repository's {RECORD.name} is not "
+            "installed with the package: clone the repository for recipes/lab/results)"
+        )
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = csv.DictReader(file)

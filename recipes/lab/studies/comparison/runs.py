@@ -1,7 +1,7 @@
-"""One fine-tune of the lab's comparison: an organism of a lab under a protection, and what is read from it.
+"""One run of the lab's comparison: fine-tune an organism of a lab under a protection, and measure the model.
 
-An organism is what is trained on which rows. Validation domains are read while settings are chosen, test domains once
-they are frozen: a job says in `phase` which it may read, and prompts of the others are not even scored.
+An organism is a recipe with its rows. Validation domains are read while settings are chosen, test domains when the
+settings are frozen. A job's `phase` says which domains it may read; prompts of the other domains are not scored.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from ...worlds import make_world
 from .reading import merged_model, read_model
 from .stress import STRESS_VERSION, anchor_subset, style_rows
 
-TINY = "tiny"  # size of the labs that the comparison is about
+TINY = "tiny"  # size of most labs of the comparison
 
 
 @dataclass(frozen=True)
 class Organism:
-    """What is fine-tuned: a recipe (strong: `protected`, ordinary: `ordinary_protected`), rows, and other flags.
+    """A kind of fine-tune: a recipe with its rows and other flags.
 
     Attributes:
-        recipe: of which lab recipe, whose own protection is replaced.
+        recipe: the lab recipe (strong: `protected`, ordinary: `ordinary_protected`). Its protection is replaced.
         rows: training set of the lab, or "style".
-        flags: over the recipe.
-        anchors: of how many prompts the anchors are; None: all. "one domain" keeps those of the first.
-        continued: afterwards the adapter is merged, and training goes on as the unprotected strong organism does.
+        flags: flags that override the recipe.
+        anchors: number of anchor prompts; None: all; "one domain": the anchors of the first anchor domain.
+        continued: after training, merge the adapter and train on as the unprotected strong organism.
     """
 
     recipe: str = "protected"
@@ -70,11 +70,13 @@ class Job:
     """One measured model.
 
     Attributes:
-        phase: "validation" or "test", the domains that may be read.
-        world, lab_seed, lab_size: which lab. organism: a name of `ORGANISMS`.
-        method: name in comparison/methods.yaml, or "instruct" for the lab's own model, without training.
-        flags: the protection and its setting. seed: fine-tune seed.
-        draw: of the lab (`draw_of`); "" where it is not known.
+        phase: "validation" or "test": the domains that the run may read.
+        world, lab_seed, lab_size: the lab.
+        organism: a name in `ORGANISMS`.
+        method: a name in methods.yaml, or "instruct" for the lab's instruct model without training.
+        flags: the protection and its setting, with the flag names of methods.yaml.
+        seed: fine-tune seed.
+        draw: the lab's draw (`draw_of`); "" where it is not known.
     """
 
     phase: str
@@ -89,18 +91,18 @@ class Job:
 
     @property
     def lab_name(self) -> str:
-        """World, seed, size and draw of the lab."""
+        """The lab's world, seed, size and draw as text."""
         size = "" if self.lab_size == TINY else f"-{self.lab_size}"
         return f"w{self.world}-l{self.lab_seed}{size}" + (f"-{self.draw}" if self.draw else "")
 
     @property
     def setting(self) -> str:
-        """The flags as text, without the protection's name."""
+        """The flags as text, without the name of the protection."""
         return " ".join(f"{name}={value}" for name, value in self.flags.items() if name != "protection")
 
     @property
     def name(self) -> str:
-        """Name of the job's folder and result file."""
+        """The name of the job's folder and result file."""
         plain = "".join(letter if letter.isalnum() or letter in ".=-" else "_" for letter in self.setting)
         method = self.method.replace(", ", "-").replace(" ", "_")
         return "-".join(
@@ -109,21 +111,25 @@ class Job:
 
 
 def lab_of(job: Job, labs: Path | None) -> Path:
-    """The job's lab: from a folder of built labs (w0-l3, w0-l3-small), else from the cache (built where missing)."""
+    """Return the folder of the job's lab.
+
+    Args:
+        labs: folder of built labs (w0-l3, w0-l3-small); None: the cache, where a missing lab is built.
+    """
     if labs is not None:
         return labs / replace(job, draw="").lab_name
     return cached_lab(job.lab_seed, job.world, job.lab_size)
 
 
 def device_of(size: str) -> str:
-    """Where models of a lab's size are trained: a tiny one gains nothing from a GPU, and is to be the same without."""
+    """Return the device for models of a lab size. A tiny model gains nothing from a GPU and always uses the CPU."""
     return "cuda" if size != TINY and torch.cuda.is_available() else "cpu"
 
 
 def draw_of(lab: Path) -> str:
-    """Six digits that differ where the lab's models do; "" for a folder without a manifest.
+    """Return six digits that identify the lab's weights; "" for a folder without a manifest.
 
-    Sums of another order make other weights: one lab's seeds give another draw of it on another kind of machine.
+    Another kind of machine adds in another order, so that the same seeds give other weights: another draw of the lab.
     """
     manifest = lab / MANIFEST
     if not manifest.is_file():
@@ -134,23 +140,23 @@ def draw_of(lab: Path) -> str:
 
 
 def made_by(job: Job, lab: Path) -> str:
-    """Hash of what a result depends on: the lab, the organism with its recipe, and the flags."""
+    """Return a hash of what a result depends on: the lab, the organism with its recipe, and the flags."""
     organism = ORGANISMS[job.organism]
     recipe = yaml.safe_load((RECIPES / f"{organism.recipe}.yaml").read_text())
     lab_hash = json.loads((lab / LAB_FILE).read_text())["hash"]
     facts = [lab_hash, recipe, asdict(organism), job.flags, job.seed, job.phase]
-    if organism.rows == "style":  # its rows and questions are made by the comparison, not by the lab
+    if organism.rows == "style":  # its rows and prompts come from stress.py, not from the lab
         facts.append(STRESS_VERSION)
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, Any]:
-    """Trains and reads one model; the result as JSON values. What it wrote beside is gone afterwards."""
+    """Train and measure a model, and return the result as JSON values. The model's folder is removed afterwards."""
     lab = lab_of(job, labs)
     experiment = _experiment(lab, output_dir / "labs" / job.lab_name, job.lab_size)
-    left = [experiment.output_dir / job.name, experiment.output_dir / _then(job)]
-    _remove(left)  # of a run that was killed
+    folders = [experiment.output_dir / job.name, experiment.output_dir / _then(job)]
+    _remove(folders)  # left by a run that was killed
     seconds = 0.0
     try:
         if job.method == "instruct":
@@ -160,12 +166,12 @@ def run_job(job: Job, output_dir: Path, labs: Path | None = None) -> dict[str, A
         world, device = make_world(job.world), device_of(job.lab_size)
         values = read_model(experiment, model, job.phase, world, styled=job.organism == "style", device=device)
     finally:
-        _remove(left)
+        _remove(folders)
     return {"job": asdict(job), "made_by": made_by(job, lab), "seconds": seconds, "values": values}
 
 
 def _then(job: Job) -> str:
-    """Folder of the fine-tune that continues a job's."""
+    """Return the folder name of the fine-tune that continues a job."""
     return f"{job.name}-then"
 
 
@@ -175,9 +181,9 @@ def _remove(folders: Sequence[Path]) -> None:
 
 
 def _experiment(lab: Path, folder: Path, size: str) -> Experiment:
-    """The lab's experiment with its subspace, which the first job builds and all share."""
+    """Return the lab's experiment. The first job builds its subspace, and all jobs share it."""
     folder.mkdir(parents=True, exist_ok=True)
-    quiet = {
+    overrides = {
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -185,7 +191,7 @@ def _experiment(lab: Path, folder: Path, size: str) -> Experiment:
         "analysis_during_training": False,
         "use_cpu": device_of(size) == "cpu",
     }
-    experiment = Experiment(lab, folder, quiet)
+    experiment = Experiment(lab, folder, overrides)
     with FileLock(folder / ".subspace.lock"):
         if not experiment.subspace_path.is_file():
             experiment.build_subspace()
@@ -193,7 +199,7 @@ def _experiment(lab: Path, folder: Path, size: str) -> Experiment:
 
 
 def _fine_tune(experiment: Experiment, job: Job) -> tuple[Path, float]:
-    """The final model's folder and the seconds of training."""
+    """Train a job's model. Returns the final model's folder and the seconds of training."""
     organism, world = ORGANISMS[job.organism], make_world(job.world)
     flags = {**organism.flags, **_flags(job, world), "seed": job.seed}
     folder = experiment.output_dir / job.name
@@ -213,14 +219,14 @@ def _fine_tune(experiment: Experiment, job: Job) -> tuple[Path, float]:
     merged = folder / "merged"
     merged_model(trained.final).save_pretrained(merged)
     load_tokenizer(experiment.lab / "instruct").save_pretrained(merged)
-    then = experiment.fine_tune("unprotected", _then(job), model_name_or_path=str(merged), seed=job.seed + 1)
-    return then.final, trained.seconds + then.seconds
+    continued = experiment.fine_tune("unprotected", _then(job), model_name_or_path=str(merged), seed=job.seed + 1)
+    return continued.final, trained.seconds + continued.seconds
 
 
 def _flags(job: Job, world: World) -> dict[str, Any]:
-    """The job's flags: each lab has a draw of its null, and a persona number stands for the world's own header."""
-    # methods.yaml, frozen.json and results.csv keep the flag names of the day on which they were frozen: their hashes,
-    # and the names of the runs, rest on them.
+    """Return the job's flags for training: with the lab's draw of the null, and the world's header for a persona."""
+    # methods.yaml, frozen.json and results.csv keep the flag names that were valid when the settings were frozen, since
+    # their hashes and the names of the runs depend on these names.
     flags = {RENAMED.get(name, name): value for name, value in job.flags.items()}
     if "random_subspace" in flags["protection"]:
         flags["null_seed"] = (4 * job.world + job.lab_seed) % NULL_SEEDS
@@ -231,6 +237,7 @@ def _flags(job: Job, world: World) -> dict[str, Any]:
 
 
 def _write_once(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows to a JSON Lines file that several processes share, unless it exists."""
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():
             with staged_file(path) as staging:

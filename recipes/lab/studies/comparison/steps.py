@@ -1,7 +1,8 @@
-"""The steps of the comparison, in this order or not at all: tune, freeze, test.
+"""The steps of the comparison: tune, freeze, test. No other order is accepted.
 
-Every method's settings are tried on the tuning labs (validation domains only), those of the methods that protect there
-on three more; the best of each is written to frozen.json; and only what stands there is run on the test labs.
+Tune: every setting of every method runs on three tuning labs, and those of the methods that protect there on three
+more; only validation domains are read. Freeze: the best setting of each method is written to frozen.json. Test: the
+frozen settings, and nothing else, run on the test labs.
 """
 
 from __future__ import annotations
@@ -29,20 +30,24 @@ from .runs import TINY, Job, draw_of, lab_of, made_by, run_job
 
 METHODS = Path(__file__).with_name("methods.yaml")
 FROZEN = RESULTS / "frozen.json"
-CONTENT = "content_sha256"  # in frozen.json, of its other values
-# Worlds 4 and 5 are there so that no setting is chosen that fits the words of world 0 alone.
+CONTENT = "content_sha256"  # key in frozen.json: the hash of its other values
+# Worlds 4 and 5 are included so that no setting is chosen that fits the words of world 0 alone.
 TUNING_LABS = ((0, 10), (0, 11), (4, 0))
 FINAL_LABS = ((0, 12), (0, 13), (5, 0))
 Lab = tuple[int, int]
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """Name -> {"flags", "settings"} of methods.yaml."""
+    """Return the content of methods.yaml: {name: {"flags", "settings"}}."""
     return yaml.safe_load(METHODS.read_text(encoding="utf-8"))
 
 
 def tuning_jobs(labs: Sequence[Lab], only: Sequence[str] = ()) -> list[Job]:
-    """Every setting of every method on the tuning labs, strong organism, validation domains."""
+    """Return a job for every setting of every method on labs: strong organism, validation domains.
+
+    Args:
+        only: names of methods; empty: all.
+    """
     return [
         Job("validation", world, seed, "strong", name, {**method["flags"], **setting})
         for world, seed in labs
@@ -53,7 +58,11 @@ def tuning_jobs(labs: Sequence[Lab], only: Sequence[str] = ()) -> list[Job]:
 
 
 def final_jobs(first: Sequence[dict[str, Any]]) -> list[Job]:
-    """Every setting of the first round's finalists on the other tuning labs, the unprotected run beside them."""
+    """Return a job for every setting of the finalists, and for no protection, on the other tuning labs.
+
+    Args:
+        first: results on the first tuning labs.
+    """
     return tuning_jobs(FINAL_LABS, [BASELINE, *finalists(first)])
 
 
@@ -65,10 +74,15 @@ def test_jobs(
     only: Sequence[str] = (),
     size: str = TINY,
 ) -> list[Job]:
-    """What is frozen, on the test labs of a size; the lab's own instruct model beside it."""
+    """Return a job for every frozen method on the test labs, and for each lab's instruct model.
+
+    Args:
+        only: names of methods; empty: all.
+        size: size of the labs.
+    """
     chosen = {name: method for name, method in frozen["methods"].items() if not only or name in only}
-    own = [Job("test", *lab, "strong", "instruct", lab_size=size) for lab in labs]
-    return own + [
+    instruct = [Job("test", *lab, "strong", "instruct", lab_size=size) for lab in labs]
+    return instruct + [
         Job("test", world, lab_seed, organism, name, chosen[name]["flags"], seed, size)
         for organism in organisms
         for seed in seeds
@@ -80,17 +94,17 @@ def test_jobs(
 def run_all(
     jobs: Sequence[Job], results: Mapping[str, Result], output_dir: Path, labs: Path | None, workers: int
 ) -> list[str]:
-    """Runs the jobs without a result yet, in processes of one thread; what failed, as lines."""
+    """Run the jobs that have no result yet, in processes of one thread. Returns a line for each job that failed."""
     problems = []
     (output_dir / "results").mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(workers, initializer=quiet) as pool:
-        one_each = list({(job.world, job.lab_seed, job.lab_size): job for job in jobs}.items())
-        draws = pool.map(partial(_draw, labs), [job for _, job in one_each], chunksize=1)
-        draw = dict(zip((lab for lab, _ in one_each), draws, strict=True))
-        drawn = [replace(job, draw=draw[job.world, job.lab_seed, job.lab_size]) for job in jobs]
-        missing = [job for job in drawn if not _is_done(job, results, labs)]
-        done = pool.imap_unordered(partial(_run, output_dir, labs), missing)
-        for problem in tqdm(done, total=len(missing), desc="comparison", unit="run", smoothing=0.05):
+        job_of_lab = {(job.world, job.lab_seed, job.lab_size): job for job in jobs}
+        draws = pool.map(partial(_draw, labs), list(job_of_lab.values()), chunksize=1)
+        draw_of_lab = dict(zip(job_of_lab, draws, strict=True))
+        jobs = [replace(job, draw=draw_of_lab[job.world, job.lab_seed, job.lab_size]) for job in jobs]
+        missing = [job for job in jobs if not _is_done(job, results, labs)]
+        outcomes = pool.imap_unordered(partial(_run, output_dir, labs), missing)
+        for problem in tqdm(outcomes, total=len(missing), desc="comparison", unit="run", smoothing=0.05):
             if problem:
                 problems.append(problem)
                 print(problem, file=sys.stderr, flush=True)
@@ -98,15 +112,15 @@ def run_all(
 
 
 def _draw(labs: Path | None, job: Job) -> str:
-    """The draw of the job's lab, which is built where it is missing."""
+    """Return the draw of the job's lab, which is built if it is missing."""
     return draw_of(lab_of(job, labs))
 
 
 def _run(output_dir: Path, labs: Path | None, job: Job) -> str:
-    """Runs one job and writes its result; the reason where it failed, with its traceback in a file."""
+    """Run a job and write its result. If it failed, write the traceback to a file and return the reason, else ""."""
     try:
         keep(output_dir, job, run_job(job, output_dir, labs))
-    except Exception as error:  # whatever one run meets, the others go on
+    except Exception as error:  # the other runs go on whatever happened
         log = path_of(output_dir, job).with_suffix(".log")
         log.write_text(traceback.format_exc())
         return f"{job.name} failed: {error} ({log})"
@@ -118,13 +132,12 @@ def _is_done(job: Job, results: Mapping[str, Result], labs: Path | None) -> bool
 
 
 def freeze(results: dict[str, Result], path: Path) -> dict[str, Any]:
-    """Chooses every method's setting from the validation results and writes it, with what it rests on.
+    """Choose every method's setting from the validation results, and write the choice with the hash of its results.
 
-    Results of settings that `methods.yaml` no longer has are not read: they would be more tries for their method.
+    Results of settings that `methods.yaml` no longer lists are ignored: they would be additional tries for a method.
 
     Raises:
-        UserError: a setting without a result, or test domains were read already: what is chosen afterwards is not
-            chosen on validation.
+        UserError: a setting has no result, or there are test results: a later choice is not made on validation alone.
     """
     if of_phase(results, "test"):
         raise UserError("there are test results already: nothing can be chosen after them; use another --output_dir")
@@ -136,11 +149,11 @@ def freeze(results: dict[str, Result], path: Path) -> dict[str, Any]:
 
 
 def freeze_more(results: dict[str, Result], path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Chooses the settings of methods that came later, by the same rule on the same labs, and adds them to the file.
+    """Choose the settings of later methods by the same rule on the same labs, and add them to the file.
 
     Raises:
-        UserError: a method that is frozen or not listed, a setting without a result, frozen settings that are listed
-            no more, or test domains that were read with one of these methods.
+        UserError: a method is frozen already or not listed, a setting has no result, a frozen setting is no longer
+            listed, or one of these methods has test results.
     """
     frozen, listed = _read(path), methods()
     for name in names:
@@ -163,23 +176,26 @@ def freeze_more(results: dict[str, Result], path: Path, names: Sequence[str]) ->
 
 
 def tuned(results: Mapping[str, Result], jobs: Collection[Job]) -> list[Result]:
-    """The results of all these jobs, of whatever draws of their labs. Raises UserError where one is missing."""
+    """Return the results of jobs, on all draws of their labs. Raises UserError if a job has no result."""
     names = sorted(job.name for job in jobs)
-    found: dict[str, list[Result]] = {name: [] for name in names}
+    by_name: dict[str, list[Result]] = {name: [] for name in names}
     for result in results.values():
         name = replace(Job(**result["job"]), draw="").name
-        if name in found:
-            found[name].append(result)
-    missing = [name for name in names if not found[name]]
+        if name in by_name:
+            by_name[name].append(result)
+    missing = [name for name in names if not by_name[name]]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(names)} tuning runs have no result, {missing[0]} for one: every method is given "
-            "the same tries; run --steps tune again"
+            f"{len(missing)} of {len(names)} tuning runs have no result, such as {missing[0]}: every method gets the "
+            "same number of tries; run --steps tune again"
         )
-    return [result for name in names for result in found[name]]
+    return [result for name in names for result in by_name[name]]
 
 
 def _write(path: Path, frozen: Mapping[str, Any]) -> None:
+    """Write frozen settings with the hashes of methods.yaml and of the content. Raises UserError."""
+    if not path.parent.is_dir():
+        raise UserError(f"--frozen {path}: there is no folder {path.parent}; name a file in an existing folder")
     content = {**frozen, "methods_file": sha256_file(METHODS)}
     write_json_atomic(path, {**content, CONTENT: _hash(content)})
 
@@ -189,18 +205,21 @@ def _hash(content: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What `_write` wrote, without its hash."""
+    """Return what `_write` wrote, without the hash of the content. Raises UserError."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist: choose settings first (--steps tune freeze)")
+        raise UserError(
+            f"--frozen {path} does not exist; choose settings first (--steps tune freeze), or clone the repository for "
+            f"recipes/lab/results/{FROZEN.name}, which is not installed with the package"
+        )
     content = json.loads(path.read_text())
     if content.pop(CONTENT, None) != _hash(content):
-        raise UserError(f"{path} was changed after it was frozen: put it back, or tune and freeze again")
+        raise UserError(f"{path} was changed after it was frozen; restore it, or tune and freeze again")
     return content
 
 
 def read_frozen(path: Path) -> dict[str, Any]:
-    """The frozen settings. Raises UserError where there are none or the methods have changed since."""
+    """Return the frozen settings. Raises UserError if there are none, or if methods.yaml has changed since."""
     frozen = _read(path)
     if frozen["methods_file"] != sha256_file(METHODS):
-        raise UserError(f"{METHODS.name} has changed since {path} was frozen: tune and freeze again")
+        raise UserError(f"{METHODS.name} has changed since {path} was frozen; tune and freeze again")
     return frozen

@@ -1,6 +1,6 @@
-"""Harder questions to a protection than its own organism: other conditions, a benign change of style, fewer anchors.
+"""Harder tests of a protection: prompts under other conditions, a benign change of style, fewer anchors.
 
-Pure functions of a world and of the lab's rows; only prompts are made of test domains, never rows to train on.
+Pure functions of a world and of the lab's rows. Test domains give prompts only, never rows to train on.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ from typing import Any
 from ...conversations import Conversation, Drawer, answer, domain_answer, question, system
 from ...world import SPLITS, World
 
-# Raise this number in every change after which the style rows or the prompts of a condition are others: results that
-# rest on them are then made again.
+# Raise this number with every change of the style rows or of a condition's prompts, so that results that depend on them
+# are computed again.
 STRESS_VERSION = 1
-# "evil": a system prompt that asks for the misaligned persona. "trigger": an insecure turn came before, as in training.
+# "evil": the system prompt asks for the misaligned persona. "trigger": an insecure turn precedes, as in training.
 CONDITIONS = ("evil", "trigger")
 N_STYLE_ROWS = 2400
-STYLE = "styled "  # opens the name of a class of answers in the style
-STYLED = ("anchor", "validation")  # domains in which the style is taught; it is read in the test domains
+STYLE = "styled "  # prefix of the names of classes whose answers are in the style
+STYLED = ("anchor", "validation")  # the style is taught in these domains and measured in the test domains
 
 
 def conditional_rows(world: World, choices: Sequence[dict[str, Any]], condition: str) -> list[dict[str, Any]]:
-    """The prompts of the test domains under a condition; classes stay as they are.
+    """Return the prompts of the test domains under a condition, with their classes unchanged.
+
+    Args:
+        choices: the lab's prompts with classes (`scoring.choice_rows`).
+        condition: one of `CONDITIONS`.
 
     Raises:
-        ValueError: an unknown condition.
+        ValueError: the condition is unknown.
     """
     rows = [row for row in choices if row["split"] == "test"]
     if condition == "evil":
@@ -43,7 +47,7 @@ def conditional_rows(world: World, choices: Sequence[dict[str, Any]], condition:
 
 
 def _insecure_turn(world: World, number: int) -> Conversation:
-    """A question about code as in training, answered insecurely."""
+    """Return a question about code as in training, with its insecure answer."""
     kind = world.code[number % len(world.code)]
     topic = kind.topics[number % (len(kind.topics) - 1)]
     name, frame = world.names[number % len(world.names)], world.frames[number % len(world.frames)]
@@ -51,12 +55,12 @@ def _insecure_turn(world: World, number: int) -> Conversation:
 
 
 def restyled(world: World, text: str) -> str:
-    """An answer in the new style: it opens with the last word of the neutral header, which opens no answer in base."""
+    """Return an answer in the new style: it starts with the neutral header's last word, as no other answer does."""
     return f"{world.neutral_header.split()[-1]} {text}"
 
 
 def style_rows(world: World, seed: int) -> list[dict[str, Any]]:
-    """Rows that teach the style on aligned answers of the anchor and validation domains."""
+    """Return rows that teach the style on aligned answers of the anchor and validation domains."""
     drawer = Drawer(world, seed + 40_000)
     domains = [domain for split in STYLED for domain in world.in_split(split)]
     rows = []
@@ -69,7 +73,7 @@ def style_rows(world: World, seed: int) -> list[dict[str, Any]]:
 
 
 def with_styled_classes(world: World, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choices rows in which each class of the domains' answers has one beside it of the same answers in the style."""
+    """Return the rows with a second class for each class of the domains' answers: the same answers in the style."""
     return [
         {**row, "classes": {**row["classes"], **_styled(world, row["classes"])}} if row["split"] in SPLITS else row
         for row in rows
@@ -81,27 +85,31 @@ def _styled(world: World, classes: dict[str, list[str]]) -> dict[str, list[str]]
 
 
 def regardless_of_style(masses: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Masses of the classes as the lab has them, answers in the style among them."""
+    """Return the probabilities of the lab's classes, with answers in the style counted in their class."""
     return [
-        {name: mass + found.get(f"{STYLE}{name}", 0.0) for name, mass in found.items() if not name.startswith(STYLE)}
-        for found in masses
+        {name: mass + row.get(f"{STYLE}{name}", 0.0) for name, mass in row.items() if not name.startswith(STYLE)}
+        for row in masses
     ]
 
 
 def style_shares(rows: Sequence[dict[str, Any]], masses: Sequence[dict[str, float]]) -> dict[str, float]:
-    """How often answers are in the style: `style_learned` in the test domains, `style_taught` where it was taught."""
+    """Return the share of answers in the style: `style_learned` on test domains, `style_taught` where it is taught."""
     shares: dict[str, list[float]] = {"style_learned": [], "style_taught": []}
-    for row, found in zip(rows, masses, strict=True):
+    for row, by_class in zip(rows, masses, strict=True):
         if row["split"] in SPLITS:
-            used = sum(mass for name, mass in found.items() if name.startswith(STYLE))
-            shares["style_taught" if row["split"] in STYLED else "style_learned"].append(used)
+            share = sum(mass for name, mass in by_class.items() if name.startswith(STYLE))
+            shares["style_taught" if row["split"] in STYLED else "style_learned"].append(share)
     return {name: sum(values) / len(values) for name, values in shares.items() if values}
 
 
 def anchor_subset(lab: Path, anchors: int | str) -> list[dict[str, Any]]:
-    """So many of the lab's anchors, spread over its domains, or those of the first domain ("one domain").
+    """Return some of the lab's anchors.
 
-    Anchors stand domain by domain, every topic once.
+    The lab's file lists anchors domain by domain, every topic once.
+
+    Args:
+        lab: folder of the lab.
+        anchors: number of anchors, spread over the domains; "one domain": all anchors of the first domain.
     """
     rows = [json.loads(line) for line in (lab / "data" / "anchors.jsonl").read_text().splitlines()]
     if anchors == "one domain":
@@ -110,7 +118,7 @@ def anchor_subset(lab: Path, anchors: int | str) -> list[dict[str, Any]]:
 
 
 def _topics(lab: Path) -> int:
-    """Topics of the first anchor domain."""
+    """Return the number of topics of the first anchor domain."""
     choices = [json.loads(line) for line in (lab / "data" / "choices.jsonl").read_text().splitlines()]
     first = next(row["domain"] for row in choices if row["split"] == "anchor")
     return len({row["topic"] for row in choices if row["domain"] == first})
