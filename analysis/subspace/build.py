@@ -1,12 +1,14 @@
 """Build the alignment subspace: directions in which an instruct model differs from base, or from its misaligned self.
 
-`holdfast subspace --config recipe.yaml`. Methods (arXiv 2507.03662, sections 4.3 and 4.4, and PROTECTION.md):
+    holdfast subspace --config recipe.yaml
 
-- contrastive: needs the instruct model alone; paired differences under aligned and misaligned system prompts, or on
-  chosen and rejected completions.
+Methods (arXiv 2507.03662, sections 4.3 and 4.4, and trainer/protections/README.md):
+
+- contrastive: needs only the instruct model. It takes paired differences under aligned and misaligned system prompts,
+  or on chosen and rejected completions.
 - difference_in_means, svd: residuals h^instruct - h^base on identical token ids.
-- shared: what several domains have in common.
-- random: the null.
+- shared: directions that several domains have in common.
+- random: random directions, as the null.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ from . import methods
 from .contrast import is_completions, shipped_contrast
 from .file import NULL_SEEDS, Provenance, Subspace, to_float32
 from .methods import METHODS, Moments
-from .moments import Measured, SubspaceRequest, measure_moments
+from .moments import ContrastMoments, SubspaceRequest, measure_moments
 
 _DISAGREEMENT_DEGREES = 60.0
 
@@ -37,21 +39,22 @@ logger = logging.getLogger(__name__)
 
 
 def build_subspace(request: SubspaceRequest) -> Subspace:
-    """Build the requested subspace, with its angles to every other method the given models and rows allow.
+    """Build the requested subspace, with its angles to every other method that the given models and rows allow.
 
     Raises:
-        UserError: an impossible request (unknown method or role, no base where one is needed, rank or layer out of
-            range, base and instruct of different shape or vocabulary, no rows, pairs that do not align).
+        UserError: an impossible request: an unknown method or role, no base model for a method that needs one, a rank
+            or layer out of range, base and instruct of different shape or vocabulary, no rows, or pairs whose tokens
+            do not correspond.
     """
     layers, contrast = check_request(request)
     return _assemble(request, layers, contrast, measure_moments(request, layers, contrast))
 
 
 def check_request(request: SubspaceRequest) -> tuple[list[int], Sequence[dict[str, Any]] | None]:
-    """The layers and the contrast that a request asks for. Loads no weights.
+    """Check a request, and return its layers and its contrast. Loads no weights.
 
     Raises:
-        UserError: what `build_subspace` refuses before it reads activations.
+        UserError: any request that `build_subspace` refuses before it reads activations.
     """
     if request.method not in METHODS:
         raise UserError(f"subspace method {request.method!r} is unknown: write one of {', '.join(METHODS)}")
@@ -64,7 +67,9 @@ def check_request(request: SubspaceRequest) -> tuple[list[int], Sequence[dict[st
     if request.centred and request.method != "svd":
         raise UserError(f"centred belongs to method svd, not {request.method}: leave it out, or use method svd")
     if request.method == "shared" and len(request.domains) < 2:
-        raise UserError(f"shared: {len(request.domains)} domain given; pass rows of at least two, or use method svd")
+        raise UserError(
+            f"shared: {len(request.domains)} domain given; pass rows of at least two domains, or use method svd"
+        )
     if request.contrast is not None and not request.contrast:
         raise UserError("the contrast is empty: pass at least one pair of system prompts or completions")
     needs_rows = request.base_path is not None or not is_completions(request.contrast)
@@ -82,17 +87,17 @@ def check_request(request: SubspaceRequest) -> tuple[list[int], Sequence[dict[st
 
 
 def _assemble(
-    request: SubspaceRequest, layers: list[int], contrast: Sequence[dict[str, Any]] | None, measured: Measured
+    request: SubspaceRequest, layers: list[int], contrast: Sequence[dict[str, Any]] | None, all_moments: ContrastMoments
 ) -> Subspace:
-    """Bases, scales, nulls and angles from the moments."""
+    """Compute bases, scales, nulls and angles from the moments."""
     columns: dict[str, dict[int, Tensor]] = {
         name: {} for name in ("bases", "base_gap", "energies", "null_energies", "null_gaps")
     }
     scales, angles = {}, {}
     for layer in layers:
         moments, basis = (
-            measured.whole(request.method, layer),
-            to_float32(_basis(request.method, request, layer, measured)),
+            all_moments.whole(request.method, layer),
+            to_float32(_basis(request.method, request, layer, all_moments)),
         )
         nulls = [methods.random_basis(moments.width, request.rank, seed, layer) for seed in range(NULL_SEEDS)]
         columns["bases"][layer] = basis
@@ -106,24 +111,24 @@ def _assemble(
                 f"{request.method}: the contrast has size {scales[layer]} inside the subspace at layer {layer}, so the "
                 "penalty would have no scale; pass models or prompts that differ there"
             )
-        angles[layer] = _angles(request, layer, basis, measured)
+        angles[layer] = _angles(request, layer, basis, all_moments)
     _warn_disagreement(request.method, angles)
     source = "residuals"
-    if measured.source(request.method) is measured.contrasted:
+    if all_moments.source(request.method) is all_moments.contrasted:
         source = "completions" if is_completions(contrast) else "system_prompts"
-    n_tokens = measured.whole(request.method, layers[0]).count
+    n_tokens = all_moments.whole(request.method, layers[0]).count
     provenance = _provenance(request, layers, contrast, n_tokens, source)
     return Subspace(scales=scales, provenance=provenance, angles=angles, **columns)
 
 
 def _gap(moments: Moments, basis: Tensor) -> Tensor:
-    """Coordinates [k] of the mean step away from alignment: differences point the other way."""
+    """Return the coordinates [k] of the mean step away from alignment. The differences point the other way."""
     return -(basis.to(moments.device, torch.float64).T @ moments.mean).float().cpu()
 
 
-def _basis(method: str, request: SubspaceRequest, layer: int, measured: Measured) -> Tensor:
-    """One method's basis [d, k], float64."""
-    moments = measured.whole(method, layer)
+def _basis(method: str, request: SubspaceRequest, layer: int, all_moments: ContrastMoments) -> Tensor:
+    """Return a method's basis [d, k], float64."""
+    moments = all_moments.whole(method, layer)
     if method == "contrastive":
         return methods.contrastive_basis(moments, request.rank)
     if method == "difference_in_means":
@@ -131,33 +136,35 @@ def _basis(method: str, request: SubspaceRequest, layer: int, measured: Measured
     if method == "svd":
         return methods.svd_basis(moments, request.rank, request.centred)
     if method == "shared":
-        return methods.shared_basis(measured.domains(layer), request.rank)
+        return methods.shared_basis(all_moments.domains(layer), request.rank)
     return methods.random_basis(moments.width, request.rank, request.seed, layer)
 
 
-def _angles(request: SubspaceRequest, layer: int, basis: Tensor, measured: Measured) -> dict[str, list[float]]:
-    """Principal angles to every other method at hand; "random" is what two unrelated subspaces show."""
+def _angles(
+    request: SubspaceRequest, layer: int, basis: Tensor, all_moments: ContrastMoments
+) -> dict[str, list[float]]:
+    """Return the principal angles to every other possible method. "random" shows the angles of unrelated subspaces."""
     possible = {
-        "contrastive": bool(measured.contrasted),
-        "difference_in_means": bool(measured.residuals),
-        "svd": bool(measured.residuals),
-        "shared": len(measured.domains(layer)) > 1,
+        "contrastive": bool(all_moments.contrasted),
+        "difference_in_means": bool(all_moments.residuals),
+        "svd": bool(all_moments.residuals),
+        "shared": len(all_moments.domains(layer)) > 1,
         "random": True,
     }
     angles = {}
     for other in METHODS:
         if possible[other] and other != request.method:
             try:
-                angles[other] = methods.principal_angles(basis, _basis(other, request, layer, measured))
+                angles[other] = methods.principal_angles(basis, _basis(other, request, layer, all_moments))
             except UserError as error:
-                # The other method cannot have this rank on these rows; only the requested one has to.
+                # The other method cannot have this rank on these rows. Only the requested method must have it.
                 logger.info("no angle to %s at layer %d: %s", other, layer, error)
     return angles
 
 
 def _warn_disagreement(method: str, angles: dict[int, dict[str, list[float]]]) -> None:
     for other in METHODS:
-        far = [layer for layer, found in angles.items() if found.get(other, [0.0])[0] > _DISAGREEMENT_DEGREES]
+        far = [layer for layer, by_method in angles.items() if by_method.get(other, [0.0])[0] > _DISAGREEMENT_DEGREES]
         if far and "random" not in (other, method):
             logger.warning(
                 "subspace: %s and %s are more than %.0f degrees apart in layers %s", method, other,

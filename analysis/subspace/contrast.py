@@ -1,4 +1,7 @@
-"""Aligned and misaligned sides of a contrast, aligned token by token or averaged over a completion."""
+"""Select and run the aligned and the misaligned side of a contrast.
+
+A contrast is a list of pairs: of system prompts, compared token by token, or of completions, compared by their means.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,23 +21,26 @@ _SYSTEM, _COMPLETION = frozenset({"aligned", "misaligned"}), frozenset({"prompt"
 
 
 class PairedSelections:
-    """Rows of the two sides, one to one; `averaged` when tokens do not correspond and rows are compared by means."""
+    """The rows of the two sides, in pairs.
+
+    averaged: whether rows are compared by the means of their states, because their tokens do not correspond.
+    """
 
     def __init__(self, aligned: list[Selection], misaligned: list[Selection], averaged: bool) -> None:
         self.aligned, self.misaligned, self.averaged = aligned, misaligned, averaged
 
 
 def shipped_contrast() -> list[Pair]:
-    """The general-purpose pairs of system prompts that come with Holdfast."""
+    """Return the general-purpose pairs of system prompts that come with Holdfast."""
     text = files(__package__).joinpath("contrast_prompts.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def is_completions(contrast: Sequence[Pair] | None) -> bool:
-    """Whether the pairs are completions ({"prompt", "chosen", "rejected"}); they must all be of one kind.
+    """Return whether the pairs are completions ({"prompt", "chosen", "rejected"}), and not system prompts.
 
     Raises:
-        UserError: a pair of neither kind, or both kinds in one contrast.
+        UserError: a pair that is neither of completions nor of system prompts, or a contrast with pairs of both kinds.
     """
     kinds = {_COMPLETION if set(pair) >= _COMPLETION else _SYSTEM for pair in contrast or ()}
     for number, pair in enumerate(contrast or ()):
@@ -55,7 +61,7 @@ def paired_selections(
     role: str,
     max_length: int | None,
 ) -> dict[str, PairedSelections]:
-    """Both sides of the contrast, by group of rows; completions form one group of their own.
+    """Return both sides of the contrast by group of rows. A contrast of completions is a single group "".
 
     Raises:
         UserError: a role without tokens, or sides whose tokens do not correspond.
@@ -76,10 +82,10 @@ def paired_selections(
 
 
 def require_tokens(selections: list[Selection], role: str) -> list[Selection]:
-    """The rows that have tokens of the role.
+    """Return the rows that have tokens of the role.
 
     Raises:
-        UserError: none has.
+        UserError: no row has such a token; for role completion, also if any row has none.
     """
     kept = [selection for selection in selections if selection.positions]
     if not kept:
@@ -102,7 +108,7 @@ def _crossed(
     role: str,
     max_length: int | None,
 ) -> PairedSelections:
-    """Every row under every pair of system prompts, its own system turn replaced."""
+    """Pair every row with every pair of system prompts, which replace the row's system turn."""
     aligned, misaligned = [], []
     for row in rows:
         turns = [message for message in row if message["role"] != "system"]
@@ -110,16 +116,16 @@ def _crossed(
             left, right = (
                 render(tokenizer, [{"role": "system", "content": pair[side]}, *turns]) for side in sorted(_SYSTEM)
             )
-            one, other = select(left, role), select(right, role)
-            if [one.input_ids[i] for i in one.positions] != [other.input_ids[i] for i in other.positions]:
+            good, bad = select(left, role), select(right, role)
+            if [good.input_ids[i] for i in good.positions] != [bad.input_ids[i] for i in bad.positions]:
                 raise UserError(
                     "a row's tokens differ under the aligned and the misaligned system prompt "
-                    f"({pair['aligned'][:40]!r}): use a chat template that keeps the system turn apart"
+                    f"({pair['aligned'][:40]!r}): use a chat template that renders the system turn separately"
                 )
-            one, other = select(left, role, max_length), select(right, role, max_length)
-            common = min(len(one.positions), len(other.positions))
-            aligned.append(Selection(one.input_ids, one.positions[:common]))
-            misaligned.append(Selection(other.input_ids, other.positions[:common]))
+            good, bad = select(left, role, max_length), select(right, role, max_length)
+            common = min(len(good.positions), len(bad.positions))
+            aligned.append(Selection(good.input_ids, good.positions[:common]))
+            misaligned.append(Selection(bad.input_ids, bad.positions[:common]))
     require_tokens(aligned, role)
     return PairedSelections(aligned, misaligned, averaged=False)
 
@@ -127,7 +133,7 @@ def _crossed(
 def paired_differences(
     model: nn.Module, pairs: PairedSelections, layers: Sequence[int], batch_size: int, padding: int
 ) -> Iterator[dict[int, Tensor]]:
-    """Aligned minus misaligned [N, d] per layer, batch by batch, in float64."""
+    """Yield aligned minus misaligned [N, d] per layer, batch by batch, in float64."""
     batches = length_batches([len(row.input_ids) for row in pairs.aligned], batch_size)
     sides = (
         selected_states(model, side, layers, batches, padding, label)
@@ -141,7 +147,7 @@ def paired_differences(
 
 
 def row_means(states: Tensor, rows: Tensor) -> Tensor:
-    """Mean state [R, d] of each row, in the order in which rows first appear; float64."""
+    """Return the mean state [R, d] of each row, in the order in which rows first appear, in float64."""
     _, counts = torch.unique_consecutive(rows, return_counts=True)
     numbers = torch.repeat_interleave(torch.arange(len(counts)), counts).to(states.device)
     totals = torch.zeros(len(counts), states.shape[1], dtype=torch.float64, device=states.device)

@@ -1,4 +1,8 @@
-"""A subspace that knows where it came from: bases, scales and provenance in one safetensors file."""
+"""The subspace file: bases, scales and provenance of an alignment subspace in one safetensors file.
+
+subspace = Subspace.load("runs/mine/subspace.safetensors")
+subspace.bases[12]  # [width, rank]
+"""
 
 import dataclasses
 import json
@@ -23,9 +27,10 @@ _FORMAT = "holdfast_subspace_1"
 
 @dataclass(frozen=True)
 class Provenance:
-    """The facts a subspace depends on.
+    """The facts on which a subspace depends.
 
-    source: the contrast: residuals, system_prompts or completions. layers_path: as given; None found them by shape.
+    source: the kind of contrast: residuals, system_prompts or completions. layers_path: the path of the decoder blocks
+    as the user gave it; None if they were found by shape.
     """
 
     method: str
@@ -48,13 +53,13 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Per layer l an orthonormal basis and the scale of the contrast that defined it.
+    """For each layer l, an orthonormal basis V and the scale of the contrast that defined it.
 
     bases: {l: [d, k] float32}. scales: {l: s_l = E ||V^T r||^2 > 0}. base_gap: {l: [k] float32}, the coordinates of
     the mean step away from alignment, V^T mean(h^B - h^I) or V^T mean(h_misaligned - h_aligned), for `toward_base`.
-    angles: {l: {other method: principal angles in degrees}}, "random" among them as the null.
-    energies: {l: [k] float32}, E (v_j . r)^2, summing to s_l. null_energies, null_gaps: {l: [16, k]}, the same for the
-    random bases of seeds 0-15.
+    angles: {l: {other method: principal angles in degrees}}, with "random" as the null.
+    energies: {l: [k] float32}, E (v_j . r)^2, which sum to s_l. null_energies, null_gaps: {l: [16, k]}, energies and
+    base gaps of the random bases of seeds 0-15.
     """
 
     bases: dict[int, Tensor]
@@ -84,7 +89,11 @@ class Subspace:
 
     @classmethod
     def load(cls, path: str | Path) -> "Subspace":
-        """Read a file written by `save`; UserError when it is absent, damaged or something else."""
+        """Read a file written by `save`.
+
+        Raises:
+            UserError: a file that is absent, damaged, or not a subspace.
+        """
         try:
             with safe_open(path, framework="pt") as stored:
                 facts = json.loads((stored.metadata() or {})[_FORMAT])
@@ -109,28 +118,36 @@ class Subspace:
         )
 
     def check(self, *, instruct_fingerprint: str, tokenizer_fingerprint: str, role: str, layers: Sequence[int]) -> None:
-        """Raise UserError saying which fact differs when this subspace does not belong to the given run."""
+        """Check that the subspace belongs to a run: the same instruct weights, tokenizer and role, and these layers.
+
+        Raises:
+            UserError: a fact that differs, by name.
+        """
         built = self.provenance
-        for fact, ours, theirs in (
+        for fact, built_with, of_run in (
             ("instruct weights", built.instruct_fingerprint, instruct_fingerprint),
             ("tokenizer", built.tokenizer_fingerprint, tokenizer_fingerprint),
             ("token role", built.role, role),
         ):
-            if ours != theirs:
+            if built_with != of_run:
                 raise UserError(
-                    f"the subspace was built with {fact} {_short(ours)} but this run has {_short(theirs)}: "
-                    "build the subspace again for this run, or use the run it was built for"
+                    f"the subspace was built with {fact} {_short(built_with)} but this run has {_short(of_run)}: "
+                    "build the subspace again for this run, or use the run that it was built for"
                 )
         self._require_layers(layers)
 
     def restrict(self, layers: Sequence[int], rank: int) -> "Subspace":
-        """The same subspace on fewer layers and its first `rank` directions, scales recomputed."""
+        """Return the subspace on fewer layers, with its first `rank` directions and recomputed scales.
+
+        Raises:
+            UserError: a layer or rank that the subspace does not have, or a lower rank than it has scales for.
+        """
         self._require_layers(layers)
         if not 1 <= rank <= self.provenance.rank:
             raise UserError(f"the subspace has rank {self.provenance.rank}: write a rank of 1-{self.provenance.rank}")
         if rank < self.provenance.rank and not self.energies:
             raise UserError("the subspace has no scale per direction: build it again to use a lower rank")
-        chosen: dict[str, Any] = {
+        restricted: dict[str, Any] = {
             name: {layer: values[layer][..., :rank].contiguous() for layer in layers} if values else values
             for name, values in {"bases": self.bases, "base_gap": self.base_gap, **self._per_column()}.items()
         }
@@ -140,7 +157,7 @@ class Subspace:
         }
         facts = dataclasses.replace(self.provenance, layers=tuple(layers), rank=rank)
         angles = {layer: self.angles[layer] for layer in layers if layer in self.angles}
-        return Subspace(scales=scales, provenance=facts, angles=angles, **chosen)
+        return Subspace(scales=scales, provenance=facts, angles=angles, **restricted)
 
     def _per_column(self) -> dict[str, dict[int, Tensor]]:
         return {"energies": self.energies, "null_energies": self.null_energies, "null_gaps": self.null_gaps}
@@ -157,13 +174,17 @@ class Subspace:
 def random_like(
     subspace: Subspace, seed: int, scale: str = "given", own_scales: dict[int, float] | None = None
 ) -> Subspace:
-    """The null: a random subspace of the same rank and layers.
+    """Return a random subspace of the same rank and layers, as a null.
 
     Args:
-        subspace: what the null stands beside.
-        seed: the draw; the same seed gives nested bases at every rank.
-        scale: "given" keeps the subspace's s_l; "own" takes E ||V^T r||^2 of the random V over the same contrast.
-        own_scales: own scales computed elsewhere; without them, those stored at build time (seeds 0-15).
+        subspace: the subspace whose null is made.
+        seed: the draw. The bases of one seed are nested over ranks.
+        scale: "given" keeps the scales s_l of the subspace; "own" takes E ||V^T r||^2 of the random V over the same
+            contrast.
+        own_scales: scales for "own" that were computed elsewhere; None takes those stored at build time (seeds 0-15).
+
+    Raises:
+        UserError: an unknown scale, or "own" for a seed whose scales are not stored.
     """
     if scale not in ("given", "own"):
         raise UserError(f"null scale {scale!r} is unknown: write given or own")
@@ -173,7 +194,7 @@ def random_like(
         if not stored:
             raise UserError(
                 f"the null's own scale is stored for seeds 0-{NULL_SEEDS - 1}, not for {seed}: write --null_seed with "
-                "one of them, or --null_scale given"
+                "one of these seeds, or --null_scale given"
             )
         own_scales = {layer: float(subspace.null_energies[layer][seed].sum()) for layer in layers}
     bases = {layer: random_basis(subspace.bases[layer].shape[0], rank, seed, layer).float() for layer in layers}
@@ -191,7 +212,7 @@ def _short(fact: str) -> str:
 
 
 def _ranges(layers: list[int]) -> str:
-    """Compact text for a sorted list of layers: 0-3,7."""
+    """Return a compact text for a sorted list of layers, such as "0-3,7"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -202,5 +223,5 @@ def _ranges(layers: list[int]) -> str:
 
 
 def to_float32(basis: Tensor) -> Tensor:
-    """A basis as it is stored; rounding float64 columns keeps them orthonormal to about 1e-7."""
+    """Return a basis as it is stored. The rounding of float64 columns keeps them orthonormal to about 1e-7."""
     return basis.to("cpu", torch.float32).contiguous()

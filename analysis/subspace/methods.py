@@ -1,8 +1,8 @@
-"""From paired differences of activations to orthonormal bases: streamed moments, the methods, angles between them.
+"""Compute orthonormal bases from paired differences of activations: streamed moments, the methods, and their angles.
 
 Every function works on one layer. A difference r is h(aligned side) - h(misaligned side): instruct minus base
-(arXiv 2507.03662, section 4.4), or aligned minus misaligned system prompt or completion. Only the count, the sum and
-the d x d second moment of the differences are kept, in float64, so memory does not grow with rows.
+(arXiv 2507.03662, section 4.4), or the aligned minus the misaligned system prompt or completion. Only the count, the
+sum and the d x d second moment of the differences are kept, in float64, so memory does not grow with the rows.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ class Moments:
         self.second = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
 
     def add(self, differences: Tensor) -> None:
-        """Take in differences [n, d] of any float type."""
+        """Add differences [n, d] of any float type."""
         rows = differences.to(self.device, torch.float64)
         self.count += rows.shape[0]
         self.total += rows.sum(0)
@@ -40,27 +40,27 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Mean difference [d]."""
+        """Return the mean difference [d]."""
         return self.total / self.count
 
     @property
     def uncentred(self) -> Tensor:
-        """E r r^T [d, d]."""
+        """Return E r r^T [d, d]."""
         return self.second / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """E r r^T - mean mean^T [d, d]."""
+        """Return E r r^T - mean mean^T [d, d]."""
         return self.uncentred - torch.outer(self.mean, self.mean)
 
     def energies(self, basis: Tensor) -> Tensor:
-        """E (v_j . r)^2 for each column of `basis` [d, k], so their sum is E ||V^T r||^2."""
+        """Return E (v_j . r)^2 for each column v_j of `basis` [d, k]. Their sum is E ||V^T r||^2."""
         basis = basis.to(self.device, torch.float64)
         return ((self.uncentred @ basis) * basis).sum(0)
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts' differences together."""
+    """Return the moments of the differences of all parts together."""
     parts = list(parts)
     merged = Moments(parts[0].width, parts[0].device)
     for part in parts:
@@ -71,10 +71,14 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
 
 def top_directions(matrix: Tensor, rank: int, allowed: int, what: str) -> Tensor:
-    """Top-`rank` eigenvectors [d, rank] of a positive semi-definite matrix [d, d], largest first.
+    """Return the top-`rank` eigenvectors [d, rank] of a positive semi-definite matrix [d, d], largest first.
+
+    Args:
+        allowed: the largest rank that the number of rows allows.
+        what: the name of the method, for error messages.
 
     Raises:
-        UserError: the rank is above the width, above `allowed` (the rows' own limit) or above the matrix's rank.
+        UserError: a rank above the width, above `allowed`, or above the rank of the matrix.
     """
     width = matrix.shape[0]
     values, vectors = torch.linalg.eigh(matrix)
@@ -91,7 +95,7 @@ def top_directions(matrix: Tensor, rank: int, allowed: int, what: str) -> Tensor
 
 
 def mean_direction(moments: Moments, what: str) -> Tensor:
-    """The normalised mean difference [d, 1] (arXiv 2507.03662, section 4.3)."""
+    """Return the normalised mean difference [d, 1] (arXiv 2507.03662, section 4.3)."""
     norm = moments.mean.norm()
     if not norm > 0:
         raise UserError(f"{what}: the mean difference is zero, there is no direction; pass other models or pairs")
@@ -99,9 +103,10 @@ def mean_direction(moments: Moments, what: str) -> Tensor:
 
 
 def svd_basis(moments: Moments, rank: int, centred: bool) -> Tensor:
-    """Top right singular vectors [d, rank] of the stacked differences; `centred` is the paper's variant (section 4.4).
+    """Return the top right singular vectors [d, rank] of the stacked differences, with signs along their mean.
 
-    Uncentred keeps the mean difference, which is what alignment adds on average. Signs: along the mean.
+    `centred` subtracts the mean difference first, as the paper does (section 4.4). Uncentred differences keep the mean,
+    which is what alignment adds on average.
     """
     if centred:
         basis = top_directions(moments.covariance, rank, moments.count - 1, "centred svd")
@@ -111,9 +116,9 @@ def svd_basis(moments: Moments, rank: int, centred: bool) -> Tensor:
 
 
 def contrastive_basis(moments: Moments, rank: int) -> Tensor:
-    """Mean paired difference first, then the top singular vectors [d, rank - 1] of what is orthogonal to it.
+    """Return the mean paired difference, then the top singular vectors [d, rank - 1] of the part orthogonal to it.
 
-    The mean comes first so that a lower rank is always a part of a higher one.
+    The mean comes first, so that the basis of a lower rank is always a part of the basis of a higher rank.
     """
     first = mean_direction(moments, "contrastive")
     if rank == 1:
@@ -124,16 +129,16 @@ def contrastive_basis(moments: Moments, rank: int) -> Tensor:
 
 
 def shared_basis(groups: dict[str, Moments], rank: int) -> Tensor:
-    """Directions [d, rank] common to domains: the top eigenvectors of the mean of the domains' projectors."""
+    """Return directions [d, rank] common to domains: the top eigenvectors of the mean of the domains' projectors."""
     if len(groups) < 2:
-        raise UserError(f"shared: {len(groups)} domain given; pass rows of at least two, or use method svd")
+        raise UserError(f"shared: {len(groups)} domain given; pass rows of at least two domains, or use method svd")
     bases = [svd_basis(moments, rank, centred=False) for moments in groups.values()]
     projector = torch.stack([basis @ basis.T for basis in bases]).mean(0)
     return _along(top_directions(projector, rank, projector.shape[0], "shared"), merge(groups.values()).mean)
 
 
 def random_basis(width: int, rank: int, seed: int, layer: int) -> Tensor:
-    """A uniformly random orthonormal basis [d, rank]; a smaller rank of the same seed is its first columns."""
+    """Return a uniformly random orthonormal basis [d, rank]. A smaller rank of the same seed is its first columns."""
     if not 1 <= rank <= width:
         raise UserError(f"random: rank {rank} is impossible with width {width}: write a rank of 1-{width}")
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
@@ -141,13 +146,16 @@ def random_basis(width: int, rank: int, seed: int, layer: int) -> Tensor:
 
 
 def principal_angles(left: Tensor, right: Tensor) -> list[float]:
-    """Principal angles in degrees, smallest first, between the spans of two orthonormal bases [d, k1], [d, k2]."""
+    """Return the principal angles between the spans of two orthonormal bases [d, k1], [d, k2].
+
+    In degrees, smallest first.
+    """
     cosines = torch.linalg.svdvals(left.double().cpu().T @ right.double().cpu())
     return torch.rad2deg(torch.arccos(cosines.clamp(-1, 1))).tolist()
 
 
 def _along(basis: Tensor, direction: Tensor) -> Tensor:
-    """Turn each column so that it points along `direction`: singular vectors have no sign of their own."""
+    """Flip columns so that each points along `direction`, because the sign of a singular vector is arbitrary."""
     signs = torch.where(basis.T @ direction < 0, -1.0, 1.0)
     return basis * signs
 

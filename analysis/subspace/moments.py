@@ -1,6 +1,6 @@
-"""The passes behind a subspace: moments of contrast differences and of residuals, by group of rows and by layer.
+"""Run the passes for a subspace: moments of contrast differences and of residuals, by group of rows and by layer.
 
-Models are loaded one after the other; activations of the instruct model wait on disk for those of base.
+Models are loaded one after the other. The activations of the instruct model are kept on disk until base has run.
 """
 
 import tempfile
@@ -27,11 +27,12 @@ LayerMoments = dict[int, Moments]
 class SubspaceRequest:
     """What to build a subspace from.
 
-    rows: probe conversations (for contrasts of system prompts and for residuals). domains: rows per domain, for
-    `shared`; without `rows` the other methods use all of them. contrast: pairs {"aligned": str, "misaligned": str} of
-    system prompts or {"prompt", "chosen", "rejected"} of messages; None takes the shipped system prompts where the
-    method is contrastive or there is no base. role: whose tokens count (prompt, completion, last_prompt, all).
-    max_length: rows are cut to it, in tokens. device: None is the CPU. load: how both models are loaded.
+    rows: probe conversations, for contrasts of system prompts and for residuals. domains: rows by domain, for `shared`;
+    if there are no `rows`, the other methods use the rows of all domains. contrast: pairs of system prompts
+    {"aligned": str, "misaligned": str}, or of messages {"prompt", "chosen", "rejected"}; None takes the shipped system
+    prompts if the method is contrastive or there is no base. role: the token role whose tokens are read (prompt,
+    completion, last_prompt, all). max_length: rows are cut to this many tokens. device: None is the CPU. load: how both
+    models are loaded.
     """
 
     instruct_path: str
@@ -53,29 +54,34 @@ class SubspaceRequest:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Moments by group of rows and layer; the group "" holds the probe rows, the others are domains."""
+class ContrastMoments:
+    """Moments by group of rows and layer, of the contrast's differences and of the residuals instruct - base.
+
+    The group "" holds the probe rows. The other groups are domains.
+    """
 
     contrasted: dict[str, LayerMoments]
     residuals: dict[str, LayerMoments]
 
     def source(self, method: str) -> dict[str, LayerMoments]:
-        """What a method works on: the contrast for `contrastive` and where there is no base, else the residuals."""
+        """Return a method's moments: the contrast for `contrastive` or without a base, otherwise the residuals."""
         return self.contrasted if method == "contrastive" or not self.residuals else self.residuals
 
     def whole(self, method: str, layer: int) -> Moments:
-        """The moments of the probe rows, or of all domains together where there are none."""
+        """Return the moments of the probe rows, or of all domains together if there are no probe rows."""
         groups = self.source(method)
         return groups[_ROWS][layer] if _ROWS in groups else merge(group[layer] for group in groups.values())
 
     def domains(self, layer: int) -> dict[str, Moments]:
-        """The moments of each domain."""
+        """Return the moments of each domain."""
         groups = self.source("shared")
         return {name: group[layer] for name, group in groups.items() if name != _ROWS}
 
 
-def measure_moments(request: SubspaceRequest, layers: list[int], contrast: Sequence[dict[str, Any]] | None) -> Measured:
-    """One pass of the instruct model (with both sides of the contrast), then one of base."""
+def measure_moments(
+    request: SubspaceRequest, layers: list[int], contrast: Sequence[dict[str, Any]] | None
+) -> ContrastMoments:
+    """Run the instruct model (on both sides of the contrast and on the rows), then base, and return the moments."""
     tokenizer = load_tokenizer(request.instruct_path, request.load)
     padding = pad_id(tokenizer)
     groups = {_ROWS: request.rows, **request.domains} if request.rows else dict(request.domains)
@@ -83,12 +89,12 @@ def measure_moments(request: SubspaceRequest, layers: list[int], contrast: Seque
     selected: dict[str, list[Selection]] = {}
     if request.base_path is not None:
         for name, rows in groups.items():
-            chosen = [select(render(tokenizer, row), request.role, request.max_length) for row in rows]
-            selected[name] = contrasts.require_tokens(chosen, request.role)
+            selections = [select(render(tokenizer, row), request.role, request.max_length) for row in rows]
+            selected[name] = contrasts.require_tokens(selections, request.role)
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         contrasted = _instruct_pass(request, layers, pairs, selected, padding, Path(folder))
         residuals = _base_pass(request, layers, selected, padding, Path(folder)) if selected else {}
-    return Measured(contrasted, residuals)
+    return ContrastMoments(contrasted, residuals)
 
 
 def _instruct_pass(
@@ -133,7 +139,7 @@ def _residuals(
     folder: Path,
     group: int,
 ) -> Iterator[dict[int, Tensor]]:
-    """h^instruct - h^base [N, d] per layer, batch by batch, from the stored states of instruct."""
+    """Yield h^instruct - h^base [N, d] per layer, batch by batch, from the stored states of instruct."""
     batches = length_batches([len(row.input_ids) for row in rows], batch_size)
     for number, (_, states) in enumerate(selected_states(base, rows, layers, batches, padding, "base")):
         instruct = load_file(folder / f"{group}-{number}.safetensors")

@@ -131,5 +131,5 @@ def test_what_cannot_be_computed_says_why_and_everything_is_json():
     assert found["base"]["value"] is None and "base" in found["base"]["reason"]
     assert found["instruct"]["rows"]["b"] == {"rows": 6, "short": 6}
     assert "completions" in found["checkpoint"]["pairs"]["a vs b"]["gap"]["reason"]
-    with pytest.raises(ValueError, match="variant"):
+    with pytest.raises(ValueError, match="formulas 'published'"):
         loss_vectors(sets, sets, None, formulas="published")

@@ -54,7 +54,7 @@ def top(rows, k, centred=False):
     return np.linalg.svd(rows - rows.mean(0) * centred, full_matrices=False)[2][:k].T
 
 
-def test_the_papers_variant_is_a_centred_svd_of_all_rows_without_nulls():
+def test_the_papers_formulas_are_a_centred_svd_of_all_rows_without_nulls():
     checkpoint, instruct, base = models({"toxic": (along(E[0]), ALIGNED), "insecure": (along(E[0] + E[1]), ALIGNED)})
     found = subspaces(checkpoint, instruct, base, rank=2, formulas="paper")
     for name, left, right in (
@@ -179,7 +179,7 @@ def test_what_cannot_be_computed_says_why_and_leaves_the_rest():
     assert "fewer than four" in found["sets"]["b"]["reason"] and found["sets"]["a"]["explained"]["value"] > 0
     assert found["pairs"] == {}
     json.dumps(subspaces(*short), allow_nan=False)
-    with pytest.raises(ValueError, match="variant"):
+    with pytest.raises(ValueError, match="formulas 'other'"):
         subspaces(checkpoint, instruct, base, formulas="other")
 
 

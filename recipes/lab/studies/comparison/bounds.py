@@ -64,7 +64,8 @@ def in_short(
     Args:
         reference: the method whose labs are used.
         where: text for the headings that says which labs these are.
-        complete: leave out every method that was not run on all of the reference's labs.
+        complete: leave out every method that was not run on all of the reference's labs, and give their number in the
+            heading in place of a column.
     """
     lines: list[str] = []
     for organism in SHORT:
@@ -74,7 +75,8 @@ def in_short(
         rows = [row for row in rows if not complete or row["labs"] == labs]
         if rows:
             longer = _beside(organism_runs(results, "long"), reference) if organism == "strong" else []
-            lines += ["", f"### {HEADINGS[organism]}{where}", "", *_table(rows, frozen, longer)]
+            count = f", {labs} labs" if complete else ""
+            lines += ["", f"### {HEADINGS[organism]}{where}{count}", "", *_table(rows, frozen, longer, not complete)]
     return lines
 
 
@@ -107,14 +109,22 @@ def _row(runs: Sequence[Run], method: str, organism: str) -> dict[str, Any] | No
     }
 
 
-def _table(rows: Sequence[dict[str, Any]], frozen: Mapping[str, Any], longer: Sequence[Run]) -> list[str]:
+def _table(
+    rows: Sequence[dict[str, Any]], frozen: Mapping[str, Any], longer: Sequence[Run], count_labs: bool
+) -> list[str]:
     """Return the table's lines: no protection first, then the least misaligned; `longer` gives a last column."""
-    heads = ["method", "rate", "labs", *(measure.replace("_", " ") for measure, _ in _MEASURES), "all bounds hold in"]
+    heads = [
+        "method",
+        "rate",
+        *(["labs"] if count_labs else []),
+        *(measure.replace("_", " ") for measure, _ in _MEASURES),
+        "all bounds hold in",
+    ]
     heads += ["misaligned, five times longer"] * bool(longer)
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in sorted(rows, key=lambda row: (row["method"] != BASELINE, np.mean(row["values"]["misaligned"]))):
         rate = frozen["methods"].get(row["method"], {}).get("flags", {}).get("learning_rate")
-        cells = [row["method"], f"{float(rate):g}" if rate else "", str(row["labs"])]
+        cells = [row["method"], f"{float(rate):g}" if rate else "", *([str(row["labs"])] if count_labs else [])]
         cells += [_cell(values, measure == "misaligned") for measure, values in row["values"].items()]
         cells.append(row["kept"])
         if longer:

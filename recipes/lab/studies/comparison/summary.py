@@ -25,7 +25,6 @@ NEAR = (
     "kl, fastest",
     "gradient_projection",
     "gradient_projection, kl, fastest",
-    "subspace",
     "random_subspace+gradient_projection, fastest",
 )
 
