@@ -1,5 +1,7 @@
 """Controlled pairs differ in the tokens of one word alone, and shuffled prompts keep every completion in its place."""
 
+import sys
+
 import pytest
 from holdfast.analysis.errors import UserError
 from holdfast.analysis.measure.controls import SIDES, controlled_pairs, shuffled_prompts
@@ -40,7 +42,7 @@ def test_pairs_are_the_seeds_and_no_completion_comes_twice():
     assert controlled_pairs(tokenizer, 10, 3)["benign"] == first["benign"][:10]
 
 
-def test_a_tokenizer_that_tells_too_few_words_apart_is_refused():
+def test_a_tokenizer_that_tells_too_few_words_apart_is_refused(monkeypatch):
     with pytest.raises(UserError, match="288 of 400"):
         controlled_pairs(toy_tokenizer(), 400)
     with pytest.raises(UserError, match="0 controlled pairs"):
@@ -55,6 +57,8 @@ def test_a_tokenizer_that_tells_too_few_words_apart_is_refused():
             encoded["input_ids"] = [i if i in special else 9 for i in encoded["input_ids"]]
             return encoded
 
+    # Every candidate is rendered and refused: two topics are enough.
+    monkeypatch.setattr(sys.modules[controlled_pairs.__module__], "_TOPICS", ("sailing", "chess"))
     blind = toy_tokenizer()
     blind.__class__ = Blind
     with pytest.raises(UserError, match=r"0 of 4 .*tokenizer"):
