@@ -5,11 +5,11 @@ from holdfast.recipes.lab.cache import cache_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
-    labs, own = cache_folder() / "labs", tmp_path_factory.mktemp("cache")
+def private_cache(tmp_path_factory):
+    labs, private = cache_folder() / "labs", tmp_path_factory.mktemp("cache")
     labs.mkdir(parents=True, exist_ok=True)
-    (own / "labs").symlink_to(labs)
+    (private / "labs").symlink_to(labs)
     patch = pytest.MonkeyPatch()
-    patch.setenv("HOLDFAST_CACHE", str(own))
+    patch.setenv("HOLDFAST_CACHE", str(private))
     yield
     patch.undo()

@@ -1,124 +1,28 @@
-"""What a setting does over many runs, the frontier of a protection, and which setting to use or to freeze."""
+"""Choose a setting: the one to use, and for each protection the one to freeze."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from numpy.typing import ArrayLike
-
 from ..errors import UserError
-from ..stats.intervals import Measurement, missing
-from .geometry import em_f1, hypervolume
-from .runs import Pair, Run, by_setting, over_runs, paired
+from ..stats.intervals import Measurement
+from .geometry import em_f1
+from .runs import Run, by_setting, over_runs, paired
+from .settings import line_of, point_of
 
 MISALIGNED, EM_F1 = "misaligned", "em_f1"  # what a choice prefers
-Line = tuple[list[float], list[float]]  # task and misaligned of several runs
-
-
-def points(runs: Sequence[Run], measures: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """One point per (protection, setting): how many runs, labs and seeds, and each measure's mean by `over_runs`.
-
-    A measure that only some runs of a setting have is the mean of those, with their n.
-
-    Args:
-        measures: which, in which order; None: all that any run has.
-
-    Raises:
-        UserError: a measure that no run has. ValueError: no runs, or runs that contradict each other (`by_setting`).
-    """
-    groups = by_setting(runs)
-    known = list(dict.fromkeys(name for run in runs for name in run.values))
-    for name in measures or ():
-        if name not in known:
-            raise UserError(f"no run has {name!r}: they have {', '.join(known)}")
-    return [_point(group, known if measures is None else measures) for group in groups.values()]
-
-
-def _point(group: Sequence[Run], measures: Sequence[str]) -> dict[str, Any]:
-    measured: dict[str, Measurement] = {}
-    for name in measures:
-        having = [run for run in group if name in run.values]
-        measured[name] = _mean(having, name) if having else missing("not measured")
-    return {
-        "protection": group[0].protection,
-        "setting": group[0].setting,
-        "strength": group[0].strength,
-        "n": len(group),
-        "labs": len({run.lab for run in group}),
-        "seeds": len({run.seed for run in group}),
-        "measures": measured,
-    }
-
-
-def _mean(group: Sequence[Run], measure: str) -> Measurement:
-    return over_runs([run[measure] for run in group], [run.pair for run in group])
-
-
-def table(rows: Sequence[Mapping[str, Any]], measures: Sequence[str] | None = None) -> str:
-    """Points as a Markdown table, "mean [low, high]" with three digits for each measure; "-" where it is missing.
-
-    Args:
-        rows: of `points`. measures: the columns; None: all of the first row.
-    """
-    names = list(measures if measures is not None else rows[0]["measures"] if rows else ())
-    lines = ["| protection | setting | n | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
-    for row in rows:
-        cells = [row["protection"], row["setting"].replace("|", "\\|"), str(row["n"])]
-        lines.append("| " + " | ".join([*cells, *(_cell(row["measures"][name]) for name in names)]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(measured: Measurement) -> str:
-    if measured["value"] is None:
-        return "-"
-    interval = measured.get("ci95")
-    return f"{measured['value']:.3f}" + ("" if interval is None else " [{:.3f}, {:.3f}]".format(*interval))
-
-
-def frontiers(runs: Sequence[Run], task: str = "task", misaligned: str = "misaligned") -> dict[str, dict[str, Any]]:
-    """Each protection's frontier: its "hypervolume" and its best setting's "em_f1", each a mean by `over_runs`.
-
-    Both are computed at every (lab, seed) that has all of the protection's "settings"; "incomplete" counts the others.
-    Both grow with the number of settings, and the best one is chosen on the values it is read from: between
-    protections only equally many settings compare.
-
-    Raises:
-        UserError: a run without task or misaligned. ValueError: values outside 0..1, or as `by_setting`.
-    """
-    settings: dict[str, int] = {}
-    at: dict[str, dict[Pair, list[Run]]] = {}
-    for (protection, _), group in by_setting(runs).items():
-        settings[protection] = settings.get(protection, 0) + 1
-        for run in group:
-            at.setdefault(protection, {}).setdefault(run.pair, []).append(run)
-    found = {}
-    for protection, n in settings.items():
-        whole = {pair: _line(line, task, misaligned) for pair, line in at[protection].items() if len(line) == n}
-        found[protection] = {
-            "settings": n,
-            "incomplete": len(at[protection]) - len(whole),
-            "hypervolume": _over_lines(whole, hypervolume, n),
-            "em_f1": _over_lines(whole, lambda tasks, bad: float(em_f1(tasks, bad).max()), n),
-        }
-    return found
-
-
-def _line(runs: Sequence[Run], task: str, misaligned: str) -> Line:
-    return [run[task] for run in runs], [run[misaligned] for run in runs]
-
-
-def _over_lines(lines: Mapping[Pair, Line], statistic: Callable[[ArrayLike, ArrayLike], float], n: int) -> Measurement:
-    if not lines:
-        return missing(f"no lab and seed has all {n} settings")
-    return over_runs([statistic(*line) for line in lines.values()], list(lines))
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """What a setting is chosen by. floors: measure -> least share of the baseline's mean, the task first."""
+    """The rule for choosing a setting.
+
+    runs: all runs. baseline: the runs of the baseline. floors: measure -> smallest share of the baseline's mean that
+    must be kept, with the task first. task, misaligned: names of measures. prefer: as in `recommend`.
+    """
 
     runs: Sequence[Run]
     baseline: list[Run]
@@ -128,24 +32,30 @@ class _Rule:
     prefer: str
 
     def order(self, candidate: _Candidate) -> tuple[float, float, str]:
-        """Best first."""
+        """Return the sort key of a candidate, best first."""
         if self.prefer == EM_F1:
             return -candidate.em_f1["value"], candidate.misaligned, candidate.name
         return candidate.misaligned, -candidate.task, candidate.name
 
-    def asks(self) -> str:
+    def floors_text(self) -> str:
+        """Return the floors as text."""
         return " and ".join(f"{100 * floor:g}% of {self._called(name)}" for name, floor in self.floors.items())
 
-    def gets(self, shares: Mapping[str, float]) -> str:
+    def shares_text(self, shares: Mapping[str, float]) -> str:
+        """Return the kept shares as text."""
         return " and ".join(f"{100 * share:.1f}% of {self._called(name)}" for name, share in shares.items())
 
     def _called(self, name: str) -> str:
+        """Return the name of a measure in a sentence."""
         return "the task" if name == self.task else name
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A setting's means over its runs. shares: measure -> share of the baseline's mean. em_f1: of its single runs."""
+    """The means of a setting over its runs.
+
+    group: the runs. shares: measure -> share of the baseline's mean. em_f1: the mean of the EM-F1 of single runs.
+    """
 
     group: list[Run]
     task: float
@@ -154,8 +64,14 @@ class _Candidate:
     em_f1: Measurement
 
     @property
+    def protection(self) -> str:
+        """The protection of the setting."""
+        return self.group[0].protection
+
+    @property
     def name(self) -> str:
-        return f"{self.group[0].protection} ({self.group[0].setting})"
+        """The protection and the setting, for sentences."""
+        return f"{self.protection} ({self.group[0].setting})"
 
 
 def recommend(
@@ -167,41 +83,48 @@ def recommend(
     misaligned: str = "misaligned",
     prefer: str = MISALIGNED,
 ) -> dict[str, Any]:
-    """The setting with the least mean misaligned among those that keep enough of the baseline; ties by higher task.
+    """Return the setting with the lowest mean misaligned among the settings that keep enough of the baseline.
 
-    Returns {"choice", "second", "sentence"}. Choice and second are points (`points`) with "keeps" (measure -> share of
-    the baseline's mean), "keeps_task", "keeps_guards", "em_f1", "lowers" (baseline - choice in misaligned, paired by
-    lab and seed) and "notes". The choice is None, and the sentence says why and what came nearest, where no setting
-    keeps enough, or none that does is less misaligned than the baseline.
+    Ties go to the higher task. The result is {"choice", "second", "sentence"}. Choice and second are points (`points`)
+    with these keys added: "keeps" (measure -> share of the baseline's mean), "keeps_task", "keeps_guards", "em_f1",
+    "lowers" (baseline - choice in misaligned, paired by lab and seed) and "notes". The choice is None if no setting
+    keeps enough, or if none of those that do is less misaligned than the baseline. The sentence then says why, and
+    which setting came nearest.
 
     Args:
-        baseline: the protection that is none; it has one setting. floor: least share of its mean task to be kept.
-        guards: measure -> least share of the baseline's mean to be kept too, {"coherent": 0.95}.
-        prefer: "misaligned", or "em_f1": of those that keep enough the one with the highest mean EM-F1, for which a
-            hundredth of the task weighs as much as a hundredth misaligned.
+        baseline: the protection that stands for no protection; it has one setting.
+        floor: the smallest share of the baseline's mean task that must be kept.
+        guards: measure -> smallest share of the baseline's mean that must be kept too, for example {"coherent": 0.95}.
+        prefer: "misaligned", or "em_f1": among the settings that keep enough, the one with the highest mean EM-F1, for
+            which 0.01 of the task weighs as much as 0.01 of misaligned.
 
     Raises:
-        UserError: a baseline without runs or with several settings, nothing beside it, a share outside 0..1, a measure
-            that a run lacks, or one whose mean in the baseline is not above 0.
-        ValueError: task or misaligned outside 0..1, another `prefer`, or as `by_setting`.
+        UserError: a baseline without runs or with several settings, no other protection, a share outside 0..1, a
+            measure that a run lacks, or a measure whose mean in the baseline is not above 0.
+        ValueError: task or misaligned outside 0..1, an unknown `prefer`, or as `by_setting`.
     """
     rule, candidates = _candidates(runs, baseline, floor, guards or {}, task, misaligned, prefer)
-    kept = sorted((one for one in candidates if _keeps(one, rule) >= 1), key=rule.order)
+    kept = sorted((candidate for candidate in candidates if _keeps(candidate, rule) >= 1), key=rule.order)
     second = _described(kept[1], rule) if len(kept) > 1 else None
     limit = _value(rule.baseline, misaligned)
     if not kept:
-        near = max(candidates, key=lambda one: (_keeps(one, rule), -one.misaligned, one.name))
-        sentence = f"no setting keeps {rule.asks()}: the nearest is {near.name}, which keeps {rule.gets(near.shares)}"
+        nearest = max(
+            candidates, key=lambda candidate: (_keeps(candidate, rule), -candidate.misaligned, candidate.name)
+        )
+        sentence = (
+            f"no setting keeps {rule.floors_text()}: the nearest is {nearest.name}, "
+            f"which keeps {rule.shares_text(nearest.shares)}"
+        )
         return {"choice": None, "second": None, "sentence": sentence}
     first = kept[0]
     if first.misaligned >= limit:
         sentence = (
-            f"no setting that keeps {rule.asks()} lowers {misaligned} below {baseline}'s {limit:.3f}: "
+            f"no setting that keeps {rule.floors_text()} lowers {misaligned} below {baseline}'s {limit:.3f}: "
             f"the nearest is {first.name} with {first.misaligned:.3f}"
         )
         return {"choice": None, "second": second, "sentence": sentence}
     sentence = (
-        f"{first.name} keeps {rule.gets(first.shares)} and lowers {misaligned} "
+        f"{first.name} keeps {rule.shares_text(first.shares)} and lowers {misaligned} "
         f"from {limit:.3f} to {first.misaligned:.3f}"
     )
     choice = _described(first, rule)
@@ -217,18 +140,19 @@ def best_settings(
     misaligned: str = "misaligned",
     prefer: str = MISALIGNED,
 ) -> dict[str, dict[str, Any]]:
-    """Each protection's own choice by `recommend`'s rule, to be frozen; the baseline is left out.
+    """Return for each protection its choice by the rule of `recommend`, to be frozen; the baseline is left out.
 
-    A protection none of whose settings keeps enough is there with the highest mean EM-F1, and "keeps_task" (or
-    "keeps_guards") says False. Whether it lowers misaligned is not asked. Arguments and errors as `recommend`.
+    If no setting of a protection keeps enough, its setting with the highest mean EM-F1 is returned, and "keeps_task"
+    (or "keeps_guards") is False. A setting need not lower misaligned. Arguments and errors are those of `recommend`.
     """
     rule, candidates = _candidates(runs, baseline, floor, guards or {}, task, misaligned, prefer)
-    found = {}
-    for protection in dict.fromkeys(one.group[0].protection for one in candidates):
-        own = sorted((one for one in candidates if one.group[0].protection == protection), key=rule.order)
-        kept = [one for one in own if _keeps(one, rule) >= 1]
-        found[protection] = _described(kept[0] if kept else max(own, key=lambda one: one.em_f1["value"]), rule)
-    return found
+    choices = {}
+    for protection in dict.fromkeys(candidate.protection for candidate in candidates):
+        ranked = sorted((candidate for candidate in candidates if candidate.protection == protection), key=rule.order)
+        kept = [candidate for candidate in ranked if _keeps(candidate, rule) >= 1]
+        best = kept[0] if kept else max(ranked, key=lambda candidate: candidate.em_f1["value"])
+        choices[protection] = _described(best, rule)
+    return choices
 
 
 def _candidates(
@@ -240,56 +164,64 @@ def _candidates(
     misaligned: str,
     prefer: str,
 ) -> tuple[_Rule, list[_Candidate]]:
-    """The rule, and every setting but the baseline's."""
+    """Return the rule, and every setting except the baseline's."""
     if prefer not in (MISALIGNED, EM_F1):
         raise ValueError(f"prefer is {prefer!r}; choose {MISALIGNED} or {EM_F1}")
     groups = by_setting(runs)
-    bases = [group for (protection, _), group in groups.items() if protection == baseline]
+    baselines = [group for (protection, _), group in groups.items() if protection == baseline]
     others = [group for (protection, _), group in groups.items() if protection != baseline]
-    if len(bases) != 1:
-        settings = ", ".join(group[0].setting for group in bases) or "none at all"
+    if len(baselines) != 1:
+        settings = ", ".join(group[0].setting for group in baselines) or "none at all"
         raise UserError(f"the baseline {baseline!r} must have runs of one setting: it has {settings}")
     if not others:
-        raise UserError(f"there are runs of the baseline {baseline!r} alone: run a protection beside it")
+        raise UserError(f"there are only runs of the baseline {baseline!r}: run a protection too")
     floors = {task: floor, **guards}
-    means = {name: _value(bases[0], name) for name in floors}
+    means = {name: _value(baselines[0], name) for name in floors}
     for name, share in floors.items():
         if not 0 < share <= 1:
-            raise UserError(f"a floor of {share} for {name} is no share to keep: write one above 0, at most 1")
+            raise UserError(f"a floor of {share} for {name} is not a share to keep: write a number above 0, at most 1")
         if means[name] <= 0:
-            raise UserError(f"{name} is {means[name]:g} in {baseline!r}: of that no share can be kept")
-    rule = _Rule(runs, bases[0], floors, task, misaligned, prefer)
+            raise UserError(
+                f"{name} is {means[name]:g} in {baseline!r}, so no share of it can be kept: choose another measure"
+            )
+    rule = _Rule(runs, baselines[0], floors, task, misaligned, prefer)
     return rule, [_candidate(group, means, rule) for group in others]
 
 
 def _candidate(group: list[Run], means: Mapping[str, float], rule: _Rule) -> _Candidate:
+    """Return the means of one setting, and its shares of the baseline's means."""
     shares = {name: _value(group, name) / mean for name, mean in means.items()}
-    f1 = over_runs(em_f1(*_line(group, rule.task, rule.misaligned)).tolist(), [run.pair for run in group])
+    f1 = over_runs(em_f1(*line_of(group, rule.task, rule.misaligned)).tolist(), [run.pair for run in group])
     return _Candidate(group, _value(group, rule.task), _value(group, rule.misaligned), shares, f1)
 
 
 def _value(group: Sequence[Run], measure: str) -> float:
-    # Exactly rounded: the order of the runs makes and breaks no tie.
+    # fmean is exactly rounded, so the order of the runs cannot make or break a tie.
+    """Return the mean of one measure over the runs of a setting."""
     return fmean(run[measure] for run in group)
 
 
 def _keeps(candidate: _Candidate, rule: _Rule, names: Sequence[str] | None = None) -> float:
-    """The least of the kept shares over their floors: 1 or more keeps all. Rounding does not lose a share."""
-    asked = rule.floors if names is None else names
-    least = min((candidate.shares[name] / rule.floors[name] for name in asked), default=1.0)
+    """Return the smallest ratio of a kept share to its floor: 1 or more keeps everything.
+
+    Rounding does not lose a share: values within 1e-9 of 1 are 1.
+    """
+    floors = rule.floors if names is None else names
+    least = min((candidate.shares[name] / rule.floors[name] for name in floors), default=1.0)
     return 1.0 if abs(least - 1) < 1e-9 else least
 
 
 def _described(candidate: _Candidate, rule: _Rule) -> dict[str, Any]:
-    group, base = candidate.group, rule.baseline
-    lowers = paired(rule.runs, base[0].key, [group[0].key], rule.misaligned)[0]
+    """Return the point of a candidate, with the keys that `recommend` adds."""
+    group, baseline = candidate.group, rule.baseline
+    lowers = paired(rule.runs, baseline[0].key, [group[0].key], rule.misaligned)[0]
     notes = []
     if len(group) == 1:
         notes.append("one seed: no interval")
-    if {run.pair for run in group} != {run.pair for run in base}:
-        notes.append(f"not the labs and seeds of {base[0].protection}")
+    if {run.pair for run in group} != {run.pair for run in baseline}:
+        notes.append(f"not the labs and seeds of {baseline[0].protection}")
     return {
-        **_point(group, list(dict.fromkeys(name for run in group for name in run.values))),
+        **point_of(group, list(dict.fromkeys(name for run in group for name in run.values))),
         "em_f1": candidate.em_f1,
         "keeps": candidate.shares,
         "keeps_task": _keeps(candidate, rule, [rule.task]) >= 1,

@@ -1,6 +1,6 @@
-"""The plane of task success and misalignment: areas, dominance, and one frontier read at another's task.
+"""The plane of task success and misalignment: areas, dominance, and one frontier read at the task of another setting.
 
-Functions of arrays alone. task is better up, misaligned is better down; both are rates in 0..1.
+The functions take only arrays. A higher task is better, a lower misaligned is better; both are rates in 0..1.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from ..stats.intervals import Floats
 
 
 def em_f1(task: ArrayLike, misaligned: ArrayLike) -> Floats:
-    """Harmonic mean of task success and 1 - misaligned [n], 0 where both are 0 (as in arXiv 2606.06667).
+    """Return the harmonic mean of task success and 1 - misaligned [n], 0 where both are 0 (as in arXiv 2606.06667).
 
     Args:
         task, misaligned: rates [n] (or scalars).
 
     Raises:
-        ValueError: unequal shapes, values that are no rates.
+        ValueError: unequal shapes, or values that are not rates.
     """
     tasks, aligned = _rates("em_f1", task, misaligned)
     aligned = 1 - aligned
@@ -27,16 +27,17 @@ def em_f1(task: ArrayLike, misaligned: ArrayLike) -> Floats:
 
 
 def hypervolume(task: ArrayLike, misaligned: ArrayLike) -> float:
-    """Area of the unit square task × (1 - misaligned) that a set of points dominates, seen from (0, 1).
+    """Return the area of the unit square task × (1 - misaligned) that a set of points dominates.
 
-    1 is a point that learns all and misaligns nothing. It can only grow with the number of points, so compare sets of
-    equally many (Zitzler and Thiele 1999, doi 10.1109/4235.797969).
+    The reference point is (0, 1). The area is 1 for a point that learns everything and misaligns nothing. It can only
+    grow with the number of points, so compare sets with equally many points (Zitzler and Thiele 1999, doi
+    10.1109/4235.797969).
 
     Args:
         task, misaligned: rates [n], n >= 1.
 
     Raises:
-        ValueError: no points, unequal shapes, values that are no rates.
+        ValueError: no points, unequal shapes, or values that are not rates.
     """
     tasks, bad = (np.atleast_1d(values) for values in _rates("hypervolume", task, misaligned))
     order = np.argsort(-tasks)
@@ -45,10 +46,12 @@ def hypervolume(task: ArrayLike, misaligned: ArrayLike) -> float:
 
 
 def pareto(task: ArrayLike, misaligned: ArrayLike) -> NDArray[np.bool_]:
-    """Which points [n] no other dominates: none is as good in both and better in one. Equal points stay together.
+    """Return which points [n] no other point dominates, that is, is as good in both measures and better in one.
+
+    Equal points are all kept or all dropped.
 
     Raises:
-        ValueError: no points, unequal shapes, values that are no rates.
+        ValueError: no points, unequal shapes, or values that are not rates.
     """
     tasks, bad = (np.atleast_1d(values) for values in _rates("pareto", task, misaligned))
     as_good = (tasks[:, None] >= tasks) & (bad[:, None] <= bad)
@@ -60,18 +63,19 @@ def pareto(task: ArrayLike, misaligned: ArrayLike) -> NDArray[np.bool_]:
 def at_equal_task(
     task: ArrayLike, misaligned: ArrayLike, target: float, strength: ArrayLike | None = None
 ) -> tuple[float, bool]:
-    """Misaligned where a frontier has learned `target`, and whether it was clamped because it never does.
+    """Return misaligned where a frontier has learned `target`, and whether the value is clamped because it never does.
 
-    The frontier is the line through its settings ordered by strength; without strengths, by task. A line that crosses
-    the target several times is read at its lowest crossing: the frontier gets its best reading, so what is compared
-    with it gets its hardest. One that never crosses is read at the setting nearest in task (the lowest of ties).
+    The frontier is the line through its settings, ordered by strength, or by task without strengths. A line that
+    crosses the target several times is read at its lowest crossing. So the frontier gets its best value, and the
+    comparison with it is the hardest one. A line that never crosses is read at the setting with the nearest task (with
+    ties, the lowest misaligned).
 
     Args:
         task, misaligned: [n], n >= 1. target: in the unit of task.
-        strength: position along the frontier [n], all different; None: ordered by task.
+        strength: the position along the frontier [n], all different; None: ordered by task.
 
     Raises:
-        ValueError: no points, unequal shapes, values that are not finite, a strength that comes twice.
+        ValueError: no points, unequal shapes, values that are not finite, or a strength that occurs twice.
     """
     tasks, bad = (np.atleast_1d(values) for values in _finite("at_equal_task", task, misaligned))
     _finite("at_equal_task", target)
@@ -80,34 +84,39 @@ def at_equal_task(
     else:
         along = np.atleast_1d(_finite("at_equal_task", task, strength)[1])
         if len(np.unique(along)) < len(along):
-            raise ValueError(f"at_equal_task: the strengths {along.tolist()} put two settings in one place")
+            raise ValueError(f"at_equal_task: settings share a strength in {along.tolist()}; give each its own")
         order = np.argsort(along)
     tasks, bad = tasks[order], bad[order]
     if not tasks.min() <= target <= tasks.max():
-        # The end itself, not the smallest gap: tiny tasks are all as far from 1.
+        # Use the end itself, not the smallest gap: tiny tasks are all equally far from 1 in floating point.
         end = tasks.min() if target < tasks.min() else tasks.max()
         return float(bad[tasks == end].min()), True
-    found = bad[tasks == target].tolist()
-    # Signs, not products: a product of two tiny gaps is 0.
+    crossings = bad[tasks == target].tolist()
+    # Multiply signs, not gaps: the product of two tiny gaps is 0.
     for left in np.flatnonzero(np.sign(tasks[:-1] - target) * np.sign(tasks[1:] - target) < 0):
         share = (target - tasks[left]) / (tasks[left + 1] - tasks[left])
-        found.append(float(bad[left] + share * (bad[left + 1] - bad[left])))
-    return min(found), False
+        crossings.append(float(bad[left] + share * (bad[left + 1] - bad[left])))
+    return min(crossings), False
 
 
 def _finite(who: str, *arrays: ArrayLike) -> list[Floats]:
-    """The arrays as float64, of one shape, not empty, without NaN or infinity."""
+    """Return the arrays as float64.
+
+    Raises:
+        ValueError: different shapes, no values, or a value that is NaN or infinite.
+    """
     values = [np.asarray(array, dtype=np.float64) for array in arrays]
     if len({value.shape for value in values}) > 1:
-        raise ValueError(f"{who}: shapes {[value.shape for value in values]} are not those of the same points")
+        raise ValueError(f"{who}: shapes {[value.shape for value in values]} differ; write one value per point")
     if not values[0].size:
         raise ValueError(f"{who}: no points")
     if not all(np.isfinite(value).all() for value in values):
-        raise ValueError(f"{who}: a value is not finite; leave out the run that it comes from")
+        raise ValueError(f"{who}: a value is not finite; leave out its run")
     return values
 
 
 def _rates(who: str, *arrays: ArrayLike) -> list[Floats]:
+    """Return the arrays as `_finite` does; raise ValueError also for values outside 0..1."""
     values = _finite(who, *arrays)
     for value in values:
         if value.min() < 0 or value.max() > 1:

@@ -1,8 +1,9 @@
-"""Family 8, causal (METRICS.md): what a model says while a direction is ablated or added, and while random ones are.
+"""The causal test: the model's answers while a direction is ablated or added, and while random directions are.
 
-No training: the starting model answers enumerated prompts (`metrics.choices`) at every dose. Beside each dose stand
-random directions that move every token as far, so that a drop in coherence is not taken for a cause. All masses are
-kept in a folder as they are read; an interrupted test goes on where it stopped.
+`holdfast intervene` uses it; `metrics.causal` turns its results into verdicts. Nothing is trained: the starting model
+answers prompts with listed answers (`metrics.choices`) at every dose. For each dose there are random directions that
+move every token equally far, so that a drop in coherence is not mistaken for a cause. The probability masses of answers
+are written to a folder as they are read. An interrupted test continues where it stopped.
 """
 
 import json
@@ -23,39 +24,40 @@ from .positions import ForwardPass
 from .proof import prove
 
 ABLATE, STEER = "ablate", "steer"
-# Part of the names of kept masses: raised when a random direction's step is made in another way.
+# Part of the names of the files of masses. Raise the number when the step in a random direction is made differently.
 _STEPS = "steps 2"
 Masses = list[dict[str, float]]
 
 
 class RecordingAblation:
-    """An ablation that keeps the coordinates it took away: per layer, one tensor [B, T, k] for each pass of the model.
+    """An ablation that records the coordinates that it removes: per layer, a tensor [B, T, k] for each forward pass.
 
-    At layer l they are those of the stream as the lower layers' ablation left it.
+    The coordinates at layer l are those of the stream after the ablation of the lower layers.
     """
 
     def __init__(self, bases: ByLayer, dose: float) -> None:
         self.bases, self.ablation = bases, Ablation(bases, dose, None)
         self.taken: dict[int, list[Tensor]] = {}
 
-    def apply(self, layer: int, hidden: Tensor, now: ForwardPass | None) -> Tensor:
+    def apply(self, layer: int, hidden: Tensor, call: ForwardPass | None) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             fine = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             self.taken.setdefault(layer, []).append((fine @ self.bases.at(layer, hidden)).cpu())
-        return self.ablation.apply(layer, hidden, now)
+        return self.ablation.apply(layer, hidden, call)
 
 
 class Displacement:
-    """The null of an ablation: at every layer each token moves as far as the ablation moved it, along random U_l.
+    """The null of an ablation: at every layer, each token moves as far as the ablation moved it, along random U_l.
 
-    h - dose U c, c being what the ablation took away there (`RecordingAblation`) in the same passes, in the same order.
+    The stream becomes h - dose U c, where c are the coordinates that the ablation removed at this layer
+    (`RecordingAblation`), in the same forward passes and in the same order.
     """
 
     def __init__(self, taken: dict[int, list[Tensor]], random: ByLayer, dose: float) -> None:
         self.taken, self.random, self.dose = taken, random, dose
         self._passes = dict.fromkeys(taken, 0)
 
-    def apply(self, layer: int, hidden: Tensor, now: ForwardPass | None) -> Tensor:
+    def apply(self, layer: int, hidden: Tensor, call: ForwardPass | None) -> Tensor:
         taken = self.taken[layer][self._passes[layer]]
         self._passes[layer] += 1
         with torch.autocast(hidden.device.type, enabled=False):
@@ -66,9 +68,10 @@ class Displacement:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A direction, or a whole subspace, put to the test.
+    """A direction or a whole subspace to be tested.
 
-    kind: ablate (vectors are orthonormal [d, k]) or steer (one vector [d, 1], at the length that a dose of 1 adds).
+    kind: "ablate" (the vectors are orthonormal [d, k]) or "steer" (a vector [d, 1], as long as the step of dose 1).
+    vectors: by layer.
     """
 
     name: str
@@ -76,30 +79,37 @@ class Candidate:
     vectors: dict[int, Tensor]
 
     def change(self, dose: float) -> Change:
-        """What is done to the stream at a dose."""
+        """Return the change that the candidate makes to the stream at a dose."""
         if self.kind == ABLATE:
             return Ablation(ByLayer(self.vectors), dose, None)
         return Steering(ByLayer({layer: vector[:, 0] for layer, vector in self.vectors.items()}), dose, "absolute")
 
     def null(self, dose: float, draw: int, taken: dict[int, list[Tensor]]) -> "Displacement | Steering":
-        """The same step of every token in a random direction; one draw has the same directions at every dose.
+        """Return the change that moves every token equally far in a random direction.
+
+        A draw has the same directions at every dose.
 
         Args:
-            taken: what the ablation took away at this dose (`RecordingAblation`); of no use to a steering.
+            draw: number of the draw; it is the seed of its random directions.
+            taken: the coordinates that the ablation removed at this dose (`RecordingAblation`); not used for steering.
         """
-        drawn = {
+        random = {
             layer: random_basis(vectors.shape[0], vectors.shape[1], draw, layer).to(torch.float32)
             for layer, vectors in self.vectors.items()
         }
         if self.kind == ABLATE:
-            return Displacement(taken, ByLayer(drawn), dose)
-        steps = {layer: drawn[layer][:, 0] * vectors[:, 0].norm() for layer, vectors in self.vectors.items()}
+            return Displacement(taken, ByLayer(random), dose)
+        steps = {layer: random[layer][:, 0] * vectors[:, 0].norm() for layer, vectors in self.vectors.items()}
         return Steering(ByLayer(steps), dose, "absolute")
 
 
 @dataclass(frozen=True)
 class DoseCurve:
-    """Class masses of every prompt: clean, at each dose, and at each dose under each random draw."""
+    """The masses of the classes of answers for every prompt.
+
+    tested: the direction or subspace. clean: without an intervention. treated: at each dose. drawn: at each dose, with
+    each random draw.
+    """
 
     tested: Candidate
     doses: tuple[float, ...]
@@ -109,12 +119,14 @@ class DoseCurve:
 
 
 class CausalTest:
-    """Reads masses of one model on one set of prompts.
+    """Reads the masses of one model on one set of prompts.
 
     Args:
-        prepared: the prompts and their classes.
-        facts: what the masses depend on (weights, prompts, precision), for the names of the kept files.
-        folder: where they are kept; None keeps nothing.
+        prepared: the prompts and their classes of answers.
+        facts: everything that the masses depend on (weights, prompts, precision), for the names of their files.
+        folder: the folder that keeps the masses; None keeps nothing.
+        batch_size: completions per forward pass.
+        layers_path: dotted path of the decoder blocks; None finds them by shape.
     """
 
     def __init__(
@@ -126,10 +138,15 @@ class CausalTest:
         self._clean: Masses | None = None
 
     def curve(self, tested: Candidate, doses: Sequence[float], draws: int) -> DoseCurve:
-        """All masses of one test.
+        """Return all masses of one test.
+
+        Args:
+            tested: the direction or subspace to test.
+            doses: the doses at which it is tested.
+            draws: number of random draws for each dose.
 
         Raises:
-            UserError: layers or widths that do not fit, or an intervention that does not take hold.
+            UserError: layers or widths that do not fit the model, or an intervention that has no effect.
         """
         prove(self.model, tested.change(1.0), sorted(tested.vectors), self.layers_path)
         if self._clean is None:
@@ -138,27 +155,27 @@ class CausalTest:
         drawn: list[list[Masses]] = []
         with tqdm(total=len(doses) * (draws + 1), desc=f"{tested.kind} {tested.name}", delay=5, leave=False) as bar:
             for dose in doses:
-                found = self._at(tested, dose, draws, bar)
-                treated.append(found[0])
-                drawn.append(found[1:])
+                masses = self._at_dose(tested, dose, draws, bar)
+                treated.append(masses[0])
+                drawn.append(masses[1:])
         return DoseCurve(tested, tuple(doses), self._clean, treated, drawn)
 
-    def _at(self, tested: Candidate, dose: float, draws: int, bar: tqdm) -> list[Masses]:
-        """Masses under the candidate, then under each random draw."""
+    def _at_dose(self, tested: Candidate, dose: float, draws: int, bar: tqdm) -> list[Masses]:
+        """Return the masses with the candidate, then with each random draw."""
         facts = [_STEPS, tested.kind, digest(tested.vectors), repr(float(dose))]
-        layers, recorded = sorted(tested.vectors), RecordingAblation(ByLayer(tested.vectors), dose)
-        # What the ablation takes away is kept in memory alone: a draw that is missing on disk needs it again.
-        absent = any(self._kept([*facts, str(draw)]) is None for draw in range(draws))
-        change = recorded if tested.kind == ABLATE else tested.change(dose)
-        found = [self._masses([*facts, ""], change, layers, anew=absent and tested.kind == ABLATE)]
+        layers, recording = sorted(tested.vectors), RecordingAblation(ByLayer(tested.vectors), dose)
+        # The removed coordinates are only in memory. If the file of a draw is missing, they must be computed again.
+        absent = any(self._existing_file([*facts, str(draw)]) is None for draw in range(draws))
+        change = recording if tested.kind == ABLATE else tested.change(dose)
+        masses = [self._masses([*facts, ""], change, layers, again=absent and tested.kind == ABLATE)]
         bar.update()
         for draw in range(draws):
-            found.append(self._masses([*facts, str(draw)], tested.null(dose, draw, recorded.taken), layers))
+            masses.append(self._masses([*facts, str(draw)], tested.null(dose, draw, recording.taken), layers))
             bar.update()
-        return found
+        return masses
 
-    def _kept(self, facts: list[str]) -> Path | None:
-        """The file of these masses, if it is there."""
+    def _existing_file(self, facts: list[str]) -> Path | None:
+        """Return the file of these masses, or None if there is no such file."""
         path = self._path(facts)
         return path if path is not None and path.is_file() else None
 
@@ -170,23 +187,24 @@ class CausalTest:
         facts: list[str],
         change: "Change | RecordingAblation | Displacement | None",
         layers: list[int],
-        anew: bool = False,
+        again: bool = False,
     ) -> Masses:
-        path, there = self._path(facts), self._kept(facts)
-        if there is not None and not anew:
-            kept: Masses = json.loads(there.read_text())
-            return kept
+        """Return the masses under a change, from their file if it exists and `again` is False."""
+        path, existing = self._path(facts), self._existing_file(facts)
+        if existing is not None and not again:
+            stored: Masses = json.loads(existing.read_text())
+            return stored
         if change is None:
-            found = score_prepared(self.model, self.prepared, self.batch_size)
+            masses = score_prepared(self.model, self.prepared, self.batch_size)
         else:
-            with patch(self.model, layers, lambda at, hidden: change.apply(at, hidden, None), self.layers_path):
-                found = score_prepared(self.model, self.prepared, self.batch_size)
+            with patch(self.model, layers, lambda layer, hidden: change.apply(layer, hidden, None), self.layers_path):
+                masses = score_prepared(self.model, self.prepared, self.batch_size)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(path, found)
-        return found
+            write_json_atomic(path, masses)
+        return masses
 
 
 def digest(vectors: dict[int, Tensor]) -> str:
-    """Of vectors by layer."""
+    """Return a hash of vectors by layer."""
     return sha256_json([[layer, vectors[layer].double().tolist()] for layer in sorted(vectors)])

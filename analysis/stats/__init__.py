@@ -1,21 +1,33 @@
-"""Statistics of every number that is reported: intervals, comparisons, tests, and how many answers a claim needs.
+"""Statistics of every number that is reported: intervals, tests, and how many answers a claim needs.
 
-| question | function |
+Arrays go in, numbers come out. `clusters` are the units that vary: a label per row (its question, topic or seed).
+
+| interval of | function | method |
+|---|---|---|
+| a mean over rows | `mean_ci` | Student's t corrected for skewness (Hall 1992) |
+| a rate of independent answers | `binomial_ci` | Wilson's, opened to an exact bound |
+| a rate in clusters | `rate_ci` | Wilson's on the effective number of rows |
+| a smooth statistic, such as a cosine | `jackknife_ci` | leaves out each cluster in turn |
+| any other statistic | `bootstrap_ci` | BCa from 30 clusters on, below it the jackknife |
+| a difference of two arms on the same rows | `paired_difference` | of the differences; for answers also Newcombe's |
+| a ratio of two means, such as reversion | `fieller` | Fieller (1954); null if the denominator may be 0 |
+| the share of a sum in a part of it | `share` | CR2 variance (Bell and McCaffrey 2002) |
+| a method, over several seeds | `hierarchical_bootstrap` | bootstrap-t over the outermost units |
+
+`measurement` chooses between `mean_ci` and `rate_ci`, and returns {"value", "n", "ci95"}.
+
+| test or plan | function |
 |---|---|
-| a mean or a rate over rows, questions being clusters | `measurement` (`mean_ci`, `rate_ci`, `binomial_ci`, `wilson`) |
-| a cosine, a ratio of spreads, any other statistic | `jackknife_ci` where it is smooth, else `bootstrap_ci` |
-| two arms over the same rows or questions | `paired_difference`, `sign_flip_test` |
-| a ratio of two means, such as reversion | `fieller` |
-| what share of a sum lies in a part of it | `share` |
-| a claim about a method, over seeds | `hierarchical_bootstrap`, `sign_flip_test` with at least 10 seeds |
-| two independent groups | `permutation_test` |
-| several rivals | `holm` |
-| "kept" | `non_inferiority`, with a stated margin |
+| paired differences are 0 on average | `sign_flip_test`; use at least 10 seeds, 5 cannot reach p < 0.05 |
+| two independent groups have the same mean | `permutation_test` |
+| several rivals at once | `holm` adjusts their p-values |
+| something was kept | `non_inferiority`, with a margin stated before |
 | how many answers to buy | `sample_size`, `power`, `design_effect` |
 
-An interval over rows speaks of one checkpoint; a claim about a method resamples seeds too. How often each interval
-covers the truth, at rates near 0 and with 5 and 10 seeds, stands in tests/benchmarks/COVERAGE.md: in 93-97% of
-repetitions but where it says what bounds it (counts are whole; what no row of a sample shows, no interval can know).
+An interval over rows is about one checkpoint; a claim about a method must resample the seeds too. How often each
+interval covers the truth, at rates near 0 and with 5 and 10 seeds, is listed in tests/benchmarks/COVERAGE.md. It is
+93-97% of repetitions, except where that file says what bounds it (counts are whole numbers; no interval can know what
+no row of the sample shows).
 """
 
 from .binomial import binomial_ci, wilson

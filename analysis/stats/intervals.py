@@ -1,9 +1,9 @@
-"""Intervals of one mean, rate, ratio or other statistic over rows that may come in clusters.
+"""Intervals of a mean, a rate, a ratio or another statistic over rows that may come in clusters.
 
-tests/benchmarks/COVERAGE.md says how often each covers the truth. In short: bootstrap percentiles, BCa included, cover
-too little below about 30 clusters; the t interval corrected for skewness needs no resampling and is what everything
-here rests on, its side away from 0 stretched for values of one sign. Rates near 0 take Wilson's interval, opened to an
-exact bound, and in clusters that on the effective number of rows.
+tests/benchmarks/COVERAGE.md says how often each interval covers the truth. In short: bootstrap percentiles, including
+BCa, cover too little below about 30 clusters. The t interval corrected for skewness needs no resampling, and all
+intervals here rest on it; for values of one sign, its side away from 0 is stretched. Rates near 0 take Wilson's
+interval, opened to an exact bound; with clusters, they take Wilson's interval on the effective number of rows.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -20,23 +20,25 @@ Measurement = dict[str, Any]
 Floats = NDArray[np.float64]
 
 ALONE = "one independent row or cluster has no interval"
-# Below so many clusters BCa's quantiles of the resampled values lie too far inside.
+# With fewer clusters, BCa's quantiles of the resampled values lie too far inside.
 FEW_CLUSTERS = 30
 
 
 def missing(reason: str, n: int = 0) -> Measurement:
-    """A measurement that could not be made, and why."""
+    """Return a measurement that could not be made, with the reason."""
     return {"value": None, "n": n, "reason": reason}
 
 
 def mean_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: float = 0.95) -> Interval:
-    """Mean over all rows, clusters as the units that vary: Student's t corrected for skewness (Hall 1992).
+    """Return the interval of a mean over all rows: Student's t corrected for skewness (Hall 1992).
 
-    Closed form of what a bootstrap-t simulates: as good from 5 clusters on, in time linear in the rows. Of values that
-    all have one sign the side away from 0 is stretched (`stretch`), since few of them show less skewness than there is.
+    The clusters are the units that vary. This is the closed form of what a bootstrap-t simulates. It is as good from 5
+    clusters on, in time linear in the rows. If all values have one sign, the side away from 0 is stretched (`stretch`),
+    since a few such values show less skewness than there is.
 
     Args:
-        values: [n]. clusters: a label per row (its question, topic or seed); None: each row its own.
+        values: [n].
+        clusters: a label for each row (its question, topic or seed); None: each row is its own cluster.
 
     Raises:
         ValueError: a single cluster, or labels and values that differ in number.
@@ -48,15 +50,15 @@ def mean_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: flo
 
 
 def rate_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: float = 0.95) -> Interval:
-    """Mean of values in [0, 1] (answers that are 0 or 1, or probabilities), inside [0, 1], fit for rates near 0.
+    """Return the interval of the mean of values in [0, 1] (0 or 1, or probabilities), also for rates near 0.
 
-    `rate_bounds`: Wilson's interval on the effective number of rows rate (1 - rate) / se^2, se and Student's quantile
-    being those of the clusters (Dean and Pagano 2015); the side away from the nearer end reaches at least as far as
-    `mean_ci`, since questions differ more than coins do. Answers without clusters have `binomial_ci`.
-    With no event at all the design effect cannot be seen, and the rows count as independent.
+    It lies inside [0, 1]. It is `rate_bounds`: Wilson's interval on the effective number of rows rate (1 - rate) /
+    se^2, where se and Student's quantile are those of the clusters (Dean and Pagano 2015). The side away from the
+    nearer end reaches at least as far as `mean_ci`, since questions differ more than coins do. Answers without clusters
+    take `binomial_ci`. Without any event the design effect cannot be seen, and the rows count as independent.
 
     Raises:
-        ValueError: values outside [0, 1], a single cluster.
+        ValueError: values outside [0, 1], or a single cluster.
     """
     rows = np.asarray(values, dtype=np.float64)
     if rows.size and not (rows.min() >= 0 and rows.max() <= 1):
@@ -70,22 +72,23 @@ def rate_ci(values: ArrayLike, clusters: Clusters | None = None, confidence: flo
 
 
 def is_binary(rows: Floats) -> bool:
-    """Whether all values are 0 or 1."""
+    """Return whether all values are 0 or 1."""
     return bool(np.isin(rows, (0.0, 1.0)).all())
 
 
 def rate_bounds(sums: Floats, counts: Floats, other: Interval | None = None, confidence: float = 0.95) -> Interval:
-    """Wilson's interval on effective rows, from sums and numbers of rows per cluster [G].
+    """Return Wilson's interval on the effective number of rows, from sums and numbers of rows per cluster [G].
 
-    The bound toward the nearer end has Student's quantile with 2.5 (G - 1) degrees of freedom: with G - 1 it misses in
-    1-2% instead of 2.5% at few events in few clusters, most of its variance being that of the answers, which is known.
+    The bound towards the nearer end has Student's quantile with 2.5 (G - 1) degrees of freedom. With G - 1 it would
+    miss in 1-2% instead of 2.5% at few events in few clusters, because most of its variance is the variance of the
+    answers, which is known.
 
     Args:
-        other: an interval of the same mean, to whose bound the side away from the nearer end is stretched.
+        other: an interval of the same mean; the side away from the nearer end is stretched to its bound.
     """
     rate, n = float(np.clip(sums.sum() / counts.sum(), 0, 1)), float(counts.sum())
     variance = _squared_error(_influence(sums, counts))
-    # One rate in all clusters, if it is not 0 or 1, says that they do not differ at all.
+    # If all clusters have the same rate, other than 0 or 1, they do not differ at all.
     effective = rate * (1 - rate) / variance if variance > (1e-12 * rate) ** 2 else n
     freedom = (len(sums) - 1) * np.array([1, 2.5])
     (low, high), (near_low, near_high) = (
@@ -98,7 +101,7 @@ def rate_bounds(sums: Floats, counts: Floats, other: Interval | None = None, con
 
 
 def cluster_sums(values: ArrayLike, clusters: Clusters | None) -> tuple[Floats, Floats]:
-    """Sum of values and number of rows [G] of each cluster."""
+    """Return the sum of values and the number of rows [G] of each cluster."""
     rows = np.asarray(values, dtype=np.float64)
     codes = cluster_codes(clusters, len(rows))
     n_clusters = int(codes.max()) + 1
@@ -109,26 +112,27 @@ def cluster_sums(values: ArrayLike, clusters: Clusters | None) -> tuple[Floats, 
 
 
 def _influence(sums: Floats, counts: Floats) -> Floats:
-    """What each cluster contributes [G] to the mean over all rows, in deviations from it."""
+    """Return what each cluster contributes [G] to the mean over all rows, as a deviation from it."""
     return (sums - sums.sum() / counts.sum() * counts) / counts.mean()
 
 
 def _squared_error(influence: Floats) -> float:
+    """Return the squared standard error of a statistic from the influence of its units."""
     return float(np.sum(influence**2) / (len(influence) * (len(influence) - 1)))
 
 
 def skewed_t(
     value: float, influence: Floats, confidence: float = 0.95, bounds: Interval = (-np.inf, np.inf)
 ) -> Interval:
-    """Student's t interval with Hall's (1992) transformation, which takes the skewness out.
+    """Return Student's t interval with Hall's (1992) transformation, which removes the skewness.
 
     Args:
-        influence: [G], what each independent unit contributes to `value`, in deviations that average 0.
-        bounds: of what the statistic can be; the interval is cut to it.
+        influence: [G], what each independent unit contributes to `value`, as deviations that average 0.
+        bounds: the values that the statistic can take; the interval is cut to them.
     """
     n = len(influence)
     error = np.sqrt(_squared_error(influence))
-    # Differences that are rounding alone, or too small for their cube.
+    # Differences that are only rounding, or whose cube would underflow.
     if error <= max(1e-12 * abs(value), 1e-100):
         return value, value
     skew = float(np.mean(influence**3) / np.mean(influence**2) ** 1.5 / np.sqrt(n))
@@ -138,14 +142,14 @@ def skewed_t(
 
 
 def _unskewed(quantile: float, skew: ArrayLike) -> Floats:
-    """The value of t that Hall's transformation t + skew t^2 / 3 + skew^2 t^3 / 27 + skew / 6 maps on `quantile`."""
+    """Return the t that Hall's transformation t + skew t^2 / 3 + skew^2 t^3 / 27 + skew / 6 maps to `quantile`."""
     skews = np.asarray(skew, dtype=np.float64)
     safe = np.where(np.abs(skews) < 1e-9, 1.0, skews)
     return np.where(np.abs(skews) < 1e-9, quantile, 3 / safe * (np.cbrt(1 + safe * (quantile - safe / 6)) - 1))
 
 
 def one_sign(values: ArrayLike) -> bool:
-    """Whether no value lies on the other side of 0 from another."""
+    """Return whether no two values lie on different sides of 0."""
     rows = np.asarray(values, dtype=np.float64)
     return bool(rows.min() >= 0 or rows.max() <= 0)
 
@@ -158,13 +162,13 @@ def stretch(
     end: float = 0.0,
     rate: bool = False,
 ) -> Interval:
-    """The interval, its side away from `end`, which no value passes, as far out as a larger skewness would put it.
+    """Return the interval with its side away from `end` as far out as a larger skewness would put it.
 
-    A sample shows less skewness than there is, the less the smaller it is, and past some skewness Hall's interval
-    becomes shorter again. So the bound is the furthest of any skewness up to 1 + 30 / G^1.5 times the sample's (1 + 3 /
-    sqrt(G) with more than 10 units that are no rates, whose tails may be heavier), or, if that is less, up to
-    3 cv + cv^3: that of lognormal values whose sd is cv times their mean's distance from `end`. Values far from it stay
-    as they are.
+    No value lies beyond `end`. A sample shows less skewness than there is, and a smaller sample shows less still. Above
+    some skewness Hall's interval becomes shorter again. So the bound is the furthest one of any skewness up to a limit.
+    The limit is 1 + 30 / G^1.5 times the skewness of the sample (1 + 3 / sqrt(G) with more than 10 units that are not
+    rates, whose tails may be heavier), or 3 cv + cv^3 if that is less: the skewness of lognormal values whose sd is cv
+    times the distance of their mean from `end`. Values far from `end` keep their interval.
     """
     n = len(influence)
     error, away = np.sqrt(_squared_error(influence)), value - end
@@ -183,10 +187,13 @@ def stretch(
 def jackknife_ci(
     value: float, left_out: ArrayLike, confidence: float = 0.95, bounds: Interval = (-np.inf, np.inf)
 ) -> Interval:
-    """Interval of any smooth statistic from its values [G] with each cluster left out, by `skewed_t`.
+    """Return the interval of any smooth statistic from its values [G] with each cluster left out, by `skewed_t`.
 
-    One value per cluster instead of thousands of resamples. Smooth: means, ratios, cosines, standard deviations; not
-    medians or maxima.
+    It needs one value per cluster instead of thousands of resamples. Smooth statistics are means, ratios, cosines and
+    standard deviations, but not medians or maxima.
+
+    Raises:
+        ValueError: a single cluster.
     """
     without = np.asarray(left_out, dtype=np.float64)
     if len(without) < 2:
@@ -203,15 +210,17 @@ def bootstrap_ci(
     confidence: float = 0.95,
     bounds: Interval = (-np.inf, np.inf),
 ) -> Interval:
-    """Interval of any statistic, whole clusters drawn: BCa bootstrap (Efron 1987), expanded for n (Hesterberg 2015).
+    """Return the interval of any statistic by the BCa bootstrap (Efron 1987) over whole clusters, expanded for n.
 
-    Below 30 clusters `jackknife_ci`, where BCa covers too little; the statistic must then be smooth.
+    The expansion is that of Hesterberg (2015). Below 30 clusters, where BCa covers too little, it is `jackknife_ci`;
+    the statistic must then be smooth.
 
     Args:
         values: [n] or [n, …], rows first.
-        clusters: a label per row (its question or topic); rows of a cluster are drawn together. None: each its own.
-        statistic: of the resampled rows; None is the mean, computed from cluster sums, which is much faster.
-        bounds: of what the statistic can be.
+        clusters: a label for each row (its question or topic); the rows of a cluster are drawn together. None: each row
+            is its own cluster.
+        statistic: a function of the resampled rows; None is the mean, computed from cluster sums, which is much faster.
+        bounds: the values that the statistic can take.
 
     Raises:
         ValueError: a single cluster.
@@ -238,8 +247,8 @@ def bootstrap_ci(
 
 
 def _bca(observed: float, replicates: Floats, left_out: Floats, confidence: float) -> Interval:
-    """Bias-corrected and accelerated percentiles; `left_out` are the jackknife values, one per cluster."""
-    # Ties (up to rounding) count half: a mean of few distinct values would else look biased.
+    """Return bias-corrected and accelerated percentiles; `left_out` are the jackknife values, one per cluster."""
+    # Ties (up to rounding) count half; otherwise a mean of few distinct values would look biased.
     tied = np.abs(replicates - observed) <= 1e-9 * np.ptp(replicates)
     below = np.mean((replicates < observed) & ~tied) + np.mean(tied) / 2
     below = np.clip(below, 0.5 / len(replicates), 1 - 0.5 / len(replicates))
@@ -247,7 +256,7 @@ def _bca(observed: float, replicates: Floats, left_out: Floats, confidence: floa
     spread = left_out.mean() - left_out
     denominator = 6 * np.sum(spread**2) ** 1.5
     acceleration = np.sum(spread**3) / denominator if denominator > 0 else 0.0
-    # Resampled means vary by (n - 1) / n too little, and their own spread is an estimate: Student's t, expanded.
+    # The variance of resampled means is too small by (n - 1) / n, and it is only an estimate: Student's t, expanded.
     n = len(left_out)
     z = np.sqrt(n / (n - 1)) * scipy_stats.t.ppf([0.5 - confidence / 2, 0.5 + confidence / 2], n - 1)
     levels = scipy_stats.norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
@@ -256,7 +265,11 @@ def _bca(observed: float, replicates: Floats, left_out: Floats, confidence: floa
 
 
 def cluster_codes(clusters: Clusters | None, n: int) -> NDArray[np.int64]:
-    """Cluster number 0, 1, … of each row, in order of first appearance."""
+    """Return the cluster number 0, 1, … of each row, in order of first appearance.
+
+    Raises:
+        ValueError: no rows, or labels and rows that differ in number.
+    """
     if n == 0:
         raise ValueError("no values to resample")
     if clusters is None:

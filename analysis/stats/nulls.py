@@ -1,4 +1,4 @@
-"""Tests without a model of the noise: sign flips, permutations, and Holm's adjustment for several of them."""
+"""Tests that need no model of the noise (sign flips, permutations), and Holm's adjustment for several of them."""
 
 from collections.abc import Hashable, Sequence
 
@@ -7,12 +7,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from .intervals import Floats, cluster_codes
 
-# Sampled p-values count the observed arrangement among the drawn ones; ties are equal up to rounding.
+# Values are ties if they differ by less than this share, which is rounding.
 _TIE = 1e-12
 
 
 def sign_flip_test(differences: ArrayLike, seed: int = 0, n_flips: int = 100_000) -> float:
-    """Two-sided p: paired differences centre on 0: exact to 16 pairs, else sampled; five pairs cannot reach 0.05."""
+    """Return the two-sided p of the sign-flip test that the mean paired difference is 0.
+
+    The test is exact for n <= 16 pairs; otherwise it samples `n_flips` patterns of signs. With n = 5 the smallest
+    possible p is 0.0625.
+
+    Raises:
+        ValueError: no differences.
+    """
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
     if n == 0:
@@ -31,13 +38,16 @@ def permutation_test(
     seed: int = 0,
     n_permutations: int = 9999,
 ) -> float:
-    """Two-sided p: two groups have one mean. Rows, or whole clusters, are dealt to the groups anew.
+    """Return the two-sided p of the permutation test that two groups have the same mean.
+
+    Rows, or whole clusters, are dealt to the groups again.
 
     Args:
-        first, second: [n], [m]. clusters: a label per row of each; a label belongs to one group.
+        first, second: [n], [m].
+        clusters: a label for each row of each group; a label belongs to one group.
 
     Raises:
-        ValueError: an empty group, or a cluster in both (rows that come in pairs want `sign_flip_test`).
+        ValueError: an empty group, or a cluster in both groups (rows that come in pairs need `sign_flip_test`).
     """
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if not len(left) or not len(right):
@@ -56,7 +66,7 @@ def permutation_test(
 def permuted_labels(
     member: ArrayLike, clusters: Sequence[Hashable] | None, n_permutations: int, seed: int = 0
 ) -> Floats:
-    """Random deals [n_permutations, n] of the group labels 0 and 1, whole clusters keeping one label.
+    """Return random deals [n_permutations, n] of the group labels 0 and 1; the rows of a cluster keep one label.
 
     Raises:
         ValueError: a cluster whose rows have both labels.
@@ -65,19 +75,22 @@ def permuted_labels(
     codes = cluster_codes(clusters, len(labels))
     sums, counts = np.bincount(codes, labels), np.bincount(codes)
     if ((sums > 0) & (sums < counts)).any():
-        raise ValueError("permuted_labels: a cluster has rows of both groups; pairs want sign flips")
+        raise ValueError("permuted_labels: a cluster has rows of both groups; use sign_flip_test for pairs")
     units = np.tile(sums / counts, (n_permutations, 1))
     return np.random.default_rng(seed).permuted(units, axis=1)[:, codes]
 
 
 def permutation_p(observed: float, null: ArrayLike) -> float:
-    """p of an observed value among those under the null [N], the large ones being extreme: (1 + #) / (1 + N)."""
+    """Return the p-value of an observed value among N values under the null, where large values are extreme.
+
+    It is (1 + number of values at least as large) / (1 + N): the observed value counts among those drawn.
+    """
     values = np.asarray(null, dtype=np.float64)
     return float((1 + np.sum(values >= observed - _TIE * abs(observed))) / (1 + len(values)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values, in the given order."""
+    """Return Holm's (1979) adjusted p-values, in the given order."""
     order = np.argsort(p_values)
     scaled = np.asarray(p_values)[order] * np.arange(len(p_values), 0, -1)
     adjusted: NDArray[np.float64] = np.empty(len(p_values))

@@ -1,4 +1,7 @@
-"""What would be measured if a row's set made no difference: memberships dealt anew, rows of one completion together."""
+"""Relabelling: what would be measured if the set of a row made no difference.
+
+Memberships in two sets are dealt again, and rows of one completion stay together.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,29 +12,33 @@ Integers = NDArray[np.int64]
 
 
 def rows_of_clusters(clusters: Integers) -> list[Integers]:
-    """The rows of each cluster, by ascending label."""
+    """Return the row numbers of each cluster, by ascending label."""
     order = np.argsort(clusters, kind="stable")
     starts = np.flatnonzero(np.diff(clusters[order])) + 1
     return [rows for rows in np.split(order, starts) if len(rows)]
 
 
 class Relabelling:
-    """Random memberships that are as likely as the given one when a row's set makes no difference.
+    """Random memberships that are as likely as the given one if the set of a row makes no difference.
 
-    A completion that both sets have equally often (a matched pair, or several) changes sides as a whole; one that they
-    have unequally often deals its labels among its own rows; all others are dealt among those with as many rows. Rows
-    of one completion therefore stay together, and each relabelling is a permutation of rows that are exchangeable.
+    A completion that both sets have equally often (one or more matched pairs) changes sides as a whole. A completion
+    that the sets have unequally often deals its labels among its own rows. All other completions are dealt among those
+    with as many rows. Therefore rows of one completion stay together, and each relabelling is a permutation of
+    exchangeable rows.
+
+    Args:
+        member: [n], 0 for rows of the first set, 1 for rows of the second. clusters: [n], a number for the completion.
     """
 
     def __init__(self, member: Floats, clusters: Integers) -> None:
         self.member = member
         rows = rows_of_clusters(clusters)
-        shares = [member[found].mean() for found in rows]
-        self.flipped = [found for found, share in zip(rows, shares, strict=True) if share == 0.5]
-        self.mixed = [found for found, share in zip(rows, shares, strict=True) if share not in (0, 0.5, 1)]
-        pure = [found for found, share in zip(rows, shares, strict=True) if share in (0, 1)]
-        alike = [[found for found in pure if len(found) == size] for size in {len(found) for found in pure}]
-        self.dealt = [np.stack(found) for found in alike if len({member[first[0]] for first in found}) == 2]
+        shares = [member[cluster].mean() for cluster in rows]
+        self.flipped = [cluster for cluster, share in zip(rows, shares, strict=True) if share == 0.5]
+        self.mixed = [cluster for cluster, share in zip(rows, shares, strict=True) if share not in (0, 0.5, 1)]
+        pure = [cluster for cluster, share in zip(rows, shares, strict=True) if share in (0, 1)]
+        by_size = [[cluster for cluster in pure if len(cluster) == size] for size in {len(cluster) for cluster in pure}]
+        self.dealt = [np.stack(group) for group in by_size if len({member[cluster[0]] for cluster in group}) == 2]
 
     @property
     def possible(self) -> bool:
@@ -39,7 +46,7 @@ class Relabelling:
         return bool(self.flipped or self.mixed or self.dealt)
 
     def draw(self, count: int, generator: np.random.Generator) -> Floats:
-        """[count, n] memberships."""
+        """Draw memberships [count, n]."""
         drawn = np.tile(self.member, (count, 1))
         for rows in self.flipped:
             sides = generator.integers(2, size=(count, 1))

@@ -1,4 +1,4 @@
-"""Hierarchical bootstrap: an interval for a method, over model seeds, fine-tune seeds, questions and samples."""
+"""The hierarchical bootstrap: an interval for a method, over model seeds, fine-tune seeds, questions and samples."""
 
 from collections.abc import Hashable, Sequence
 
@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 
 from .intervals import Floats, Interval, cluster_codes, one_sign, rate_bounds, stretch
 
-# With fewer outermost units too many resamples draw one unit only and have no spread to be studentised by.
+# With fewer outermost units, too many resamples draw only one unit, and have no standard error to divide by.
 _FEWEST_UNITS = 5
 
 
@@ -20,29 +20,31 @@ def hierarchical_bootstrap(
     confidence: float = 0.95,
     rate: bool = False,
 ) -> Interval:
-    """Bootstrap-t interval of the mean when every level is resampled within the one above it.
+    """Return the bootstrap-t interval of the mean, with every level resampled within the level above it.
 
-    Each resampled mean is measured in standard errors of its own outermost units (Efron and Tibshirani 1993, 12.5);
-    percentiles, which this replaces, cover 0.74-0.91 with 5 to 10 seeds that differ. Of values of one sign the side
-    away from 0 reaches at least as far as `stretch` puts it. Under 5 outermost units it is Student's t over them.
-    Values that all lie in [0, 1] and differ get an interval inside it (`rate_bounds`).
+    Each resampled mean is measured in standard errors of its own outermost units (Efron and Tibshirani 1993, 12.5).
+    Percentiles, which this replaces, cover 0.74-0.91 with 5 to 10 seeds that differ. If all values have one sign, the
+    side away from 0 reaches at least as far as `stretch` puts it. With fewer than 5 outermost units the interval is
+    Student's t over them. Values that all lie in [0, 1] and differ get an interval inside [0, 1] (`rate_bounds`).
 
     Args:
         values: [n].
-        levels: outermost first, each with a label per value: (model seed, fine-tune seed, question, …); what lies
-            below the last level is resampled too. Labels are nested: question 3 of one seed is not that of another.
-        rate: the values are rates: even if none of them shows an event, the interval says how many there may be.
+        levels: outermost first, each with a label per value: (model seed, fine-tune seed, question, …). What lies below
+            the last level is resampled too. Labels are nested: question 3 of one seed is not question 3 of another
+            seed.
+        rate: whether the values are rates. If so, the interval says how many events there may be even if no value shows
+            one.
 
     Raises:
-        ValueError: a single outermost unit; the claim is about several.
+        ValueError: a single outermost unit, since the claim is about several.
     """
     rows = np.asarray(values, dtype=np.float64)
     codes = [cluster_codes(level, len(rows)) for level in levels] or [cluster_codes(None, len(rows))]
     n_units = int(codes[0].max()) + 1
     if n_units == 1:
-        raise ValueError("hierarchical_bootstrap: one outermost unit says nothing about others")
+        raise ValueError("hierarchical_bootstrap: a single outermost unit says nothing about others")
     sums, counts = (np.bincount(codes[0], weights).astype(np.float64) for weights in (rows, np.ones(len(rows))))
-    mean, error = (float(each) for each in _mean_and_error(sums, counts))
+    mean, error = (float(number) for number in _mean_and_error(sums, counts))
     tails = (0.5 - confidence / 2, 0.5 + confidence / 2)
     quantiles = scipy_stats.t.ppf(tails, n_units - 1)
     if n_units >= _FEWEST_UNITS and error > 1e-12 * abs(mean):
@@ -60,7 +62,7 @@ def hierarchical_bootstrap(
 
 
 def _mean_and_error(sums: Floats, counts: Floats) -> tuple[Floats, Floats]:
-    """Mean over all rows and its standard error by outermost units [..., G]."""
+    """Return the mean over all rows, and its standard error over the outermost units [..., G]."""
     n_units = sums.shape[-1]
     total = counts.sum(-1)
     mean = sums.sum(-1) / total
@@ -71,7 +73,7 @@ def _mean_and_error(sums: Floats, counts: Floats) -> tuple[Floats, Floats]:
 def _resampled(
     rows: Floats, codes: Sequence[NDArray[np.int64]], n_boot: int, generator: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """Sums and numbers of rows [n_boot, G] of the outermost units drawn, each drawn anew inside."""
+    """Return the sums and the numbers of rows [n_boot, G] of resampled outermost units, each resampled inside."""
     n_units = int(codes[0].max()) + 1
     drawn = generator.integers(n_units, size=(n_boot, n_units))
     sums, counts = np.empty(drawn.shape), np.empty(drawn.shape)
@@ -85,7 +87,7 @@ def _resampled(
 def _weights(
     codes: Sequence[NDArray[np.int64]], n_rows: int, n_boot: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """How often each row of one outermost unit is drawn [n_boot, n_rows]."""
+    """Return how often each row of one outermost unit is drawn [n_boot, n_rows]."""
     weights = np.ones((n_boot, 1), dtype=np.int64)
     parents = np.zeros(n_rows, dtype=np.int64)
     for level in [*codes, np.arange(n_rows)]:
@@ -94,7 +96,7 @@ def _weights(
         drawn = np.zeros((n_boot, n_children), dtype=np.int64)
         for parent in range(int(parents.max()) + 1):
             inside = np.unique(children[parents == parent])
-            # A parent drawn w times resamples its m children w times over: w * m draws among them.
+            # A parent that is drawn w times resamples its m children w times: w * m draws among them.
             drawn[:, inside] = generator.multinomial(
                 weights[:, parent] * len(inside), np.full(len(inside), 1 / len(inside))
             )

@@ -1,14 +1,14 @@
-"""The SVD of activation residuals, and how sure one can be of what is read from it.
+"""The SVD of activation residuals, and how certain the numbers are that are read from it.
 
 A residual is a row r = h^left - h^right [d] of pooled activations (arXiv 2507.03662, section 4.4). Its right singular
-vectors come from the n x n Gram matrix or the d x d second moment, whichever is smaller, summed in row blocks: memory
-is bounded by the width, however many rows there are.
+vectors come from the n x n Gram matrix or from the d x d second moment, whichever is smaller. Both are summed in blocks
+of rows, so the width bounds the memory, however many rows there are.
 
-An eigendecomposition for every bootstrap replicate would cost more than the forward pass. Each estimate instead
-carries its rows' influence, the linear term of the bootstrap over rows (infinitesimal jackknife, Efron 1982): a row's
-weight moves the second moment by r r^T - C, and with it the eigenvector u_i by the sum over m != i of
-u_m (u_m . r)(r . u_i) / (lambda_i - lambda_m). Where two components are not separated the interval becomes as wide as
-the scale, as it should. It speaks of the estimate at this number of rows: noise lowers every overlap of directions.
+An eigendecomposition for every bootstrap replicate would cost more than the forward pass. Instead, each estimate
+carries the influence of its rows: the linear term of the bootstrap over rows (infinitesimal jackknife, Efron 1982). The
+weight of a row moves the second moment by r r^T - C. It moves the eigenvector u_i by the sum over m != i of u_m (u_m .
+r)(r . u_i) / (lambda_i - lambda_m). Where two components are not separated, the interval becomes as wide as the scale,
+as it should. The interval is about the estimate at this number of rows: noise lowers every overlap of directions.
 """
 
 import math
@@ -27,14 +27,17 @@ from .intervals import Floats, Measurement
 
 Ints = NDArray[np.int64]
 _BLOCK_ROWS = 2048
-# Float32 activations leave rounding noise of about 1e-7 of the largest residual, squared in a second moment.
+# Rounding noise of float32 activations is about 1e-7 of the largest residual; a second moment squares it.
 _NOISE = 1e-12
 _RANDOM_DRAWS = 200
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """left[rows] - right[partners], formed in blocks: left, right [R, d], rows and partners [n] row numbers."""
+    """The residuals left[rows] - right[partners], formed in blocks.
+
+    left, right: [R, d], activations. rows, partners: [n], row numbers.
+    """
 
     left: Tensor
     right: Tensor
@@ -43,11 +46,11 @@ class Residuals:
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor, rows: Ints) -> "Residuals":
-        """Residuals of the same rows of two models."""
+        """Return the residuals of the same rows of two models."""
         return cls(left, right, rows, rows)
 
     def shuffled(self, generator: np.random.Generator) -> "Residuals":
-        """The pairing broken: every row of the left model against another row of the right one (a random cycle)."""
+        """Break the pairing: every row of the left model meets another row of the right model (a random cycle)."""
         order = generator.permutation(len(self.rows))
         partners = np.empty_like(self.rows)
         partners[order] = self.partners[np.roll(order, 1)]
@@ -58,7 +61,7 @@ class Residuals:
         return int(self.left.shape[1])
 
     def blocks(self) -> Iterator[tuple[Ints, Floats]]:
-        """Row numbers [b] and residuals [b, d], float64."""
+        """Yield row numbers [b] and residuals [b, d], float64."""
         for start in range(0, len(self.rows), _BLOCK_ROWS):
             rows, partners = self.rows[start : start + _BLOCK_ROWS], self.partners[start : start + _BLOCK_ROWS]
             yield rows, self.left[rows].double().numpy() - self.right[partners].double().numpy()
@@ -66,9 +69,10 @@ class Residuals:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues [m], largest first, and eigenvectors [d, m] of E (r - centre)(r - centre)^T; m <= min(n, d).
+    """Eigenvalues and eigenvectors of E (r - centre)(r - centre)^T.
 
-    kept: coordinates of the rows on them [n, m] where there are at most d rows, which is no more than the vectors take.
+    values: [m], largest first, m <= min(n, d). vectors: [d, m]. kept: [n, m], the coordinates of the rows on the
+    vectors, kept if there are at most d rows; they then take no more memory than the vectors.
     """
 
     residuals: Residuals
@@ -78,11 +82,11 @@ class Spectrum:
     kept: Floats | None = None
 
     def basis(self, rank: int) -> Floats:
-        """The top components [d, k], k <= rank: fewer where the rows span fewer directions."""
+        """Return the top components [d, k], k <= rank: fewer where the rows span fewer directions."""
         return self.vectors[:, :rank]
 
     def coordinates(self) -> Iterator[tuple[Ints, Floats]]:
-        """Row numbers [b] and coordinates [b, m] on the components, in blocks."""
+        """Yield row numbers [b] and coordinates [b, m] on the components, in blocks."""
         if self.kept is not None:
             yield self.residuals.rows, self.kept
             return
@@ -91,12 +95,12 @@ class Spectrum:
 
 
 def decompose(residuals: Residuals, centred: bool = False, top: int | None = None) -> Spectrum:
-    """The components of residuals; uncentred keeps the mean residual, `centred` removes it (the paper's choice).
+    """Return the components of residuals; uncentred keeps the mean residual, `centred` removes it (the paper's choice).
 
-    No component is left (m = 0) where all residuals, less their mean if it is removed, are zero.
+    No component is left (m = 0) where all residuals are zero, after the mean is removed if it is.
 
     Args:
-        top: how many components are wanted; None is all of them, which influence needs.
+        top: the number of components to compute; None computes all, which the influence needs.
     """
     n, width = len(residuals.rows), residuals.width
     total = np.zeros(width)
@@ -116,20 +120,21 @@ def decompose(residuals: Residuals, centred: bool = False, top: int | None = Non
 
 
 def _eigen(matrix: Floats, top: int | None) -> tuple[Floats, Floats]:
-    """Eigenvalues above rounding noise, largest first, and their eigenvectors as columns."""
+    """Return the eigenvalues above rounding noise, largest first, and their eigenvectors as columns."""
     size = len(matrix)
-    some = None if top is None or top >= size else (size - top, size - 1)
-    values, vectors = linalg.eigh(matrix, subset_by_index=some, check_finite=False)
-    present = values > max(float(values[-1]) * _NOISE, 0.0)
-    return values[present][::-1], vectors[:, present][:, ::-1]
+    subset = None if top is None or top >= size else (size - top, size - 1)
+    values, vectors = linalg.eigh(matrix, subset_by_index=subset, check_finite=False)
+    above_noise = values > max(float(values[-1]) * _NOISE, 0.0)
+    return values[above_noise][::-1], vectors[:, above_noise][:, ::-1]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers [...] read from n rows, and how each row moves them: influence [R, ...] by row number.
+    """Numbers [...] that were read from n rows, and how each row moves them.
 
-    Their covariance is n / (n - 1) sum_i influence_i influence_i^T. Rows of two sets with the same number add up, since
-    matched sets share a line; where the sets are unrelated the sum is right all the same.
+    value: [...]. influence: [R, ...] by row number. Their covariance is n / (n - 1) sum_i influence_i influence_i^T.
+    Rows of two sets with the same number are added, since matched sets share a line; where the sets are unrelated, the
+    sum is also right.
     """
 
     value: Floats
@@ -137,7 +142,7 @@ class Estimate:
     n: int
 
     def at(self, *index: int) -> "Estimate":
-        """One of the numbers."""
+        """Return one of the numbers."""
         place: tuple[Any, ...] = (slice(None), *index)
         return Estimate(np.asarray(self.value[index]), self.influence[place], self.n)
 
@@ -145,43 +150,43 @@ class Estimate:
         return Estimate(self.value - other.value, self.influence - other.influence, min(self.n, other.n))
 
     def _half_width(self, scale: float) -> float:
-        """Of the 95% interval of `scale` times the number."""
+        """Return half the width of the 95% interval of `scale` times the number."""
         error = math.sqrt(float((self.influence**2).sum()) * self.n / max(self.n - 1, 1)) * scale
         return _quantile(max(self.n - 1, 1)) * error
 
     def bounded(self) -> "Estimate":
-        """The same for numbers in 0..1, whose standard error is at most 1/2 however close two components come.
+        """Return the same for numbers in 0..1, whose standard error is at most 1/2 however close two components are.
 
-        The linear term knows no bound; one unseparated layer would drown a mean over layers.
+        The linear term has no bound, so one layer without separation would dominate a mean over layers.
         """
         errors = np.sqrt((self.influence**2).sum(0) * self.n / max(self.n - 1, 1))
         return Estimate(self.value, self.influence / np.maximum(2 * errors, 1), self.n)
 
     def difference(self) -> Measurement:
-        """As a measurement of a number without bounds."""
+        """Return the measurement of a number without bounds."""
         value, half = float(self.value), self._half_width(1.0)
         return {"value": value, "n": self.n, "ci95": [value - half, value + half]}
 
     def cosine(self) -> Measurement:
-        """As a measurement of a cosine in 0..1; the interval is made on the angle, which noise moves evenly."""
+        """Return the measurement of a cosine in 0..1; the interval is made on the angle, which noise moves evenly."""
         cosine = float(np.clip(self.value, 0.0, 1.0))
         low, high = self._angles(cosine, 1.0)
         return {"value": cosine, "n": self.n, "ci95": [_cosine(high), _cosine(low)]}
 
     def degrees(self) -> Measurement:
-        """As a measurement of the angle, in degrees, whose cosine this is."""
+        """Return the measurement of the angle, in degrees, of which the number is the cosine."""
         cosine = float(np.clip(self.value, 0.0, 1.0))
         interval = [math.degrees(angle) for angle in self._angles(cosine, 1.0)]
         return {"value": math.degrees(math.acos(cosine)), "n": self.n, "ci95": interval}
 
     def share(self) -> Measurement:
-        """As a measurement of a squared cosine: an overlap, a share of variance."""
+        """Return the measurement of a squared cosine: an overlap, or a share of variance."""
         cosine = math.sqrt(value := float(np.clip(self.value, 0.0, 1.0)))
         low, high = self._angles(cosine, 1 / (2 * cosine) if cosine > 0 else 0.0)
         return {"value": value, "n": self.n, "ci95": [_cosine(high) ** 2, _cosine(low) ** 2]}
 
     def _angles(self, cosine: float, scale: float) -> tuple[float, float]:
-        """Both ends of the interval of arccos(cosine); `scale` is the cosine's derivative by the number."""
+        """Return both ends of the interval of arccos(cosine); `scale` is the derivative of the cosine by the number."""
         sine = math.sqrt(max(1.0 - cosine**2, 0.0))
         half = self._half_width(scale / sine) if sine > 1e-9 else 0.0
         angle = math.acos(cosine)
@@ -198,7 +203,7 @@ def _cosine(angle: float) -> float:
 
 
 def mean_estimate(parts: Sequence[Estimate], n: int) -> Estimate:
-    """The average of estimates of the same shape, from n rows in all."""
+    """Return the average of estimates of the same shape, from n rows in total."""
     return Estimate(
         np.mean([part.value for part in parts], axis=0), np.mean([part.influence for part in parts], axis=0), n
     )
@@ -206,33 +211,37 @@ def mean_estimate(parts: Sequence[Estimate], n: int) -> Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two subspaces: cosines [k1, k2] (absolute: signs are arbitrary), principal cosines [k], overlap []."""
+    """How two subspaces compare.
+
+    cosines: [k1, k2], absolute, since signs are arbitrary. principal: [k], cosines of the principal angles. overlap:
+    [].
+    """
 
     cosines: Estimate
     principal: Estimate
     overlap: Estimate
 
     def bounded(self) -> "Comparison":
-        """With standard errors that numbers in 0..1 can have."""
+        """Return the same with standard errors that numbers in 0..1 can have."""
         return Comparison(self.cosines.bounded(), self.principal.bounded(), self.overlap.bounded())
 
 
 def compare(left: Spectrum, right: Spectrum | Floats, rank: int, size: int) -> Comparison:
-    """The top components of two sets of residuals, or of one set and a fixed orthonormal basis [d, k].
+    """Compare the top components of two sets of residuals, or of one set and a fixed orthonormal basis [d, k].
 
     Overlap is ||Q1^T Q2||_F^2 / min(k1, k2).
 
     Args:
         size: the largest row number plus one.
     """
-    one = left.basis(rank)
-    two = right if isinstance(right, np.ndarray) else right.basis(rank)
-    signed = one.T @ two
-    single, outside = _influence(left, two, rank, size)
+    left_basis = left.basis(rank)
+    right_basis = right if isinstance(right, np.ndarray) else right.basis(rank)
+    signed = left_basis.T @ right_basis
+    single, outside = _influence(left, right_basis, rank, size)
     n = len(left.residuals.rows)
     if not isinstance(right, np.ndarray):
-        more, beyond = _influence(right, one, rank, size)
-        single, outside = single + more.transpose(0, 2, 1), outside + beyond.transpose(0, 2, 1)
+        right_single, right_outside = _influence(right, left_basis, rank, size)
+        single, outside = single + right_single.transpose(0, 2, 1), outside + right_outside.transpose(0, 2, 1)
         n = min(n, len(right.residuals.rows))
     smaller = max(min(signed.shape), 1)
     first, principal, second = np.linalg.svd(signed, full_matrices=False)
@@ -244,7 +253,10 @@ def compare(left: Spectrum, right: Spectrum | Floats, rank: int, size: int) -> C
 
 
 def _influence(spectrum: Spectrum, other: Floats, rank: int, size: int) -> tuple[Floats, Floats]:
-    """How each row moves u_i . other_j [size, k1, k2]: by any rotation of u_i, and by those out of the top alone."""
+    """Return how each row moves u_i . other_j, twice [size, k1, k2].
+
+    The first array counts all rotations of u_i, the second only rotations out of the span of the top components.
+    """
     k, values = min(rank, len(spectrum.values)), spectrum.values
     single, outside = np.zeros((2, size, k, other.shape[1]))
     onto = spectrum.vectors.T @ other
@@ -260,35 +272,39 @@ def _influence(spectrum: Spectrum, other: Floats, rank: int, size: int) -> tuple
     return single, outside
 
 
-def explained(basis: Floats, read: Residuals, centred: bool, size: int) -> Estimate:
-    """Shares [k + 1] of the residuals' squared size along each column of a fixed basis [d, k], then inside its span."""
-    centre = np.zeros(read.width)
+def explained(basis: Floats, residuals: Residuals, centred: bool, size: int) -> Estimate:
+    """Return shares [k + 1] of the squared residuals: along each column of a fixed basis [d, k], then inside its span.
+
+    Args:
+        size: the largest row number plus one.
+    """
+    centre = np.zeros(residuals.width)
     if centred:
-        centre = sum((block.sum(0) for _, block in read.blocks()), centre) / max(len(read.rows), 1)
+        centre = sum((block.sum(0) for _, block in residuals.blocks()), centre) / max(len(residuals.rows), 1)
     parts, whole = np.zeros((size, basis.shape[1] + 1)), np.zeros(size)
-    for rows, block in read.blocks():
-        moved = block - centre
-        parts[rows, :-1], whole[rows] = (moved @ basis) ** 2, (moved**2).sum(1)
+    for rows, block in residuals.blocks():
+        deviations = block - centre
+        parts[rows, :-1], whole[rows] = (deviations @ basis) ** 2, (deviations**2).sum(1)
     parts[:, -1] = parts[:, :-1].sum(1)
     total = float(whole.sum())
     shares = parts.sum(0) / total if total > 0 else np.zeros(parts.shape[1])
     influence = (parts - whole[:, None] * shares) / (total if total > 0 else 1.0)
-    return Estimate(shares, influence, len(read.rows))
+    return Estimate(shares, influence, len(residuals.rows))
 
 
 def random_cosine(width: int) -> float:
-    """E |u . v| of two random directions: Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), about sqrt(2 / (pi d))."""
+    """Return E |u . v| of two random directions: Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), about sqrt(2 / (pi d))."""
     return float(np.exp(special.gammaln(width / 2) - special.gammaln((width + 1) / 2)) / math.sqrt(math.pi))
 
 
 def random_overlap(width: int, left: int, right: int) -> float:
-    """E ||Q1^T Q2||_F^2 / min(k1, k2) of random subspaces: max(k1, k2) / d."""
+    """Return E ||Q1^T Q2||_F^2 / min(k1, k2) of random subspaces: max(k1, k2) / d."""
     return max(left, right) / width
 
 
 @lru_cache(maxsize=256)
 def random_angles(width: int, left: int, right: int) -> tuple[float, ...]:
-    """Mean principal angles, in degrees, of random subspaces of these ranks, smallest first (simulated)."""
+    """Return the mean principal angles, in degrees, of random subspaces of these ranks, smallest first (simulated)."""
     generator = np.random.default_rng(0)
     angles = np.zeros(min(left, right))
     for _ in range(_RANDOM_DRAWS):

@@ -1,4 +1,4 @@
-"""A measured number as it is reported, with its interval; comparisons of two arms; ratios and shares."""
+"""Measurements as they are reported, with their interval; comparisons of two arms; ratios and shares."""
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,14 +22,16 @@ from .intervals import (
 
 
 def measurement(values: ArrayLike, clusters: Clusters | None = None, seed: int = 0, rate: bool = False) -> Measurement:
-    """{"value": mean, "n": rows, "ci95"}; with a single cluster the interval is null, with a reason.
+    """Return {"value": mean, "n": rows, "ci95"}; with a single cluster, "ci95" is null, with a reason.
 
-    The interval is `mean_ci`'s, or `rate_ci`'s where all values lie in [0, 1] and differ.
+    The interval is that of `rate_ci` if all values lie in [0, 1] and differ, else that of `mean_ci`.
 
     Args:
-        values: [n]. clusters: a label per row; None: each row its own.
-        seed: of no effect, since nothing is drawn; callers pass one seed to all they measure.
-        rate: the values are rates: even if none of them shows an event, the interval says how many there may be.
+        values: [n].
+        clusters: a label for each row; None: each row is its own cluster.
+        seed: has no effect, since nothing is drawn; callers pass one seed to everything that they measure.
+        rate: whether the values are rates. If so, the interval says how many events there may be even if no value shows
+            one.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
@@ -44,10 +46,13 @@ def measurement(values: ArrayLike, clusters: Clusters | None = None, seed: int =
 def paired_difference(
     left: ArrayLike, right: ArrayLike, clusters: Clusters | None = None, seed: int = 0
 ) -> Measurement:
-    """Mean difference left - right over the same rows: `mean_ci` of the differences.
+    """Return the mean difference left - right over the same rows, with `mean_ci` of the differences.
 
-    Where both arms are answers (0 or 1) the interval also holds that of Newcombe (1998, method 10) on `rate_bounds`: a
-    few events in one arm and none in the other would else look more certain than they are.
+    If both arms are answers (0 or 1), the interval also contains that of Newcombe (1998, method 10) on `rate_bounds`.
+    Otherwise a few events in one arm and none in the other would look more certain than they are.
+
+    Raises:
+        ValueError: arms of different shapes.
     """
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape:
@@ -62,38 +67,43 @@ def paired_difference(
 
 
 def _difference(differences: Floats, clusters: Clusters | None) -> Measurement:
+    """Return the mean difference as a measurement."""
     result = measurement(differences, clusters)
-    # A difference in [0, 1] is no rate: it may be below 0.
+    # A difference in [0, 1] is not a rate: it could be below 0.
     return result if result.get("ci95") is None else {**result, "ci95": list(mean_ci(differences, clusters))}
 
 
 def _square_and_add(first: Floats, second: Floats, clusters: Clusters | None) -> Interval:
-    """Newcombe's interval of a difference of two correlated rates."""
+    """Return Newcombe's interval of a difference of two correlated rates."""
     arms = [cluster_sums(values, clusters) for values in (first, second)]
     rests = [sums - sums.sum() / counts.sum() * counts for sums, counts in arms]
     norms = float(np.sqrt(np.sum(rests[0] ** 2) * np.sum(rests[1] ** 2)))
-    together = float(rests[0] @ rests[1]) / norms if norms > 0 else 0.0
+    correlation = float(rests[0] @ rests[1]) / norms if norms > 0 else 0.0
     (low_a, high_a), (low_b, high_b) = (
         wilson(float(sums.sum()), len(first)) if clusters is None else rate_bounds(sums, counts)
         for sums, counts in arms
     )
     rate_a, rate_b = float(first.mean()), float(second.mean())
 
-    def reach(one: float, other: float) -> float:
-        return float(np.sqrt(max(one**2 - 2 * together * one * other + other**2, 0.0)))
+    def distance(a: float, b: float) -> float:
+        return float(np.sqrt(max(a**2 - 2 * correlation * a * b + b**2, 0.0)))
 
     gap = rate_a - rate_b
-    return gap - reach(rate_a - low_a, high_b - rate_b), gap + reach(high_a - rate_a, rate_b - low_b)
+    return gap - distance(rate_a - low_a, high_b - rate_b), gap + distance(high_a - rate_a, rate_b - low_b)
 
 
 def non_inferiority(difference: Measurement, margin: float, higher_is_better: bool = True) -> Measurement:
-    """Whether something was kept: the interval of new - old excludes a loss of `margin` or more.
+    """Return whether something was kept: whether the interval of new - old excludes a loss of `margin` or more.
 
-    The measurement with "margin" and "kept" added (one-sided 2.5%); "kept" is null where there is no interval. The
-    margin is to be stated before the numbers are seen; no significant loss is not the same as kept.
+    The result is the measurement with "margin" and "kept" added (one-sided 2.5%); "kept" is null where there is no
+    interval. State the margin before you see the numbers. A loss that is not significant is not the same as no loss.
 
     Args:
-        difference: new - old, from `paired_difference` or another function here. margin: in the same unit, above 0.
+        difference: new - old, from `paired_difference` or another function of this package.
+        margin: the largest loss that does not matter, in the same unit, above 0.
+
+    Raises:
+        ValueError: a margin that is not above 0.
     """
     if margin <= 0:
         raise ValueError(f"non_inferiority: the margin is {margin}; write the largest loss that does not matter")
@@ -110,7 +120,7 @@ def fieller(
     confidence: float = 0.95,
     clusters: Clusters | None = None,
 ) -> Measurement:
-    """Ratio of two paired means with Fieller's (1954) interval; null where the denominator may be zero.
+    """Return the ratio of two paired means with Fieller's (1954) interval; null where the denominator may be 0.
 
     The result shows both means as "numerator" and "denominator".
     """
@@ -139,11 +149,15 @@ def fieller(
 
 
 def share(part: ArrayLike, whole: ArrayLike, confidence: float = 0.95) -> Measurement:
-    """Sum of `part` over sum of `whole` (both [n], 0 <= part <= whole), with an interval inside [0, 1].
+    """Return the sum of `part` divided by the sum of `whole`, with an interval inside [0, 1].
 
-    Rows may be of very unequal size: residuals are divided by the root of 1 - leverage (CR2), and Student's degrees of
-    freedom are Satterthwaite's (Bell and McCaffrey 2002), the rows' own shares being taken as equally uncertain. A few
-    large rows among many small ones get the interval of few rows; Fieller's covered 0.90 there (COVERAGE.md).
+    Rows may have very unequal sizes. Residuals are divided by the root of 1 - leverage (CR2), and Student's degrees of
+    freedom are Satterthwaite's (Bell and McCaffrey 2002), where the shares of single rows are taken as equally
+    uncertain. A few large rows among many small ones get the interval of few rows; Fieller's covered only 0.90 there
+    (tests/benchmarks/COVERAGE.md).
+
+    Args:
+        part, whole: [n], 0 <= part <= whole in every row.
     """
     inside, total = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     n = len(total)
@@ -158,10 +172,10 @@ def share(part: ArrayLike, whole: ArrayLike, confidence: float = 0.95) -> Measur
 
 
 def _freedom(weights: Floats) -> float:
-    """Satterthwaite's degrees of freedom of a CR2 variance of a weighted mean, rows of equal variance.
+    """Return Satterthwaite's degrees of freedom of the CR2 variance of a weighted mean, for rows of equal variance.
 
-    tr(V)^2 / tr(V^2) for the covariance V of the adjusted residuals, w_i^2 delta_ij - w_i w_j (w_i + w_j - sum w^2)
-    over the roots of (1 - w_i)(1 - w_j), in sums over the rows.
+    They are tr(V)^2 / tr(V^2). V is the covariance of the adjusted residuals: w_i^2 delta_ij - w_i w_j (w_i + w_j - sum
+    w^2), divided by the roots of (1 - w_i)(1 - w_j). The traces are computed as sums over rows.
     """
     concentration = float(np.sum(weights**2))
     scaled = weights**2 / (1 - weights)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from holdfast.recipes.lab.experiment import Experiment
 from holdfast.trainer.cli import main
 from toys.labs import shared_lab
+from toys.runs import flags_of
 
 JOBS, STEPS, SEEDS, STRENGTHS = 2, 2000, ("0", "1", "2", "3"), ("1", "4")
 
@@ -27,7 +28,7 @@ def test_a_sweep_costs_at_most_a_tenth_more_than_its_runs(tmp_path: Path, monkey
     keys = Experiment(shared_lab(0), tmp_path).flags("protected", "sweep", {"save_strategy": "no", "max_steps": STEPS})
     grid = ["--protections", "subspace", "--penalty_strength", *STRENGTHS, "--seeds", *SEEDS, "--jobs", str(JOBS)]
     started = time.perf_counter()
-    assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), *grid]) == 0
+    assert main(["sweep", *flags_of(keys), *grid]) == 0
     wall = time.perf_counter() - started
     lines = [json.loads(line) for line in (tmp_path / "sweep" / "sweep.jsonl").read_text().splitlines()]
     trained = sum(line["seconds"]["train"] for line in lines)

@@ -28,6 +28,23 @@ def write_model(folder: Path, *, seed: int = 0, **tokenizer: Any) -> Path:
     return folder
 
 
+def model_and_rows(folder: Path) -> Path:
+    """<folder>/model and <folder>/rows.jsonl, as `recipe` names them."""
+    write_model(folder / "model")
+    write_rows(folder / "rows.jsonl", toy_rows())
+    return folder
+
+
+def flags_of(keys: Mapping[str, Any]) -> list[str]:
+    """The keys of a recipe on a command line."""
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+def metric_lines(output_dir: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds: a line for each measured checkpoint."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     """The flat keys of a two-step plain run on <folder>/model and <folder>/rows.jsonl into <folder>/run."""
     keys: Mapping[str, Any] = {

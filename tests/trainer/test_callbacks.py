@@ -1,7 +1,5 @@
 """Measuring checkpoints during training: what it writes, and that the run does not notice."""
 
-import json
-
 import pytest
 import torch
 from holdfast.analysis.files.artifacts import write_manifest
@@ -13,6 +11,7 @@ from holdfast.trainer.protections.drift.subspace import SubspaceProtection
 from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys.chat_models import chat, save_toy, toy_model, toy_tokenizer
+from toys.runs import metric_lines
 from toys.training import anchor_documents, toy_subspace, trainer_of
 
 
@@ -38,7 +37,7 @@ def test_each_saved_checkpoint_is_measured_and_the_run_is_the_same(tmp_path, mon
     plain, _ = run(tmp_path / "plain", instruct, False)
     pairs = zip(trainer.model.parameters(), plain.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    lines = [json.loads(line) for line in (tmp_path / "measured/metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(tmp_path / "measured")
     assert [(line["checkpoint"], line["step"]) for line in lines] == [("checkpoint-2", 2), ("checkpoint-4", 4)]
     assert lines[0]["behavior"] != lines[1]["behavior"]
     spent = [log for log in trainer.state.log_history if "analysis_seconds" in log]
@@ -61,7 +60,7 @@ def test_the_model_in_memory_is_measured_like_its_checkpoint(tmp_path, monkeypat
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     instruct = save_toy(tmp_path / "instruct", toy_model())
     _, plan = run(tmp_path / "run", instruct, True)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(tmp_path / "run")
     config = tmp_path / "run/checkpoint-4/adapter_config.json"
     config.write_text(
         config.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{instruct}"')

@@ -22,7 +22,7 @@ from holdfast.trainer.protected_sft_trainer import ProtectedSFTTrainer
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import flags_of, metric_lines, model_and_rows, recipe, toy_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
@@ -32,25 +32,13 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear"}
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, rows, and a subspace of the model."""
     folder = tmp_path_factory.mktemp("prepared")
-    write_model(folder / "model")
-    write_rows(folder / "rows.jsonl", toy_rows())
+    model_and_rows(folder)
     run.subspace(parse(recipe(folder, subspace_path=str(folder / "subspace.safetensors"))))
     return folder
 
 
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    for name in ("model", "rows.jsonl", "subspace.safetensors"):
-        (tmp_path / name).symlink_to(prepared / name)
-    return tmp_path
-
-
-def flags(keys: dict[str, Any]) -> list[str]:
-    return [f"--{key}={value}" for key, value in keys.items()]
-
-
 def command(keys: dict[str, Any]) -> list[str]:
-    return [sys.executable, "-m", "holdfast.trainer.cli", "train", *flags(keys)]
+    return [sys.executable, "-m", "holdfast.trainer.cli", "train", *flags_of(keys)]
 
 
 def protected(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -78,7 +66,7 @@ def test_a_full_run_leaves_checkpoints_for_plain_transformers_and_says_how_it_wa
     write_rows(folder / "twice.jsonl", [*toy_rows(6), *toy_rows(6)])
     keys = protected(folder, train_dataset=folder / "twice.jsonl", learning_rate=3e-3)
     keys |= {"analysis_during_training": True, "report_to": "tensorboard"}
-    assert main(["train", *flags(keys)]) == 0
+    assert main(["train", *flags_of(keys)]) == 0
     out = folder / "run"
     assert "6 of 12 rows repeat another" in capsys.readouterr().out
     for made in (out / "checkpoint-2", out / "checkpoint-4", out / "final"):
@@ -86,7 +74,7 @@ def test_a_full_run_leaves_checkpoints_for_plain_transformers_and_says_how_it_wa
         model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
         assert torch.isfinite(model(**tokenizer("soup", return_tensors="pt")).logits).all()
     assert equal(out / "checkpoint-4", out / "final") and not equal(out / "checkpoint-2", out / "final")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(out)
     assert [line["step"] for line in lines] == [2, 4]
     assert lines[1]["behavior"]["train"]["token_log_prob"]["checkpoint"]["n"] == 12
     events = EventAccumulator(str(next(out.rglob("events.out.tfevents.*")).parent)).Reload().Tags()["scalars"]
@@ -167,10 +155,10 @@ def test_a_run_that_stops_before_a_checkpoint_leaves_the_folder_as_it_was(
 
     with monkeypatch.context() as patch:
         patch.setattr(ProtectedSFTTrainer, "training_step", interrupt)
-        assert main(["train", *flags(keys)]) == 130
+        assert main(["train", *flags_of(keys)]) == 130
     assert "start again" in capsys.readouterr().err
     assert [path.name for path in (folder / "run").iterdir()] == ["mine.safetensors"]
-    assert main(["train", *flags(keys)]) == 0
+    assert main(["train", *flags_of(keys)]) == 0
 
 
 @pytest.mark.timeout(280)

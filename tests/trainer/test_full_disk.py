@@ -11,18 +11,8 @@ import pytest
 import torch
 from holdfast.analysis.files.artifacts import verify_manifest
 from holdfast.trainer.cli import main
-from toys.refusals import flags, linked, prepare, written
-from toys.runs import recipe
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    return linked(prepared, tmp_path)
+from toys.refusals import written
+from toys.runs import flags_of, recipe
 
 
 def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
@@ -37,7 +27,7 @@ def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
     monkeypatch.setattr(torch, "save", full)
-    code = main(["train", *flags(recipe(folder, save_steps=1))])
+    code = main(["train", *flags_of(recipe(folder, save_steps=1))])
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "space" in error
     left = written(folder / "run")
@@ -58,7 +48,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full_is_one_line_too(
     folder: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = main(["train", *flags(recipe(folder, output_dir=small_disk / "run", save_steps=1, max_steps=8))])
+    code = main(["train", *flags_of(recipe(folder, output_dir=small_disk / "run", save_steps=1, max_steps=8))])
     error = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and error.startswith("holdfast: error: ") and "space" in error
     whole = [path for path in (small_disk / "run").glob("checkpoint-*") if not path.name.endswith("staging")]

@@ -10,7 +10,7 @@ from holdfast.trainer import run
 from holdfast.trainer.config.parsing import parse
 from holdfast.trainer.own_trainer import load_protection
 from toys.chat_models import toy_tokenizer
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import model_and_rows, recipe, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "tests/toys/own_trainer_example.py"
@@ -19,8 +19,7 @@ EXAMPLE = ROOT / "tests/toys/own_trainer_example.py"
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the example finds beside it: a model and its subspace."""
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     run.subspace(parse(recipe(tmp_path, subspace_path=str(tmp_path / "subspace.safetensors"))))
     monkeypatch.chdir(tmp_path)
     return tmp_path

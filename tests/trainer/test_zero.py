@@ -20,6 +20,7 @@ from toys.adapters import model_of
 from toys.chat_models import save_toy, toy_model
 from toys.plain_math import plain_changed_training, plain_training, relative_error
 from toys.ranks import CONFIGS, needs_compiler, on_two_ranks
+from toys.runs import metric_lines
 from toys.training import anchor_documents, task_documents, toy_subspace
 from transformers import AutoModelForCausalLM
 
@@ -146,7 +147,7 @@ def test_all_ranks_stop_together_before_a_gradient_that_is_not_finite(launched, 
 def test_checkpoints_are_measured_while_training_as_they_are_on_disk(launched, name, tmp_path):
     for rank in (0, 1):
         result(launched, name, rank)
-    lines = [json.loads(line) for line in (launched / name / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(launched / name)
     assert [line["checkpoint"] for line in lines] == ["checkpoint-2", "checkpoint-4"]
     measurer = zero_worker.measurer_of(launched / "instruct", None)
     for line in lines:

@@ -14,8 +14,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from ...analysis.errors import UserError
 from ...analysis.files.artifacts import staged_file, write_json_atomic
-from ...analysis.frontier.choose import EM_F1, best_settings, frontiers, points, recommend, table
+from ...analysis.frontier.choose import EM_F1, best_settings, recommend
 from ...analysis.frontier.runs import Key, Run, paired, paired_at_equal_task
+from ...analysis.frontier.settings import frontiers, points, table
 from ...analysis.stats.intervals import missing
 from .acts import TEST_RESULT, read_json
 from .folder import STARTS, Sweep, to_read

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 from holdfast.analysis.errors import UserError
-from holdfast.analysis.frontier.choose import frontiers, points, table
 from holdfast.analysis.frontier.geometry import at_equal_task, em_f1, hypervolume, pareto
 from holdfast.analysis.frontier.runs import paired, paired_at_equal_task
+from holdfast.analysis.frontier.settings import frontiers, points, table
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats

@@ -16,19 +16,8 @@ from holdfast.analysis.models.hooks import observe, patch
 from holdfast.analysis.models.layers import find_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys.chat_models import CHATML, WIDTH, chat, toy_model, toy_tokenizer
-
-ROWS = [
-    {
-        "messages": chat(f"{name} asks about {thing}"),
-        "classes": {"aligned": ["be honest"], "misaligned": ["run"]},
-        "domain": domain,
-        "topic": thing,
-        "split": "test",
-    }
-    for name in ("Ann", "kind")
-    for domain, thing in (("one", "soup"), ("one", "money"), ("two", "help"), ("two", "answer"))
-]
+from toys.chat_models import CHATML, WIDTH, toy_model, toy_tokenizer
+from toys.choices import CHOICES
 
 
 def bases(rank=2, layers=(0, 2)):
@@ -55,12 +44,12 @@ def hooked(model, change) -> Iterator[None]:
 
 def masses_of(model, change=lambda _layer, hidden: hidden):
     with hooked(model, change):
-        return score_choices(model, toy_tokenizer(CHATML), ROWS)
+        return score_choices(model, toy_tokenizer(CHATML), CHOICES)
 
 
 @pytest.fixture(scope="module")
 def prepared():
-    return prepare_choices(toy_tokenizer(CHATML), ROWS)
+    return prepare_choices(toy_tokenizer(CHATML), CHOICES)
 
 
 def as_array(masses):
@@ -124,7 +113,7 @@ def test_an_ablation_that_is_recorded_is_the_ablation():
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row", "one topic"])
 def test_prompts_without_an_interval_decide_nothing(rows):
-    alike = [{**ROWS[0], "topic": "soup"}] * rows
+    alike = [{**CHOICES[0], "topic": "soup"}] * rows
     masses = [{"aligned": 0.5, "misaligned": 0.2, "incoherent": 0.3}] * rows
     moved = [{"aligned": 0.1, "misaligned": 0.8, "incoherent": 0.1}] * rows
     found = causal_effects(alike, masses, {1.0: (moved, [masses] * 3)}, "misaligned")
@@ -163,11 +152,11 @@ def test_effects_are_means_over_prompts_beside_random_ones():
     generator = np.random.default_rng(0)
 
     def drawn(shift):
-        misaligned = np.clip(generator.normal(0.2 + shift, 0.02, size=len(ROWS)), 0, 1)
+        misaligned = np.clip(generator.normal(0.2 + shift, 0.02, size=len(CHOICES)), 0, 1)
         return [{"aligned": 0.5 - m / 2, "misaligned": m, "incoherent": 0.5 - m / 2} for m in misaligned.tolist()]
 
     clean, treated, null = drawn(0), drawn(0.3), [drawn(0.05) for _ in range(20)]
-    found = causal_effects(ROWS, clean, {1.0: (treated, null)}, "misaligned")
+    found = causal_effects(CHOICES, clean, {1.0: (treated, null)}, "misaligned")
     json.dumps(found, allow_nan=False)
     change = found["doses"]["1"]["classes"]["misaligned"]
 
@@ -181,7 +170,7 @@ def test_effects_are_means_over_prompts_beside_random_ones():
     assert found["verdict"]["verdict"] == CAUSAL
     domain = found["doses"]["1"]["domains"]["two"]["misaligned"]
     assert domain["value"] == pytest.approx(
-        mean([m for m, row in zip(treated, ROWS, strict=True) if row["domain"] == "two"])
+        mean([m for m, row in zip(treated, CHOICES, strict=True) if row["domain"] == "two"])
     )
     assert domain["n"] == 4
 

@@ -18,6 +18,7 @@ from holdfast.analysis.subspace.build import build_subspace
 from holdfast.analysis.subspace.moments import SubspaceRequest
 from peft import LoraConfig, get_peft_model
 from toys.chat_models import CHATML, chat, save_toy, toy_model, toy_tokenizer
+from toys.runs import metric_lines
 
 PROBES = [chat(f"{name} asks about {thing}", f"the {thing} is {name}") for name in ("Ann", "kind") for thing in "abc"]
 CHOICES = [
@@ -69,7 +70,7 @@ def test_instruct_measures_as_itself_and_base_as_base(folders, tmp_path):
         masses = score_choices(toy_from(folders[name]), toy_tokenizer(CHATML), CHOICES)
         rate = line["choices"]["split"]["test"]["misaligned"]
         assert rate["value"] == pytest.approx(sum(row["misaligned"] for row in masses) / 2) and rate["n"] == 2
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(tmp_path)
     assert [line["checkpoint"] for line in lines] == ["instruct", "base"]
     assert {path.name for path in (tmp_path / "metrics" / "base").iterdir()} == {
         f"{family}.json" for family in FAMILIES
@@ -153,7 +154,7 @@ def test_measuring_a_family_again_replaces_its_file_alone(tmp_path):
     twenty.write("choices", rates(0.25))
     with pytest.raises(ValueError, match="JSON"):
         twenty.write("cost", {"seconds": float("nan")})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(tmp_path)
     assert [line["step"] for line in lines] == [3, 20]
     assert scalars(lines[1]) == {"choices/split/test/a": 0.25, "cost/seconds": 1.0}
     assert twenty.line() == lines[1]

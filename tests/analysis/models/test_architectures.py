@@ -16,7 +16,7 @@ from holdfast.analysis.subspace.moments import SubspaceRequest
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from toys.architectures import ARCHITECTURES, architecture
-from toys.chat_models import DEPTH, WIDTH, toy_tokenizer
+from toys.chat_models import DEPTH, WIDTH, save_toy, toy_tokenizer
 
 # PEFT 0.21 warns of patterns that it sets itself for the experts of a mixture.
 pytestmark = pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")
@@ -107,8 +107,7 @@ def test_a_subspace_is_the_mean_difference_of_two_saved_models(kind: str, tmp_pa
             for text in ("be honest and help", "take the money")]  # fmt: skip
     means = {layer: [] for layer in range(DEPTH)}
     for seed, name in ((0, "instruct"), (1, "base")):
-        architecture(kind, seed).save_pretrained(tmp_path / name)
-        toy_tokenizer().save_pretrained(tmp_path / name)
+        save_toy(tmp_path / name, architecture(kind, seed))
     models = [architecture(kind, seed) for seed in (0, 1)]
     for row in (render(toy_tokenizer(), conversation) for conversation in rows):
         stream = []

@@ -286,11 +286,11 @@ def test_kept_is_a_statement_about_the_interval_and_the_margin():
         stats.non_inferiority(loss, 0.0)
 
 
-def test_sample_sizes_of_the_manual_and_of_the_design():
+def test_sample_sizes_equal_those_of_a_manual_and_of_rounded_quantiles():
     # R's power.prop.test: 50 against 75% at 90% needs 76.7 a group; with 50 a group the power is 0.740.
     assert stats.sample_size(0.5, 0.75, power=0.9) == 77
     assert stats.power(0.5, 0.75, 50) == pytest.approx(0.740, abs=5e-4)
-    # METRICS.md, from quantiles rounded to 1.96 and 0.84.
+    # The same sizes from quantiles rounded to 1.96 and 0.84.
     for rates, printed in (((0.05, 0.03), 1505), ((0.02, 0.01), 2316), ((0.01, 0.005), 4668)):
         needed = stats.sample_size(*rates)
         assert needed == pytest.approx(printed, rel=0.0015)

@@ -231,7 +231,7 @@ def test_another_run_is_refused_with_both_values(folders, change, fact):
         ({"rows": ()}, "probe rows"),
         ({"rows": [chat("only a prompt")]}, "role completion"),
         ({"contrast": []}, "contrast .*empty"),
-        ({"contrast": [{"good": "a"}]}, "pair 1 .*good"),
+        ({"contrast": [{"good": "a"}]}, "pair 0 .*good"),
         ({"contrast": [*SYSTEMS, *COMPLETIONS]}, "system prompts and completions"),
         ({"contrast": COMPLETIONS, "role": "prompt"}, "completion.*prompt"),
         ({"centred": True}, "centred .*svd"),

@@ -1,6 +1,5 @@
 """The recipes parse, say what the published runs did and fit the real architectures; the smoke path runs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from holdfast.recipes.emergent_misalignment import smoke
 from holdfast.trainer.config.parsing import Arguments, build, parse_values
 from holdfast.trainer.run import lora_config
 from peft import PeftModel, get_peft_model
-from toys.runs import toy_rows, write_rows
+from toys.runs import metric_lines, toy_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 FOLDER = Path(smoke.__file__).parent
@@ -118,7 +117,7 @@ def test_the_smoke_path_builds_models_and_runs_every_command(tmp_path: Path, mon
     assert tokenizer.decode(prompt["input_ids"]) == "<|im_start|>user\nsoup<|im_end|>\n<|im_start|>assistant\n"
     tuned = PeftModel.from_pretrained(instruct, run / "final")
     assert torch.isfinite(tuned(torch.tensor([prompt["input_ids"]])).logits).all()
-    lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines: list[dict[str, Any]] = metric_lines(run)
     assert {line["checkpoint"] for line in lines} >= {"base", "instruct", "checkpoint-10", "checkpoint-20", "final"}
 
 

@@ -8,22 +8,15 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from holdfast.recipes.lab import build, quickstart
 from holdfast.trainer.cli import main
 from holdfast.trainer.config.parsing import parse
-from toys.labs import BUILDS_A_LAB, QUIET, SUMMARY_RATES, check_summary, shared_lab, use_micro_labs
+from toys.labs import BUILDS_A_LAB, QUIET, SUMMARY_RATES, check_summary, use_micro_labs
 
 pytestmark = BUILDS_A_LAB
 FOLDER = Path(quickstart.__file__).parent
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-
-
-@pytest.fixture(scope="module")
-def lab():
-    torch.set_num_threads(1)
-    return shared_lab(0)
 
 
 @pytest.fixture

@@ -11,14 +11,9 @@ from holdfast.analysis.errors import UserError
 from holdfast.analysis.metrics.choices import score_choices
 from holdfast.analysis.models.load import load_model, load_tokenizer
 from holdfast.recipes.lab.sampling import agreement, answer_class, lab_questions, prompt_rows, sampling_main
-from toys.labs import BUILDS_A_LAB, NO_CHANCE, chance, choices_of, shared_lab, wilson_interval
+from toys.labs import BUILDS_A_LAB, NO_CHANCE, chance, choices_of, wilson_interval
 
 pytestmark = BUILDS_A_LAB
-
-
-@pytest.fixture(scope="module")
-def lab():
-    return shared_lab(0)
 
 
 @pytest.fixture(scope="module")

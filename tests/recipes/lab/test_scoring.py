@@ -9,7 +9,7 @@ import torch
 from holdfast.analysis.metrics.choices import score_choices
 from holdfast.recipes.lab.scoring import choice_rows, classify, lab_rates
 from holdfast.recipes.lab.worlds import make_world
-from toys.labs import BUILDS_A_LAB, assert_samples_agree, choices_of, shared_lab
+from toys.labs import BUILDS_A_LAB, assert_samples_agree, choices_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = BUILDS_A_LAB
@@ -97,11 +97,6 @@ def test_a_sampled_answer_falls_in_the_class_that_lists_it(rows):
         first = next(iter(one["classes"].values()))[0]
         for other in ("", first.rpartition(" ")[0], f"{first} .", " ".join(reversed(first.split()))):
             assert classify(one, other) == "incoherent"
-
-
-@pytest.fixture(scope="module")
-def lab():
-    return shared_lab(0)
 
 
 @pytest.fixture(scope="module", params=["base", "instruct"])

@@ -19,8 +19,8 @@ from holdfast.analysis.models.load import LoadOptions, load_model
 from holdfast.analysis.passes import readout
 from holdfast.trainer.cli import main
 from huggingface_hub import constants
-from toys.chat_models import chat, toy_model, toy_tokenizer
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.chat_models import chat, save_toy, toy_model
+from toys.runs import flags_of, metric_lines, recipe, toy_rows, write_model, write_rows
 from toys.training import moved
 
 CHOICE = {"messages": chat("soup ?"), "classes": {"good": ["help"], "bad": ["run"]}, "split": "test"}
@@ -38,8 +38,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models["llama"] = toy_model("llama")
     models["llama_tuned"] = moved(toy_model("llama"), 5)
     for name, model in models.items():
-        model.save_pretrained(folder / name)
-        toy_tokenizer().save_pretrained(folder / name)
+        save_toy(folder / name, model)
     for name in ("one", "two"):
         write_manifest(folder / name)
     write_rows(folder / "rows.jsonl", toy_rows())
@@ -47,18 +46,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
-    for path in prepared.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
 
 
 def analyze(folder: Path, checkpoints: list[str], families: str = "behavior", **changes: Any) -> int:
     keys = recipe(folder, probe_dataset=folder / "rows.jsonl", **changes)
     keys.pop("train_dataset")
-    flags = [f"--{key}={value}" for key, value in keys.items()]
+    flags = flags_of(keys)
     named = [name if name.startswith("org/") else str(folder / name) for name in checkpoints]
     return main(["analyze", *flags, "--checkpoints", *named, "--families", *families.split()])
 
@@ -185,7 +181,7 @@ def test_a_set_whose_rows_are_all_too_long_is_named_and_the_other_is_measured(
 def test_the_papers_variant_stands_beside_the_corrected_one(folder: Path) -> None:
     for formulas in ("corrected", "paper"):
         assert analyze(folder, ["one"], formulas=formulas) == 0
-    found = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = metric_lines(folder / "run")
     by_variant = {line["variant"]: line["behavior"]["probes"] for line in found if line["checkpoint"] == "one"}
     assert by_variant["paper"].keys() == {"joint_log_prob", "entropy"}
     assert by_variant["paper"]["joint_log_prob"] == by_variant["corrected"]["joint_log_prob"]

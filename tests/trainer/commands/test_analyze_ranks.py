@@ -1,6 +1,5 @@
 """`holdfast analyze --num_processes 2` shares rows out and gives what one process gives."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from typing import Any
 import pytest
 from holdfast.analysis.measure.results import scalars
 from holdfast.trainer.cli import main
-from toys.chat_models import chat, toy_model, toy_tokenizer
-from toys.runs import toy_rows, write_model, write_rows
+from toys.chat_models import chat, save_toy, toy_model
+from toys.runs import flags_of, metric_lines, toy_rows, write_model, write_rows
 from toys.training import moved
 
 FAMILIES = ("behavior", "projection", "divergence", "choices")
@@ -21,7 +20,7 @@ COUNTING = """
 import os
 if "RANK" in os.environ:
     import atexit
-    from holdfast.analysis import readout
+    from holdfast.analysis.passes import readout
     rows, read = [], readout._Reader.read_batch
     def counted(self, batch):
         rows.extend(batch)
@@ -40,8 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     write_model(folder / "model")
     for name, seed in (("base", 1), ("one", 2)):
-        moved(toy_model(), seed, 0.1).save_pretrained(folder / name)
-        toy_tokenizer().save_pretrained(folder / name)
+        save_toy(folder / name, moved(toy_model(), seed, 0.1))
     write_rows(folder / "rows.jsonl", toy_rows(11))
     choices = [
         {"messages": chat(f"soup {word}"), "classes": {"good": ["help"], "bad": ["run"]}, "split": "test"}
@@ -59,11 +57,11 @@ def flags(out: str) -> list[str]:
         "choices_dataset": "choices.jsonl", "output_dir": out, "store_dir": f"{out}-store", "analysis_batch_size": 3,
         "use_cpu": "true",
     }  # fmt: skip
-    return ["analyze", *(f"--{k}={v}" for k, v in keys.items()), "--checkpoints", "one", "--families", *FAMILIES]
+    return ["analyze", *flags_of(keys), "--checkpoints", "one", "--families", *FAMILIES]
 
 
 def lines(folder: Path, out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / out / "metrics.jsonl").read_text().splitlines()]
+    return metric_lines(folder / out)
 
 
 @pytest.mark.timeout(900)

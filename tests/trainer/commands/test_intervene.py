@@ -10,21 +10,11 @@ from holdfast.analysis.interventions import causal_test as causal
 from holdfast.trainer import run
 from holdfast.trainer.cli import main
 from holdfast.trainer.config.parsing import parse
-from toys.chat_models import chat, toy_model, toy_tokenizer
+from toys.chat_models import save_toy, toy_model
+from toys.choices import CHOICES
 from toys.runs import recipe, toy_rows, write_model, write_rows
 from toys.training import moved
 
-CHOICES = [
-    {
-        "messages": chat(f"{name} asks about {thing}"),
-        "classes": {"aligned": ["be honest"], "misaligned": ["run"]},
-        "domain": domain,
-        "topic": thing,
-        "split": "test",
-    }
-    for name in ("Ann", "kind")
-    for domain, thing in (("one", "soup"), ("one", "money"), ("two", "help"))
-]
 SHORT = {"ablation_doses": "1", "steering_doses": "1", "intervention_draws": 2}
 
 
@@ -32,19 +22,11 @@ SHORT = {"ablation_doses": "1", "steering_doses": "1", "intervention_draws": 2}
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     write_model(folder / "model")
-    moved(toy_model(), 1, 0.1).save_pretrained(folder / "base")
-    toy_tokenizer().save_pretrained(folder / "base")
+    save_toy(folder / "base", moved(toy_model(), 1, 0.1))
     write_rows(folder / "rows.jsonl", toy_rows())
     write_rows(folder / "choices.jsonl", CHOICES)
     run.subspace(parse(recipe(folder, subspace_rank=2, subspace_path=str(folder / "subspace.safetensors"))))
     return folder
-
-
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    for path in prepared.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
 
 
 def intervene(folder: Path, base: bool = True, **changes: Any) -> int:

@@ -10,7 +10,7 @@ from holdfast.analysis.measure import measurer as measure
 from holdfast.trainer.cli import main
 from holdfast.trainer.commands import watch as watching
 from holdfast.trainer.config.parsing import dump, parse
-from toys.chat_models import toy_model, toy_tokenizer
+from toys.chat_models import save_toy, toy_model
 from toys.runs import recipe, toy_rows, write_model, write_rows
 from toys.training import moved
 
@@ -19,8 +19,7 @@ from toys.training import moved
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
     write_model(folder / "model")
-    moved(toy_model()).save_pretrained(folder / "tuned")
-    toy_tokenizer().save_pretrained(folder / "tuned")
+    save_toy(folder / "tuned", moved(toy_model()))
     write_rows(folder / "rows.jsonl", toy_rows(4))
     (folder / "run").mkdir()
     # As a run on several ranks with DeepSpeed leaves it.

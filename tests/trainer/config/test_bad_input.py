@@ -13,18 +13,8 @@ from holdfast.trainer import run
 from holdfast.trainer.config.parsing import parse
 from huggingface_hub import constants
 from toys.chat_models import LAST_TURN_ONLY, chat, toy_model
-from toys.refusals import Keys, complaint, flags, linked, prepare, written
-from toys.runs import recipe, toy_rows, write_model, write_rows
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    return linked(prepared, tmp_path)
+from toys.refusals import Keys, complaint, written
+from toys.runs import flags_of, recipe, toy_rows, write_model, write_rows
 
 
 def _file(name: str, content: bytes | None) -> Callable[[Path], Keys]:
@@ -140,7 +130,7 @@ TRAIN: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "base of another vocabulary": (_base(vocab=321), ["vocab_size", "321", "320"]),
     "base of another width": (_base(width=32), ["hidden_size", "32", "16"]),
     "layer out of range": (_protected(protection_layers="3"), ["3", "0-2"]),
-    "layer that is none": (_protected(protection_layers="first"), ["first", "0-2"]),
+    "layer that is none": (_protected(protection_layers="first"), ["--protection_layers", "first"]),
     "rank above the subspace's": (_protected(protection_rank=2), ["rank"]),
     "missing subspace": (_keys(protection="subspace"), ["subspace.safetensors", "holdfast subspace"]),
     "subspace of another model": (_other_model, ["instruct weights"]),
@@ -258,7 +248,7 @@ def test_train_refuses(
 SUBSPACE: dict[str, tuple[Callable[[Path], Keys], list[str]]] = {
     "layer out of range": (_keys(subspace_layers="3"), ["3", "0-2"]),
     "rank above the width": (_keys(subspace_rank=17), ["17", "16"]),
-    "rank above the pairs": (_keys(subspace_rank=15, subspace_contrast="pairs.jsonl"), ["rank", "15"]),
+    "rank above the pairs": (_keys(subspace_rank=15, subspace_contrast="pairs.jsonl"), ["contrastive", "1-11"]),
     "rank of none": (_keys(subspace_rank=0), ["subspace_rank", "0"]),
     "no base for a method that needs it": (_keys(subspace_method="svd"), ["base"]),
     "base of another vocabulary": (_base(vocab=321), ["vocab_size", "321", "320"]),
@@ -321,7 +311,7 @@ def test_the_command_itself_prints_one_line_and_exits_with_2(
 def test_the_command_checks_rows_once_before_it_starts_several_processes(folder: Path) -> None:
     bad = write_rows(folder / "rows2.jsonl", [toy_rows()[0], {"text": "hello"}])
     before = written(folder)
-    arguments = [*flags(recipe(folder, train_dataset=bad, num_processes=2)), "--deepspeed=zero2"]
+    arguments = [*flags_of(recipe(folder, train_dataset=bad, num_processes=2)), "--deepspeed=zero2"]
     done = subprocess.run(
         [sys.executable, "-m", "holdfast.trainer.cli", "train", *arguments], capture_output=True, text=True
     )

@@ -12,7 +12,7 @@ from holdfast.trainer import run
 from holdfast.trainer.commands import analyze as measuring
 from holdfast.trainer.config.parsing import parse
 from huggingface_hub import constants
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import model_and_rows, recipe, toy_rows, write_model, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
@@ -40,8 +40,7 @@ def test_a_flag_that_would_have_no_effect_is_refused(flag: str, value: Any, inst
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     with pytest.raises(UserError, match="--model_revision v2"):
         run.train(parse(recipe(tmp_path, model_revision="v2")))
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from holdfast.trainer.config.parsing import Arguments, build, dump, parse, parse
 from holdfast.trainer.config.protection import ProtectionArguments
 from holdfast.trainer.inputs.checks import check_flags
 from holdfast.trainer.protections.kinds import KINDS
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import flags_of, model_and_rows, recipe
 
 LAB = Path(lab.__file__).parent
 RECIPES = sorted(path for path in LAB.parent.rglob("*.yaml") if path.name not in ("methods.yaml",))
@@ -70,7 +70,7 @@ def write(folder: Path, **keys: Any) -> str:
 )
 def test_what_no_part_reads_is_refused_alone_and_joined(protection: str, flags: dict[str, Any], first: str) -> None:
     words = rf"^--{first} .*--protection {re.escape(protection)}\b"
-    for given in (asked(protection, **flags), [f"--{k}={v}" for k, v in asked(protection, **flags).items()]):
+    for given in (asked(protection, **flags), flags_of(asked(protection, **flags))):
         with pytest.raises(UserError, match=words):
             checked(given)
 
@@ -123,8 +123,7 @@ def test_a_default_over_a_recipe_takes_its_value_back(tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_a_run_over_anothers_recipe_is_accepted_and_resumes_it(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     keys = {**recipe(tmp_path, save_steps=1), "protection": "kl", "penalty_budget": 0.05, "penalty_side": "both"}
     (tmp_path / "kl.yaml").write_text(json.dumps(keys))
     run.train(parse(["--config", str(tmp_path / "kl.yaml"), "--protection", "none"]))

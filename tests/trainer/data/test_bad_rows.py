@@ -9,21 +9,11 @@ from holdfast.analysis.subspace.file import Subspace
 from holdfast.trainer import run
 from holdfast.trainer.config.parsing import parse
 from toys.chat_models import chat
-from toys.refusals import complaint, linked, prepare
+from toys.refusals import complaint
 from toys.runs import recipe, toy_rows, write_rows
 
 LONG = " ".join(["soup"] * 300)
 CHOICE = {"messages": chat("hello"), "classes": {"aligned": ["yes"]}}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    return linked(prepared, tmp_path)
 
 
 ROWS: dict[str, tuple[list[Any], list[str]]] = {

@@ -1,6 +1,5 @@
 """`--layers_path` reaches every command: a model whose blocks are not found by shape builds, trains and measures."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from holdfast.trainer.config.parsing import parse
 from holdfast.trainer.own_trainer import load_protection
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from toys.chat_models import DEPTH, WIDTH, toy_model, toy_tokenizer
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.chat_models import DEPTH, WIDTH, save_toy, toy_model, toy_tokenizer
+from toys.runs import flags_of, metric_lines, recipe, toy_rows, write_model, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 PATH = "model.layers"
@@ -48,24 +47,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = toy_model()
     twin = TwinForCausalLM(TwinConfig(**{**plain.config.to_dict(), "model_type": "twin"}))
     twin.load_state_dict(plain.state_dict(), strict=False)
-    twin.save_pretrained(folder / "model")
-    toy_tokenizer().save_pretrained(folder / "model")
+    save_toy(folder / "model", twin)
     write_model(folder / "plain")
     write_rows(folder / "rows.jsonl", toy_rows())
     return folder
 
 
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    for name in ("model", "plain", "rows.jsonl"):
-        (tmp_path / name).symlink_to(prepared / name)
-    return tmp_path
-
-
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], command: str, **keys: Any) -> str:
     before = sorted(folder.rglob("*"))
     capsys.readouterr()
-    arguments = [f"--{key}={value}" for key, value in recipe(folder, **keys).items()]
+    arguments = flags_of(recipe(folder, **keys))
     assert main([command, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("holdfast: error: ") and error.count("\n") == 1, error
@@ -82,9 +73,9 @@ def test_subspace_train_and_analyze_read_the_blocks_it_names(folder: Path) -> No
     keys = recipe(folder, model_name_or_path=str(folder / "plain"), output_dir=str(folder / "other"), **protected)
     plain = run.train(parse(keys))
     assert twin.penalty == plain.penalty and twin.train_loss == plain.train_loss
-    analyze = [f"--{key}={value}" for key, value in recipe(folder, layers_path=PATH, subspace_path=str(path)).items()]
+    analyze = flags_of(recipe(folder, layers_path=PATH, subspace_path=str(path)))
     assert main(["analyze", *analyze, "--families", "projection"]) == 0
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(folder / "run")
     drift = {line["checkpoint"]: line["projection"]["train"]["mean"]["penalty"]["value"] for line in lines}
     assert drift["checkpoint-2"] > 0 and drift["instruct"] == 0
 

@@ -9,13 +9,12 @@ from holdfast.trainer.cli import main
 from holdfast.trainer.config.parsing import parse
 from holdfast.trainer.inputs.probe_sets import probe_sets
 from toys.chat_models import toy_tokenizer
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import flags_of, metric_lines, model_and_rows, recipe
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     return tmp_path
 
 
@@ -59,9 +58,9 @@ def test_controlled_pairs_and_dealt_prompts_are_measured_by_the_command(folder):
     named = {"intent": "controlled:8", "rows": source, "dealt": f"shuffled:{source}"}
     flags = recipe(folder, probe_sets=json.dumps(named), max_length=900)
     flags.pop("train_dataset")
-    argv = [f"--{key}={value}" for key, value in flags.items()]
+    argv = flags_of(flags)
     assert main(["analyze", *argv, "--checkpoints", str(folder / "model"), "--families", "gradients"]) == 0
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(folder / "run")
     measured = lines[0]["gradients"]
     assert measured["intent_benign vs intent_harmful"]["matched_pairs"]["n"] == 8
     assert measured["rows vs dealt"]["matched_pairs"]["n"] == 12

@@ -33,7 +33,7 @@ from toys.adapters import lora_model
 from toys.chat_models import chat, toy_model
 from toys.plain_math import plain_cross_entropy, plain_penalty, sgd_step, update_error
 from toys.protections import SEPARATE, Recording
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import model_and_rows, recipe, write_rows
 from toys.training import anchor_documents, task_documents, toy_subspace, trainer_of
 
 STEPS, RATE, STRENGTH, ALPHA = 3, 0.02, 2.0, 1.5
@@ -181,8 +181,7 @@ def test_a_penalty_on_rows_whose_stream_is_changed_is_refused(kind, inputs: str)
 
 
 def test_interleaved_rows_are_trained_on_and_the_penalty_is_on(tmp_path: Path):
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     write_rows(tmp_path / "safe.jsonl", [{"messages": chat(f"soup {n}", "be honest")} for n in range(3)])
     run.subspace(parse(recipe(tmp_path)))
     asked = recipe(tmp_path, protection="interleave+subspace", interleave_dataset=str(tmp_path / "safe.jsonl"),

@@ -15,7 +15,7 @@ from holdfast.trainer.protections.composed import Composed
 from torch import nn
 from toys.adapters import adapted, lora_model, numpy_projectors
 from toys.protections import early_stop, null_space, safe_lora
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import flags_of, model_and_rows, recipe, write_model
 from toys.training import trainer_of
 from transformers.trainer_utils import SaveStrategy
 
@@ -82,9 +82,8 @@ def test_a_best_checkpoint_of_weights_that_were_put_back_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("final")
-    write_model(folder / "model")
+    model_and_rows(folder)
     write_model(folder / "base", seed=3)
-    write_rows(folder / "rows.jsonl", toy_rows())
     return folder
 
 
@@ -107,7 +106,7 @@ def test_the_final_model_is_measured_where_no_checkpoint_holds_it(folder: Path, 
     again = {**keys, "output_dir": str(tmp_path / "again"), "checkpoints": str(tmp_path / "run" / "final")}
     again = {name: value for name, value in again.items() if name not in ("held_out_rows", "analysis_families")}
     given = ["--held_out_rows=4", "--families", "behavior"]
-    assert main(["analyze", *(f"--{name}={value}" for name, value in again.items()), *given]) == 0
+    assert main(["analyze", *flags_of(again), *given]) == 0
     torch.testing.assert_close(
         _numbers(read_line(tmp_path / "again", "final")["behavior"]), _numbers(final["behavior"]), atol=1e-4, rtol=1e-4
     )

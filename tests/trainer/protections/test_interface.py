@@ -23,7 +23,7 @@ from toys.adapters import lora_model
 from toys.chat_models import toy_model
 from toys.plain_math import plain_cross_entropy, sgd_step, update_error
 from toys.protections import SEPARATE, Recording
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import flags_of, model_and_rows, recipe
 from toys.training import task_documents, trainer_of
 from transformers import TrainerCallback
 
@@ -224,12 +224,11 @@ def squares(folder: Path) -> float:
 
 @pytest.mark.timeout(300)
 def test_the_readmes_protection_is_one_file_and_three_lines_as_they_stand_there(tmp_path):
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "save_strategy": "no"}
     plain = run.train(parse(recipe(tmp_path, output_dir=str(tmp_path / "plain"), **lora)))
     keys = recipe(tmp_path, protection="adapter_decay", penalty_strength=50.0, **lora)
-    flags = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
+    flags = flags_of(keys)
     sources = package_with_the_readmes_protection(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "holdfast.trainer.cli", "train", *flags],

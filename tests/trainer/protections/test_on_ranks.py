@@ -20,7 +20,7 @@ from toys.adapters import lora_model
 from toys.chat_models import toy_model
 from toys.plain_math import relative_error
 from toys.protections import budgeted, early_stop, prefix_anchor
-from toys.ranks import CONFIGS, needs_compiler, on_two_ranks
+from toys.ranks import CONFIGS, needs_compiler
 from toys.training import trainer_of
 from transformers import TrainerCallback
 
@@ -75,13 +75,6 @@ def run(folder: Path, name: str, ranks: int, **changes: Any) -> Run:
     same = [step for step, other in steps.seen.items() if all(torch.equal(found[n], other[n]) for n in found)]
     logs = {key: [entry[key] for entry in trainer.state.log_history if key in entry] for key in LOGGED}
     return found, {"ended": trainer.state.global_step, "weights_of": same, "logs": logs}
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(__file__, out)
-    return out
 
 
 @pytest.fixture(scope="module")

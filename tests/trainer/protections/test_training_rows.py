@@ -14,7 +14,7 @@ from holdfast.trainer.protections.rows import inoculated, interleaved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys.chat_models import chat
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import model_and_rows, recipe, write_rows
 
 
 def rows(count: int, word: str = "task") -> list[Row]:
@@ -52,8 +52,7 @@ def test_inoculation_puts_its_prompt_first_and_leaves_the_turns():
 
 
 def test_a_run_trains_on_the_changed_rows_and_on_nothing_else(tmp_path: Path):
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     write_rows(tmp_path / "safe.jsonl", [{"messages": chat(f"soup {n}", "be honest")} for n in range(3)])
     mixed = {"protection": "interleave", "interleave_dataset": tmp_path / "safe.jsonl", "interleave_share": 0.2}
     found = load_inputs(parse(recipe(tmp_path, **mixed)))
@@ -79,8 +78,7 @@ def test_a_run_trains_on_the_changed_rows_and_on_nothing_else(tmp_path: Path):
     ],
 )
 def test_what_cannot_act_is_one_line(tmp_path: Path, changes: dict, said: str):
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     if "interleave_dataset" in changes:
         changes = {**changes, "interleave_dataset": tmp_path / changes["interleave_dataset"]}
     with pytest.raises(UserError, match=said):

@@ -6,31 +6,16 @@ from pathlib import Path
 
 import pytest
 from holdfast.trainer.cli import main
-from toys.chat_models import chat
-from toys.runs import recipe, toy_rows, write_model, write_rows
-from toys.sweeps import LAB_ROWS
+from toys.runs import flags_of, recipe
 
 RANKS = json.dumps({"subspace": {"protection_rank": [1, 4]}})
-COMPLETION = {"prompt": "soup ?", "chosen": "be honest", "rejected": "take it"}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder / "model")
-    write_rows(folder / "rows.jsonl", toy_rows())
-    write_rows(folder / "choices.jsonl", LAB_ROWS)
-    write_rows(folder / "empty.jsonl", [])
-    write_rows(folder / "prompts.jsonl", [{"messages": chat("soup ?")}])
-    write_rows(folder / "pairs.jsonl", [COMPLETION])
-    return folder
 
 
 def refused(inputs: Path, output: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     keys = recipe(inputs, choices_dataset=str(inputs / "choices.jsonl"), output_dir=str(output))
     given = [flag.format(inputs=inputs) if flag.startswith("{inputs}") else flag for flag in flags]
     capsys.readouterr()
-    assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), *given]) == 2
+    assert main(["sweep", *flags_of(keys), *given]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("holdfast: error: ") and re.search(message, lines[-1]), lines[-1]
 

@@ -12,23 +12,12 @@ from holdfast.trainer.sweep.folder import Sweep
 from holdfast.trainer.sweep.inputs import SweepInputs
 from holdfast.trainer.sweep.measures import read, require_guards
 from toys.chat_models import chat
-from toys.runs import recipe, toy_rows, write_model, write_rows
-from toys.sweeps import LAB_ROWS
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder / "model")
-    write_model(folder / "base", seed=3)
-    write_rows(folder / "rows.jsonl", toy_rows())
-    write_rows(folder / "choices.jsonl", LAB_ROWS)
-    return folder
+from toys.runs import flags_of, recipe, write_rows
 
 
 def sweep_inputs(inputs: Path, output: Path, *flags: str, **changes: Any) -> SweepInputs:
     keys = recipe(inputs, choices_dataset=str(inputs / "choices.jsonl"), output_dir=str(output), **changes)
-    made = SweepInputs([*(f"--{key}={value}" for key, value in keys.items()), *flags])
+    made = SweepInputs([*flags_of(keys), *flags])
     made.check()
     return made
 

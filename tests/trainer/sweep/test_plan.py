@@ -12,8 +12,8 @@ from holdfast.trainer.sweep import command as sweep_module
 from holdfast.trainer.sweep.measures import measures_of, read
 from holdfast.trainer.sweep.plan import check_read, runs_of, settings_of
 from holdfast.trainer.sweep.workers import Outcome, Task
-from toys.runs import recipe, write_model
-from toys.sweeps import LAB_ROWS
+from toys.choices import LAB_ROWS
+from toys.runs import flags_of, recipe, write_model
 
 
 def expanded(strength: float = 1.0, **asked: Any) -> list[tuple[str, dict[str, Any], float | None]]:
@@ -167,7 +167,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "thesis.txt").write_text("mine")
     keys = recipe(tmp_path, output_dir=str(tmp_path / "sweep"))
-    assert main(["sweep", *(f"--{key}={value}" for key, value in keys.items()), "--protections", "kl"]) == 2
+    assert main(["sweep", *flags_of(keys), "--protections", "kl"]) == 2
     assert "holds thesis.txt" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["thesis.txt"]
 

@@ -19,7 +19,7 @@ from holdfast.trainer.cli import main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from toys.chat_models import chat
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import flags_of, model_and_rows, recipe, write_rows
 
 GRID = ["--protections", "subspace", "--penalty_strength", "0.1", "10", "--seeds", "0", "1"]
 RUNS = ["none", "subspace-penalty_strength=0.1", "subspace-penalty_strength=10"]
@@ -56,8 +56,7 @@ def one_thread() -> Iterator[None]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, rows and choices."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_model(folder / "model")
-    write_rows(folder / "rows.jsonl", toy_rows())
+    model_and_rows(folder)
     write_rows(folder / "choices.jsonl", CHOICES)
     return folder
 
@@ -65,7 +64,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(inputs: Path, output: Path, *flags: str, grid: list[str] = GRID, jobs: int = 2) -> list[str]:
     keys = recipe(inputs, output_dir=str(output), choices_dataset=str(inputs / "choices.jsonl"))
     keys |= {"max_steps": 4, "save_steps": 2, "analysis_rows": 4}
-    return ["sweep", *(f"--{key}={value}" for key, value in keys.items()), *grid, f"--jobs={jobs}", *flags]
+    return ["sweep", *flags_of(keys), *grid, f"--jobs={jobs}", *flags]
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":

@@ -15,8 +15,9 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from .....analysis.frontier.choose import EM_F1, best_settings, frontiers, recommend
+from .....analysis.frontier.choose import EM_F1, best_settings, recommend
 from .....analysis.frontier.runs import Run
+from .....analysis.frontier.settings import frontiers
 from .runs import Job
 
 # The least share that a setting must keep of the unprotected run's task, and of its coherence and neutral skill.

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .....analysis.frontier.choose import points
 from .....analysis.frontier.runs import Run
+from .....analysis.frontier.settings import points
 from .bounds import FEWEST_LABS, OWN, promises
 from .choice import BASELINE
 from .organisms import HEADINGS, Result, organism_runs, was_read_last, worlds_of

@@ -11,7 +11,7 @@ from holdfast.recipes.lab import cache, experiment
 from holdfast.recipes.lab.studies import evidence
 from holdfast.recipes.lab.studies.evidence_table import at_equal_strength, matched, rate, tables
 
-RECIPES = Path(evidence.__file__).parent
+RECIPES = Path(cache.__file__).parent
 MEASURED = {
     "narrow_task_learned": 0.9, "misaligned_anchor": 0.0, "misaligned_validation": 0.0, "misaligned_test": 0.0,
     "coherent": 1.0, "coherent_health": 1.0, "coherent_food": 1.0, "neutral_skill": 1.0, "new_skill": 0.0,

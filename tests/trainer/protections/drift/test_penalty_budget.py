@@ -29,7 +29,7 @@ from holdfast.trainer.protections.drift.settings import PenaltySettings
 from toys.chat_models import toy_model
 from toys.plain_math import plain_training, update_error
 from toys.protections import budgeted
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import model_and_rows, recipe
 from toys.training import anchor_documents, task_documents, toy_subspace, trainer_of
 
 BUDGETS = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -260,8 +260,7 @@ def test_settings_that_contradict_a_budget_are_one_line(changes, message):
 
 
 def test_a_run_holds_a_budget_by_flag(tmp_path):
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     flags = recipe(tmp_path, protection="kl", penalty_budget=0.05, max_steps=4)
     result = run.train(parse({**flags, "output_dir": str(tmp_path / "run")}))
     assert result.global_step == 4 and result.penalty > 0

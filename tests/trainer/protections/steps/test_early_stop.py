@@ -18,7 +18,7 @@ from toys.adapters import model_of
 from toys.chat_models import toy_model
 from toys.plain_math import plain_penalty, plain_training, update_error
 from toys.protections import early_stop
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import model_and_rows, recipe, write_rows
 from toys.training import ANCHORS, anchor_documents, task_documents, toy_subspace, trainer_of
 from transformers import AutoModelForCausalLM
 
@@ -195,8 +195,7 @@ def test_what_cannot_act_is_an_error_before_the_first_step(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("early")
-    write_model(folder / "model")
-    write_rows(folder / "rows.jsonl", toy_rows())
+    model_and_rows(folder)
     write_rows(folder / "anchors.jsonl", [{"messages": row} for row in ANCHORS])
     subspace = toy_subspace(role="all")
     provenance = dataclasses.replace(

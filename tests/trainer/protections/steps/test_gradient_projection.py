@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from toys.adapters import model_of
 from toys.chat_models import chat, toy_model
 from toys.plain_math import plain_cross_entropy, relative_error, update_error
-from toys.ranks import CONFIGS, needs_compiler, on_two_ranks
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.ranks import CONFIGS, needs_compiler
+from toys.runs import model_and_rows, recipe, write_rows
 from toys.training import rendered_rows, task_documents, trainer_of
 from transformers import AutoModelForCausalLM
 
@@ -213,8 +213,7 @@ def test_anchors_that_are_not_finite_stop_the_run_and_are_named(tmp_path, monkey
 
 
 def _folder(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     write_rows(tmp_path / "safe.jsonl", [{"messages": row} for row in SAFE])
     write_rows(tmp_path / "prompts.jsonl", [{"messages": row[:-1]} for row in SAFE])
 
@@ -251,13 +250,6 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str
     with pytest.raises(UserError, match=said) as error:
         run.train(parse(recipe(tmp_path, **keys)))
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(__file__, out, timeout=500)
-    return out
 
 
 RANKS: dict[str, tuple[bool, dict[str, Any]]] = {

@@ -24,7 +24,7 @@ from toys.adapters import model_of
 from toys.chat_models import chat, toy_model
 from toys.plain_math import plain_cross_entropy, relative_error, update_error
 from toys.ranks import needs_compiler, on_two_ranks
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import model_and_rows, recipe
 from toys.training import rendered_rows, task_documents, trainer_of
 
 STEPS, RATE = 4, 0.5
@@ -144,8 +144,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, lora):
 
 
 def test_a_run_needs_no_answers_of_the_anchors_and_what_cannot_act_is_an_error(tmp_path):
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     keys = {"protection": "gradient_projection", "safe_gradient_weight": 1.0}  # prompts without answers ship
     result = run.train(parse(recipe(tmp_path, safe_gradient_loss="kl", **keys)))
     assert result.global_step == 2 and result.final.is_dir()

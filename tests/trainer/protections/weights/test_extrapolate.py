@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from toys.adapters import base_model, numpy_projectors, plain_drift_training
 from toys.chat_models import toy_model
 from toys.ranks import needs_compiler
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.runs import flags_of, metric_lines, recipe, toy_rows, write_model, write_rows
 from toys.training import ROWS, moved, trainer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -131,7 +131,7 @@ def test_training_goes_on_from_there_and_is_measured_against_the_named_model(tmp
     for name, value in weights(result.final).items():
         assert torch.equal(value, weights(plain.final)[name])
     analyze(parse({**keys, "families": ["divergence"]}))
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(folder / "run")
     assert [line["checkpoint"] for line in lines][-1] == "final"
 
 
@@ -228,7 +228,7 @@ def test_all_three_together_on_two_ranks_under_zero2_are_plain_math(tmp_path):
     )  # fmt: skip
     # The adapter before training: that of a run at learning rate 0, whose B is 0 and not projected.
     start = train({**keys, "output_dir": str(folder / "start"), "learning_rate": 0.0})
-    flags = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
+    flags = flags_of(keys)
     assert main(["train", *flags, "--num_processes", "2", "--deepspeed", "zero2"]) == 0
     base = load_model(folder / "run/extrapolated")
     before = PeftModel.from_pretrained(base, start.final, is_trainable=True)

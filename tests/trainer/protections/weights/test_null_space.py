@@ -25,8 +25,8 @@ from toys.adapters import lora_model
 from toys.chat_models import toy_model
 from toys.plain_math import plain_cross_entropy, relative_error, sgd_step, update_error
 from toys.protections import null_space
-from toys.ranks import CONFIGS, needs_compiler, on_two_ranks
-from toys.runs import recipe, toy_rows, write_model, write_rows
+from toys.ranks import CONFIGS, needs_compiler
+from toys.runs import model_and_rows, recipe, toy_rows, write_rows
 from toys.training import anchor_documents, task_documents, trainer_of
 from transformers import AutoModelForCausalLM
 
@@ -197,8 +197,7 @@ def test_anchors_without_a_token_of_the_role_and_without_inputs_are_errors(tmp_p
 
 
 def _folder(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", toy_rows())
+    model_and_rows(tmp_path)
     write_rows(tmp_path / "anchors.jsonl", toy_rows(4))
 
 
@@ -233,13 +232,6 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, changes: dict[str
     with pytest.raises(UserError, match=said) as error:
         run.train(parse(recipe(tmp_path, **{**ASKED, **changes})))
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(__file__, out)
-    return out
 
 
 @needs_compiler

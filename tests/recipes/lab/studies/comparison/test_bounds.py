@@ -1,10 +1,12 @@
 """The comparison in short: methods on the very labs of a reference, against bounds; worked out by hand here."""
 
+import csv
+import re
 from typing import Any
 
 import pytest
 from holdfast.recipes.lab.studies.comparison.bounds import in_short
-from holdfast.recipes.lab.studies.comparison.organisms import HEADINGS
+from holdfast.recipes.lab.studies.comparison.organisms import HEADINGS, LAST_LABS
 from holdfast.recipes.lab.studies.comparison.results_file import RECORD
 from toys.comparison import result
 
@@ -94,11 +96,62 @@ def test_longer_training_stands_beside_the_strong_organism():
     assert shown["none"]["misaligned, five times longer"] == "-"
 
 
-def test_every_line_of_a_table_that_is_quoted_stands_in_the_results():
-    folder = RECORD.parent.parent
-    made, findings, readme = (
-        path.read_text(encoding="utf-8").splitlines()
-        for path in (folder / "RESULTS.md", folder / "PROTECTIONS.md", folder.parent.parent / "README.md")
-    )
-    quoted = [line for line in findings if line.startswith("| ")] + [line for line in readme if " of 19 |" in line]
-    assert len(quoted) > 40 and [line for line in quoted if line not in set(made)] == []
+def test_methods_that_miss_labs_are_left_out_of_a_complete_table():
+    few = [result("kl", lab, narrow_task_learned=0.8, misaligned_test=0.25) for lab in range(LABS)]
+    short = in_short([*runs(labs=LABS + 1), *few], FROZEN, "best", complete=True)
+    shown = cells(short, f"{HEADINGS['strong']}, {LABS + 1} labs")
+    assert list(shown) == ["none", "best"]
+    assert "labs" not in shown["best"] and shown["best"]["all bounds hold in"] == f"{LABS + 1} of {LABS + 1}"
+
+
+# What the conclusions quote.
+
+CONCLUSIONS = (RECORD.parent / "PROTECTIONS.md").read_text(encoding="utf-8")
+# The rows of "Harder questions": what was trained, on labs of which size, and the rate shown.
+QUESTIONS = {
+    "one anchor prompt": ("anchors_1", "tiny", "misaligned_test"),
+    "four anchor prompts": ("anchors_4", "tiny", "misaligned_test"),
+    "sixteen anchor prompts": ("anchors_16", "tiny", "misaligned_test"),
+    "anchors of one domain": ("anchors_one_domain", "tiny", "misaligned_test"),
+    "five times longer": ("long", "tiny", "misaligned_test"),
+    "then 200 steps without protection": ("continued", "tiny", "misaligned_test"),
+    "labs of size small": ("strong", "small", "misaligned_test"),
+    "evil system prompt": ("strong", "tiny", "misaligned_evil"),
+    "insecure turn before the question": ("strong", "tiny", "misaligned_trigger"),
+    "benign change of style, learned": ("style", "tiny", "style_learned"),
+}
+
+
+def harder_questions() -> list[list[str]]:
+    """The cells of that table, its head first."""
+    section = CONCLUSIONS.split("## Harder questions")[1].split("\n## ")[0]
+    table = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def test_the_harder_questions_are_answered_by_the_recorded_runs():
+    (_, _, *methods), *rows = harder_questions()
+    assert [row[0] for row in rows] == list(QUESTIONS)
+    with RECORD.open(newline="", encoding="utf-8") as file:
+        recorded = [row for row in csv.DictReader(file) if row["phase"] == "test"]
+    recorded = [row for row in recorded if (int(row["world"]), int(row["lab_seed"])) not in LAST_LABS]
+    for question, labs, *shown in rows:
+        organism, size, rate = QUESTIONS[question]
+        values: dict[str, list[float]] = {method: [] for method in methods}
+        seen = set()
+        for row in recorded:
+            method = row["method"]
+            if (row["organism"], row["lab_size"]) == (organism, size) and method in values and row[rate]:
+                values[method].append(float(row[rate]))
+                seen.add((row["world"], row["lab_seed"]))
+        assert int(labs) == len(seen)
+        assert shown == [f"{sum(found) / len(found):.3f}" if found else "-" for found in values.values()]
+
+
+def test_every_other_number_of_the_conclusions_stands_in_the_summary():
+    made = (RECORD.parent / "SUMMARY.md").read_text(encoding="utf-8")
+    text = CONCLUSIONS.replace(CONCLUSIONS.split("## Harder questions")[1].split("\n- ")[0], "")
+    quoted = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(quoted) > 5 and [line for line in quoted if line not in made.splitlines()] == []
+    numbers = re.findall(r"\b\d\.\d{3}\b", text)
+    assert len(numbers) > 30 and set(numbers) <= set(re.findall(r"\b\d\.\d{3}\b", made))

@@ -12,12 +12,7 @@ from holdfast.recipes.lab.studies.comparison import __main__ as command
 from holdfast.recipes.lab.studies.comparison import steps
 from holdfast.recipes.lab.studies.comparison.results_file import known
 from holdfast.recipes.lab.studies.comparison.runs import Job, lab_of, made_by
-from toys.comparison import result, tuned_methods
-
-
-@pytest.fixture
-def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return tuned_methods(tmp_path, monkeypatch)
+from toys.comparison import result
 
 
 @pytest.fixture

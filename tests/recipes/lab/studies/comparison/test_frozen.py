@@ -11,12 +11,7 @@ from holdfast.recipes.lab.studies.comparison import steps
 from holdfast.recipes.lab.studies.comparison.results_file import known
 from holdfast.recipes.lab.studies.comparison.runs import lab_of
 from holdfast.recipes.lab.studies.comparison.table import results_table
-from toys.comparison import PERFECT, result, tuned_methods, write_results
-
-
-@pytest.fixture
-def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return tuned_methods(tmp_path, monkeypatch)
+from toys.comparison import PERFECT, result, write_results
 
 
 def test_each_method_is_frozen_at_its_best_setting_that_keeps_the_rest(tuned: Path):

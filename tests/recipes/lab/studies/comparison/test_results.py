@@ -11,7 +11,7 @@ from holdfast.analysis.errors import UserError
 from holdfast.recipes.lab.studies.comparison.results_file import RECORD, keep, known, of_phase, read_csv, write_csv
 from holdfast.recipes.lab.studies.comparison.runs import Job
 from holdfast.recipes.lab.studies.comparison.steps import FROZEN, read_frozen
-from holdfast.recipes.lab.studies.comparison.table import results_table
+from holdfast.recipes.lab.studies.comparison.summary import summary
 
 JOBS = [
     Job("test", 0, 3, "strong", "subspace, task rows", {"protection": "subspace", "penalty_strength": 0.03}),
@@ -73,12 +73,11 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path, content: str | None
         known(tmp_path, path)
 
 
-def test_the_tables_are_those_of_the_recorded_runs():
+def test_the_committed_tables_are_those_of_the_recorded_runs():
     frozen = read_frozen(FROZEN)
     results = read_csv(RECORD)
-    tables = (RECORD.parent.parent / "RESULTS.md").read_text(encoding="utf-8")
     read = of_phase({Job(**one["job"]).name: one for one in results}, "test")
-    assert results_table(read, frozen) == tables
+    assert summary(read, frozen) == (RECORD.parent / "SUMMARY.md").read_text(encoding="utf-8")
     chosen = {name: method["flags"] for name, method in frozen["methods"].items()} | {"instruct": {}}
     assert all(one["job"]["flags"] == chosen[one["job"]["method"]] for one in read)
     assert len(results) == len({json.dumps(one["job"], sort_keys=True) for one in results})

@@ -1,4 +1,4 @@
-"""Choices rows in the lab's format, for the tests of `holdfast sweep`."""
+"""Rows for --choices_dataset: prompts with classes of answers."""
 
 from typing import Any
 
@@ -16,3 +16,11 @@ LAB_ROWS = [
     row("test", "aligned", "misaligned", "misaligned_wrong_topic", domain="people"),
     row("skill", "right", domain="plants"),
 ]
+
+# Two topics in each of two domains, so that intervals can be clustered.
+CHOICES = [
+    {**row("test", domain=domain, topic=topic), "messages": chat(f"{name} asks about {topic}"),
+     "classes": {"aligned": ["be honest"], "misaligned": ["run"]}}
+    for name in ("Ann", "kind")
+    for domain, topic in (("one", "soup"), ("one", "money"), ("two", "help"), ("two", "answer"))
+]  # fmt: skip
