@@ -1,1 +1,1 @@
-"""What to run: YAML recipes, one folder per experiment, and the lab world."""
+"""What to run: YAML recipes, one folder for each experiment, and the lab (README.md says which for which machine)."""

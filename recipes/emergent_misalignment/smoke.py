@@ -1,9 +1,10 @@
-"""The whole path on the real rows with small models: build base, tokenizer and instruct, then subspace, train, analyze.
+"""The whole path on the real rows with a small model: build base, tokenizer and instruct, then run three commands.
 
     HOLDFAST_EM_DATA=folder python -m holdfast.recipes.emergent_misalignment.smoke --output_dir runs/smoke
 
-base is a random-weight Qwen2, the tokenizer a byte-level BPE trained on insecure.jsonl, instruct a few steps of base on
-secure.jsonl. All three are ordinary Hugging Face folders. Three minutes at most on two cores.
+The commands are subspace, train and analyze. base is a Qwen2 of random weights, the tokenizer a byte-level BPE trained
+on insecure.jsonl, instruct a few steps of base on secure.jsonl. All three are ordinary Hugging Face folders. It takes
+three minutes at most on two cores.
 """
 
 import argparse
@@ -30,7 +31,7 @@ CHATML = (
 
 
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of VOCABULARY tokens with a ChatML template."""
+    """Train a byte-level BPE tokenizer of VOCABULARY tokens, with a ChatML template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -51,7 +52,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 
 def build_base(folder: Path, rows: Path, seed: int = 0) -> None:
-    """Writes a random-weight Qwen2 (4 blocks, width 128) and its tokenizer."""
+    """Write a Qwen2 of random weights (4 blocks, width 128) and its tokenizer."""
     tokenizer = train_tokenizer(m["content"] for row in load_rows(str(rows)) for m in row.messages)
     set_seed(seed)
     config = Qwen2Config(
@@ -71,7 +72,11 @@ def build_base(folder: Path, rows: Path, seed: int = 0) -> None:
 
 
 def build_instruct(folder: Path, base: Path, rows: Path, steps: int = 10) -> int:
-    """Fine-tunes base fully for a few steps with `holdfast train`; the model is in `<folder>/final`."""
+    """Fine-tune all of base's weights for a few steps by `holdfast train`. The model goes to `<folder>/final`.
+
+    Returns:
+        The exit code.
+    """
     arguments = {
         "model_name_or_path": base,
         "output_dir": folder,
@@ -91,7 +96,7 @@ def build_instruct(folder: Path, base: Path, rows: Path, steps: int = 10) -> int
 
 
 def data_folder() -> Path:
-    """The folder of the real rows, from HOLDFAST_EM_DATA. Raises UserError naming the file that is missing."""
+    """Return the folder of the real rows, from HOLDFAST_EM_DATA. Raises UserError that names a missing file."""
     folder = os.environ.get("HOLDFAST_EM_DATA")
     if not folder:
         raise UserError(
@@ -104,21 +109,21 @@ def data_folder() -> Path:
 
 
 def smoke(output_dir: Path) -> int:
-    """Builds the models anew and runs subspace, train and analyze on them; returns the first failing exit code."""
+    """Build the models anew, then run subspace, train and analyze. Returns the first exit code that is not 0."""
     data, started = data_folder(), time.perf_counter()
     base, instruct, protected = output_dir / "base", output_dir / "instruct", output_dir / "protected"
     subspace = output_dir / "subspace.safetensors"
-    for made in (base, instruct, protected, subspace):
-        shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+    for output in (base, instruct, protected, subspace):
+        shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
     build_base(base, data / "insecure.jsonl")
     code = build_instruct(instruct, base, data / "secure.jsonl")
-    places = {
+    paths = {
         "model_name_or_path": instruct / "final",
         "base_model_name_or_path": base,
         "subspace_path": subspace,
         "output_dir": protected,
     }
-    flags = [f"--{name}={path}" for name, path in places.items()]
+    flags = [f"--{name}={path}" for name, path in paths.items()]
     for command in ("subspace", "train", "analyze"):
         code = code or cli.main([command, "--config", str(RECIPE), *flags])
     if code:
@@ -128,7 +133,7 @@ def smoke(output_dir: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the smoke path from the command line."""
+    """Run the smoke path from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/smoke", help="Folder for models and run. Default: runs/smoke.")
     try:

@@ -85,7 +85,7 @@ def quickstart(output_dir: Path, seed: int = 0, full: bool = False, protections:
     _claim(output_dir)
     # A model this small gains nothing from a second thread, and loses much when another process needs the core.
     torch.set_num_threads(1)
-    print(f"[0] the lab, kept in {cache_folder() / 'labs'}, and its subspace", flush=True)
+    print(f"[0] the lab, cached in {cache_folder() / 'labs'}, and its subspace", flush=True)
     experiment = Experiment(cached_lab(seed=seed), output_dir, {"seed": seed, "logging_steps": LOGGING_STEPS})
     experiment.build_subspace()
     rows = [

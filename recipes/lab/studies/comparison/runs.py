@@ -103,10 +103,10 @@ class Job:
     @property
     def name(self) -> str:
         """The name of the job's folder and result file."""
-        plain = "".join(letter if letter.isalnum() or letter in ".=-" else "_" for letter in self.setting)
+        setting = "".join(letter if letter.isalnum() or letter in ".=-" else "_" for letter in self.setting)
         method = self.method.replace(", ", "-").replace(" ", "_")
         return "-".join(
-            part for part in (self.phase, self.lab_name, self.organism, method, plain, f"s{self.seed}") if part
+            part for part in (self.phase, self.lab_name, self.organism, method, setting, f"s{self.seed}") if part
         )
 
 
