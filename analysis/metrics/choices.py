@@ -60,13 +60,13 @@ def prepare_choices(tokenizer: PreTrainedTokenizerBase, rows: Sequence[ChoiceRow
         if not by_class or INCOHERENT in by_class or not all(by_class.values()):
             raise UserError(f"{where}: write classes as {{name: [completions]}}, none empty, none named {INCOHERENT}")
         classes.append(list(by_class))
-        seen: list[tuple[Tokens, str]] = []
+        sequences: list[tuple[Tokens, str]] = []
         for name, completions in by_class.items():
             for text in completions:
                 prompt, completion = _split(tokenizer, [*row["messages"], _assistant(text)], where)
                 prompts.setdefault(prompt, []).append((completion, number, name))
-                seen.append((prompt + completion, text))
-        _require_exclusive(seen, where)
+                sequences.append((prompt + completion, text))
+        _require_exclusive(sequences, where)
     return PreparedChoices(prompts, classes, pad_id(tokenizer))
 
 

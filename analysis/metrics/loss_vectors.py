@@ -67,11 +67,11 @@ def loss_vectors(
         ValueError: unknown formulas.
     """
     if formulas not in FORMULAS:
-        raise ValueError(f"loss_vectors: formulas {formulas!r} is none of {', '.join(FORMULAS)}")
+        raise ValueError(f"loss_vectors: formulas {formulas!r} are unknown; write {' or '.join(FORMULAS)}")
     models = {"checkpoint": checkpoint, "instruct": instruct, "base": base}
     return {
-        name: missing(NO_BASE) if readings is None else _one_model(readings, completions, tokens, formulas, seed)
-        for name, readings in models.items()
+        name: missing(NO_BASE) if readouts is None else _one_model(readouts, completions, tokens, formulas, seed)
+        for name, readouts in models.items()
     }
 
 
@@ -96,19 +96,19 @@ class _Vectors:
 
 
 def _one_model(
-    readings: Mapping[str, Readout],
+    readouts: Mapping[str, Readout],
     completions: Mapping[str, Sequence[Hashable]] | None,
     tokens: int,
     formulas: str,
     seed: int,
 ) -> Results:
     """Return the counts, the pairs of sets and the principal components of one model."""
-    names = list(readings)
-    vectors = _vectors(readings, completions, tokens)
+    names = list(readouts)
+    vectors = _vectors(readouts, completions, tokens)
     counts = {
         name: {
-            "rows": len(readings[name].counts),
-            "short": int(len(readings[name].counts) - (vectors.sets == at).sum()),
+            "rows": len(readouts[name].counts),
+            "short": int(len(readouts[name].counts) - (vectors.sets == at).sum()),
         }
         for at, name in enumerate(names)
     }
@@ -126,19 +126,19 @@ def _one_model(
 
 
 def _vectors(
-    readings: Mapping[str, Readout], completions: Mapping[str, Sequence[Hashable]] | None, tokens: int
+    readouts: Mapping[str, Readout], completions: Mapping[str, Sequence[Hashable]] | None, tokens: int
 ) -> _Vectors:
     """Return the vectors of all rows that are long enough, one set after the other."""
     losses, present, sets, rows = [], [], [], []
     labels: list[Hashable] = []
-    for at, (name, reading) in enumerate(readings.items()):
-        owners, n = reading.token_rows.numpy(), len(reading.counts)
+    for at, (name, readout) in enumerate(readouts.items()):
+        owners, n = readout.token_rows.numpy(), len(readout.counts)
         lengths = np.bincount(owners, minlength=n)
         starts = np.cumsum(lengths) - lengths
         places = np.arange(len(owners)) - starts[owners]
         inside = places < tokens
         matrix = np.zeros((2, n, tokens))
-        matrix[0, owners[inside], places[inside]] = -reading.log_prob.double().numpy()[inside]
+        matrix[0, owners[inside], places[inside]] = -readout.log_prob.double().numpy()[inside]
         matrix[1, owners[inside], places[inside]] = 1.0
         kept = np.flatnonzero(lengths >= min(FEWEST_TOKENS, tokens))
         losses.append(matrix[0, kept])

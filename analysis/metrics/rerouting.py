@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..passes.readout import Readout
 from ..stats.intervals import Floats, missing
+from ..stats.random_subspaces import random_angles, random_overlap
 from ..stats.spectra import (
     Estimate,
     Ints,
@@ -29,8 +30,6 @@ from ..stats.spectra import (
     decompose,
     explained,
     mean_estimate,
-    random_angles,
-    random_overlap,
 )
 from ..stats.split_spectra import Options, SplitSet, explained_across, obstacle
 from ..subspace.file import Subspace

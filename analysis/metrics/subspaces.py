@@ -29,7 +29,8 @@ from torch import Tensor
 
 from ..passes.readout import Readout
 from ..stats.intervals import Floats, missing
-from ..stats.spectra import Comparison, Estimate, Ints, mean_estimate, random_angles, random_cosine, random_overlap
+from ..stats.random_subspaces import random_angles, random_cosine, random_overlap
+from ..stats.spectra import Comparison, Estimate, Ints, mean_estimate
 from ..stats.split_spectra import (
     Options,
     SplitSet,
@@ -80,7 +81,7 @@ def subspaces(
         ValueError: unknown formulas.
     """
     if formulas not in FORMULAS:
-        raise ValueError(f"subspaces: formulas {formulas!r} is none of {', '.join(FORMULAS)}")
+        raise ValueError(f"subspaces: formulas {formulas!r} are unknown; write {' or '.join(FORMULAS)}")
     paper, size = formulas == "paper", max(len(readout.counts) for readout in instruct.values())
     options = Options(rank, centred or paper, paper, seed, size, tuple(controls))
     models = {"checkpoint": checkpoint, "instruct": instruct, "base": base}

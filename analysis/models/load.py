@@ -54,8 +54,8 @@ _PLAIN = LoadOptions()
 
 def _located(path: str | Path) -> tuple[str, str | None]:
     """Split "org/model@revision" into the Hub name and the revision. A folder has no revision."""
-    name, at, revision = str(path).rpartition("@")
-    return (name, revision) if at and name and not Path(path).exists() else (str(path), None)
+    name, separator, revision = str(path).rpartition("@")
+    return (name, revision) if separator and name and not Path(path).exists() else (str(path), None)
 
 
 def adapter_base(path: str | Path) -> str | None:

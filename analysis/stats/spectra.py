@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg, special
+from scipy import linalg
 from scipy import stats as scipy_stats
 from torch import Tensor
 
@@ -29,7 +29,6 @@ Ints = NDArray[np.int64]
 _BLOCK_ROWS = 2048
 # Rounding noise of float32 activations is about 1e-7 of the largest residual; a second moment squares it.
 _NOISE = 1e-12
-_RANDOM_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -290,24 +289,3 @@ def explained(basis: Floats, residuals: Residuals, centred: bool, size: int) -> 
     shares = parts.sum(0) / total if total > 0 else np.zeros(parts.shape[1])
     influence = (parts - whole[:, None] * shares) / (total if total > 0 else 1.0)
     return Estimate(shares, influence, len(residuals.rows))
-
-
-def random_cosine(width: int) -> float:
-    """Return E |u . v| of two random directions: Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), about sqrt(2 / (pi d))."""
-    return float(np.exp(special.gammaln(width / 2) - special.gammaln((width + 1) / 2)) / math.sqrt(math.pi))
-
-
-def random_overlap(width: int, left: int, right: int) -> float:
-    """Return E ||Q1^T Q2||_F^2 / min(k1, k2) of random subspaces: max(k1, k2) / d."""
-    return max(left, right) / width
-
-
-@lru_cache(maxsize=256)
-def random_angles(width: int, left: int, right: int) -> tuple[float, ...]:
-    """Return the mean principal angles, in degrees, of random subspaces of these ranks, smallest first (simulated)."""
-    generator = np.random.default_rng(0)
-    angles = np.zeros(min(left, right))
-    for _ in range(_RANDOM_DRAWS):
-        columns, _ = np.linalg.qr(generator.standard_normal((width, left)))
-        angles += np.degrees(np.arccos(np.clip(np.linalg.svd(columns[:right], compute_uv=False), 0, 1)))
-    return tuple((angles / _RANDOM_DRAWS).tolist())

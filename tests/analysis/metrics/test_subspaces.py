@@ -7,7 +7,7 @@ import pytest
 import torch
 from holdfast.analysis.metrics.subspaces import subspaces
 from holdfast.analysis.passes.readout import Readout
-from holdfast.analysis.stats.spectra import random_cosine
+from holdfast.analysis.stats.random_subspaces import random_cosine
 from holdfast.analysis.stats.split_spectra import halves
 from scipy.linalg import subspace_angles
 

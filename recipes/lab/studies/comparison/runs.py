@@ -19,7 +19,6 @@ import yaml
 from filelock import FileLock
 
 from .....analysis.files.artifacts import MANIFEST, staged_file
-from .....analysis.flags import RENAMED
 from .....analysis.models.load import load_tokenizer
 from .....analysis.subspace.file import NULL_SEEDS
 from ...cache import LAB_FILE, cached_lab
@@ -74,7 +73,7 @@ class Job:
         world, lab_seed, lab_size: the lab.
         organism: a name in `ORGANISMS`.
         method: a name in methods.yaml, or "instruct" for the lab's instruct model without training.
-        flags: the protection and its setting, with the flag names of methods.yaml.
+        flags: the protection and its setting.
         seed: fine-tune seed.
         draw: the lab's draw (`draw_of`); "" where it is not known.
     """
@@ -225,9 +224,7 @@ def _fine_tune(experiment: Experiment, job: Job) -> tuple[Path, float]:
 
 def _flags(job: Job, world: World) -> dict[str, Any]:
     """Return the job's flags for training: with the lab's draw of the null, and the world's header for a persona."""
-    # methods.yaml, frozen.json and results.csv keep the flag names that were valid when the settings were frozen, since
-    # their hashes and the names of the runs depend on these names.
-    flags = {RENAMED.get(name, name): value for name, value in job.flags.items()}
+    flags = dict(job.flags)
     if "random_subspace" in flags["protection"]:
         flags["null_seed"] = (4 * job.world + job.lab_seed) % NULL_SEEDS
     if "inoculation_persona" in flags:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from holdfast.analysis.flags import RENAMED
 from holdfast.recipes.lab.cache import cached_lab
 from holdfast.recipes.lab.experiment import Experiment
 from holdfast.recipes.lab.studies.comparison import reading, runs, steps, stress
@@ -20,8 +19,7 @@ from holdfast.trainer.protections.kinds import KINDS
 from safetensors.torch import load_file
 from toys.labs import use_micro_labs
 
-# methods.yaml keeps the flag names of the day on which its settings were frozen.
-KNOWN = {field.name for field in fields(ProtectionArguments)} | {"inoculation_persona", "learning_rate", *RENAMED}
+KNOWN = {field.name for field in fields(ProtectionArguments)} | {"inoculation_persona", "learning_rate"}
 
 
 def test_every_protection_is_tried_and_every_method_with_the_same_number_of_settings():
