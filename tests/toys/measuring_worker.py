@@ -1,4 +1,4 @@
-"""Measuring on several CPU ranks: `torchrun --nproc_per_node 2 tests/analysis_ranks_worker.py MODELS OUT CONFIG`.
+"""Measuring on several CPU ranks: `torchrun --nproc_per_node 2 tests/toys/measuring_worker.py MODELS OUT CONFIG`.
 
 Each rank leaves OUT/rank<N>.json: what it measured in runs without and with ZeRO-3, and how many models it loaded.
 """

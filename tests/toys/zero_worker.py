@@ -1,4 +1,4 @@
-"""Many training cases in one launch of several CPU ranks: `torchrun --nproc_per_node 2 tests/zero_worker.py OUT`.
+"""Many training cases in one launch of several CPU ranks: `torchrun --nproc_per_node 2 tests/toys/zero_worker.py OUT`.
 
 OUT/instruct holds the toy model. Each case leaves OUT/<case>/{weights.safetensors,result.json}; the tests compare them
 with plain math.

@@ -68,7 +68,7 @@ def test_a_linear_frontier_is_read_exactly(tasks, start, slope, where):
     bad = [start + slope * task for task in tasks]
     value, clamped = at_equal_task(tasks, bad, target)
     assert value == pytest.approx(start + slope * target, abs=1e-9) and not clamped
-    # Along strengths that go with the task it is the same line.
+    # Strengths in the order of the tasks give the same line.
     assert at_equal_task(tasks, bad, target, [-9 * task for task in tasks])[0] == pytest.approx(value, abs=1e-9)
 
 
@@ -91,7 +91,7 @@ def test_a_reading_lies_between_the_settings_that_bracket_it_or_says_that_none_d
     bracketing = [pair for pair in steps if min(pair)[0] <= target <= max(pair)[0]]
     assert clamped == (not bracketing)
     if clamped:
-        # The end itself: to a float, tasks below 1e-16 are all as far from 1.
+        # The end itself: in floating point, all tasks below 1e-16 are equally far from 1.
         end = max(tasks) if target > max(tasks) else min(tasks)
         assert value == min(rate for task, rate in found if task == end)
     else:
@@ -250,7 +250,7 @@ def test_differences_are_paired_and_tested_over_labs_and_adjusted_for_all_rivals
         assert row["reference"] == pytest.approx(np.mean(ours)) and row["rival"] == pytest.approx(np.mean(rivals[name]))
         assert row["p"] == pytest.approx(p_values[name]) and row["p_least"] == 2 / 32 and row["over"] == "labs"
         assert row["ci95"][0] < row["value"] < row["ci95"][1]
-    # Holm: the smaller of two p-values doubles, the larger stays but is no smaller.
+    # Holm: the smaller of two p-values is doubled; the larger one stays, but is never below it.
     assert kl["p_holm"] == pytest.approx(2 * p_values["kl"])
     assert interleave["p_holm"] == pytest.approx(max(p_values["interleave"], 2 * p_values["kl"]))
     for row in without:
@@ -279,7 +279,7 @@ def test_an_interval_of_differences_may_pass_zero_where_all_of_them_are_on_one_s
     runs = [run("ours", 1.0, lab, misaligned=0.5 + gap) for lab, gap in zip("ab", gaps, strict=True)]
     runs += [run("kl", 1.0, lab, misaligned=0.5) for lab in "ab"]
     (row,) = paired(runs, ("ours", "strength=1.0"), [("kl", "strength=1.0")])
-    # The rates' own values are no matter to the interval, but where they are rates it ends at 1.
+    # The level of the rates does not change the interval; a difference of rates ends at 1.
     assert row["ci95"] == pytest.approx(np.clip(student(gaps), -1, 1)) and row["ci95"][0] < 0 < row["ci95"][1]
 
 
@@ -290,7 +290,7 @@ def test_an_interval_of_differences_of_rates_ends_where_they_must():
     (row,) = paired(runs, ("ours", "strength=1.0"), [("kl", "strength=1.0")])
     assert row["ci95"][0] == -1 and row["value"] == pytest.approx(-np.mean(rates))
     (drift,) = paired(runs, ("ours", "strength=1.0"), [("kl", "strength=1.0")], "drift")
-    assert drift["ci95"][0] < -3 * 1  # no rate: as wide as six labs make it
+    assert drift["ci95"][0] < -3 * 1  # not a rate: as wide as six labs make it
 
 
 def test_one_pair_has_a_difference_but_neither_interval_nor_p():

@@ -1,4 +1,4 @@
-"""Family 6: planted drift comes back per layer; distances and CKA equal their definitions written out."""
+"""Drift by depth: planted drift is found in its layer; distances and CKA equal their definitions written out."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Family 3 equals loops over explicit gradients, its p-values are uniform under the null, its intervals cover."""
+"""Gradients equal loops over explicit gradients; p-values are uniform under the null; intervals cover the truth."""
 
 import json
 from itertools import product
@@ -16,7 +16,7 @@ WIDTH = 12
 
 
 def reading(vectors, completions, lengths=None):
-    """What `read_gradients` gives for equally large sets "a" and "b" of the gradients [2n, d]."""
+    """The readout of `read_gradients` for sets "a" and "b" of equal size, from their gradients [2n, d]."""
     n = len(vectors) // 2
     lengths = range(len(vectors)) if lengths is None else lengths
     return GradientReadout(
@@ -37,7 +37,7 @@ def paired(generator, n=8, noise=1.0, shift=0.0):
 
 
 def unpaired(generator, n=8):
-    """Every row has its own completion but for one twice in each set, whose rows are nearly the same."""
+    """Every row has its own completion, except two nearly equal rows of each set, which share one."""
     vectors = generator.normal(size=WIDTH) + generator.normal(size=(2 * n, WIDTH))
     names = [str(row) for row in range(2 * n)]
     for row in (0, n):
@@ -81,7 +81,7 @@ def test_cosines_and_conflicts_equal_loops_over_explicit_gradients(make):
     paper = gradients(reading(vectors, names), formulas="paper")["a vs b"]
     assert list(paper) == ["centred"]
     assert_means(paper["centred"], loops(vectors, range(len(vectors)), cosine(middle)))
-    # What the published choice forces, and what a reader sees beside it.
+    # Centring forces this value below 0, and its null shows that to the reader.
     assert paper["centred"]["between"]["null"]["value"] < 0
 
 
@@ -94,7 +94,7 @@ def test_matched_pairs_equal_loops_and_exceed_shuffled_pairs():
     assert found["ci95"][0] < expected.mean() < found["ci95"][1]
     others = [units[i] @ units[20 + j] for i in range(20) for j in range(20) if i != j]
     assert found["null"]["value"] == pytest.approx(np.mean(others), abs=0.05) and found["null"]["p"] < 0.01
-    # On another line it is no matched pair.
+    # Two rows on different lines are not a matched pair.
     moved = GradientReadout(**{**vars(reading(vectors, names)), "lines": (*range(20), *range(1, 20), 0)})
     assert gradients(moved)["a vs b"]["matched_pairs"]["n"] == 1  # lines 0 and 1 share their completion
 
@@ -117,7 +117,7 @@ def test_length_matched_pairs_equal_loops():
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_weights_are_copies_of_rows(centred):
-    """Leaving a completion out, or taking it twice, by weights gives what smaller or larger arrays give."""
+    """Weights that leave a completion out, or count it twice, equal smaller or larger arrays."""
     generator = np.random.default_rng(4)
     vectors, names = unpaired(generator, n=6)
     clusters = np.array([int(name) for name in names])
@@ -134,7 +134,7 @@ def test_weights_are_copies_of_rows(centred):
 
 
 def test_the_null_is_every_flip_of_matched_pairs(monkeypatch):
-    """Against all 2^7 flips, two lines of one completion flipping together."""
+    """The null equals all 2^7 flips, where the two lines of one completion flip together."""
     monkeypatch.setattr(family, "_RELABELLINGS", 20_000)
     vectors, names = paired(np.random.default_rng(5), noise=2.0)
     cosine = cosines(vectors @ vectors.T)
@@ -184,7 +184,7 @@ def _p_values(make, repeats):
 
 
 def foreign_pairs(generator, n=12):
-    """Rows of one line share a completion, but nothing of their gradients."""
+    """Rows of one line share a completion, but their gradients share nothing."""
     vectors = generator.normal(size=WIDTH) + generator.normal(size=(2 * n, WIDTH))
     return vectors, [str(line) for line in range(n)] * 2
 
@@ -195,7 +195,7 @@ def test_p_values_are_uniform_when_the_set_means_nothing(make, monkeypatch):
     monkeypatch.setattr(family, "_LENGTH_RELABELLINGS", 49)
     found = _p_values(make, 300)
     if make is not foreign_pairs:
-        found.pop("matched_pairs", None)  # there pairs do share something
+        found.pop("matched_pairs", None)  # in the other data, pairs share something
     assert len(found) == (4 if make is foreign_pairs else 3)
     for quantity, p_values in found.items():
         assert stats.kstest(p_values, "uniform").pvalue > 0.002, quantity

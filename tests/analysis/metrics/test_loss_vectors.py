@@ -1,4 +1,4 @@
-"""Family 2: cosines over shared tokens equal loops over rows, planted differences are found, and nulls are honest."""
+"""Loss vectors: cosines over shared tokens equal loops over rows, planted differences are found, nulls are honest."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_sets_with_their_own_profiles_part_and_equal_ones_do_not():
 
 
 def test_the_papers_filling_manufactures_separation_and_its_null_shows_it():
-    # Most rows are short: what is filled in decides.
+    # Most rows are short, so the filled values decide.
     first, second = rows(4, n=30, shortest=8, longest=9), rows(5, n=30, shortest=8, longest=9)
     for number, (one, other) in enumerate(zip(rows(6, n=3), rows(7, n=3), strict=True)):
         first[number], second[number] = one, other

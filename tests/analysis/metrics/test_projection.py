@@ -1,4 +1,4 @@
-"""Behavior and projection read planted positions back, and say why where they cannot."""
+"""Behavior and projection find planted positions, and say why where they cannot."""
 
 import numpy as np
 import pytest

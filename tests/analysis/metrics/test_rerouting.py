@@ -1,4 +1,4 @@
-"""Drift that goes around the protected subspace is seen, beside what chance and in-sample fitting would show."""
+"""Drift that goes around the protected subspace is found, beside what chance and in-sample fitting would show."""
 
 import json
 

@@ -23,7 +23,7 @@ def readout(states, counts=None):
 
 
 def models(sets, seed=0, rows=ROWS, width=WIDTH):
-    """(checkpoint, instruct, base) readings: base is noise, the others lie `sets[name]` functions away from it."""
+    """(checkpoint, instruct, base) readouts: base is noise, and `sets[name]` moves the others away from it."""
     generator = np.random.default_rng(seed)
     found = ({}, {}, {})
     for name, (tune, align) in sets.items():
@@ -131,7 +131,7 @@ def test_a_control_that_was_not_read_is_named():
 
 def test_random_and_shuffled_nulls_stand_beside_every_number():
     def paired(generator, shape):
-        """A step along one axis whose sign changes from row to row: nothing of it is left in unpaired residuals."""
+        """A step along one axis with a random sign per row, of which unpaired residuals keep no trace."""
         return 0.5 * generator.choice([-1, 1], shape[:2])[..., None] * E[3] + 0.1 * generator.standard_normal(shape)
 
     found = subspaces(*models({"a": (paired, ALIGNED), "b": (paired, ALIGNED)}, rows=200), rank=1)

@@ -1,4 +1,4 @@
-"""Sums over pairs of rows: what is added up from features equals loops over the pairs, in linear memory."""
+"""Sums over pairs of rows, computed from features, equal loops over the pairs, in linear memory."""
 
 import itertools
 import tracemalloc

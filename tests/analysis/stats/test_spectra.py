@@ -62,7 +62,7 @@ def test_influence_is_the_derivative_by_a_rows_weight(width, centred):
         signed = bases[0].T @ bases[1]
         return np.abs(signed), np.linalg.svd(signed, compute_uv=False), np.sum(signed**2) / 2
 
-    # A weight of one row among n, normalised, is the mixture that influence is a derivative by, up to 1 / n of itself.
+    # Influence is the derivative by a mixture: the normalised weight of one row among n, up to 1 / n of itself.
     for row in (0, 7, 19):
         up, down = reweighted(row, 1e-5), reweighted(row, -1e-5)
         for estimate, high, low in zip((found.cosines, found.principal, found.overlap), up, down, strict=True):

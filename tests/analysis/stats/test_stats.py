@@ -97,7 +97,7 @@ def test_the_jackknife_of_a_mean_is_the_interval_of_a_mean():
 def test_few_answers_open_wilsons_interval_to_an_exact_bound():
     for events, n, tail in ((1, 400, 0.065), (4, 1505, 0.065), (3, 100, 0.065), (8, 400, 0.05), (9, 1505, 0.05)):
         low, high = stats.binomial_ci(events, n)
-        # So many events or more happen at the lower bound with the probability of the tail.
+        # At the lower bound, this many events or more happen with the probability of the tail.
         assert scipy_stats.binom.sf(events - 1, n, low) == pytest.approx(tail)
         assert low < stats.wilson(events, n)[0] and high == stats.wilson(events, n)[1]
         assert stats.binomial_ci(n - events, n) == pytest.approx((1 - high, 1 - low))
@@ -116,7 +116,7 @@ def test_rates_of_independent_answers_are_binomial_and_clusters_cost_rows():
     variance = np.sum((sums - 0.25) ** 2) * 24 / 23 / 240**2
     effective, t = 0.025 * 0.975 / variance, scipy_stats.t.ppf(0.975, 2.5 * 23)
     assert (0.025 - low) ** 2 == pytest.approx(t**2 * low * (1 - low) / effective)
-    # Rates of questions: the skewness in doubt falls with their number to the power of 1.5.
+    # Rates of questions: the allowance for unseen skewness falls with their number to the power of 1.5.
     assert high == pytest.approx(furthest(sums / 10, 30 / 24**1.5), rel=1e-3) and high > stats.wilson(6, 240)[1]
     mirrored = stats.rate_ci(1 - answers, questions)
     assert mirrored == pytest.approx((1 - high, 1 - low))
@@ -176,7 +176,7 @@ def test_pairing_removes_what_arms_share():
 
 
 def test_two_arms_of_answers_hold_newcombes_interval():
-    # 36 rows are 1 in both arms, 12 in the first alone, 2 in the second alone, none in neither.
+    # 36 rows are 1 in both arms, 12 only in the first, 2 only in the second; no row is 0 in both.
     left, right = np.repeat([1.0, 1.0, 0.0], [36, 12, 2]), np.repeat([1.0, 0.0, 1.0], [36, 12, 2])
     result = stats.paired_difference(left, right)
     assert result["value"] == pytest.approx(0.2)
@@ -278,7 +278,7 @@ def test_kept_is_a_statement_about_the_interval_and_the_margin():
     loss = {"value": -0.01, "n": 100, "ci95": [-0.03, 0.01]}
     assert stats.non_inferiority(loss, 0.05) == {**loss, "margin": 0.05, "kept": True}
     assert stats.non_inferiority(loss, 0.03)["kept"] is False
-    # An interval around 0 keeps nothing when it is wide.
+    # A wide interval around 0 does not show that something was kept.
     assert stats.non_inferiority({"value": 0.0, "n": 4, "ci95": [-0.4, 0.4]}, 0.05)["kept"] is False
     assert stats.non_inferiority({"value": 0.02, "n": 9, "ci95": [0.0, 0.04]}, 0.05, higher_is_better=False)["kept"]
     assert stats.non_inferiority(stats.missing("no rows"), 0.05)["kept"] is None

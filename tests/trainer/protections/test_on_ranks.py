@@ -1,7 +1,7 @@
 """prefix_anchor, early_stop and a penalty's budget on two ranks, DDP and ZeRO-2, are what they are in one process.
 
 One process is compared with plain math in each protection's own tests.
-`torchrun --nproc_per_node 2 tests/test_trainer_protections_on_ranks.py OUT` is the two ranks' part.
+`torchrun --nproc_per_node 2 tests/trainer/protections/test_on_ranks.py OUT` is the part of the two ranks.
 """
 
 import json

@@ -23,7 +23,7 @@ def refused(inputs: Path, output: Path, flags: list[str], message: str, capsys: 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--protections", "kl", "--penalty_strength", "1", "much"], "--penalty_strength.*much"),
+        (["--protections", "kl", "--penalty_strength", "1", "much"], "strength.*much"),
         (["--protections", "kl", "--seeds", "-1"], "--seeds .*-1"),
         (["--protections", "gradient"], "gradient.*gradient_projection"),
         (["--protections", "interleave"], "--interleave_dataset"),

@@ -84,7 +84,7 @@ def test_each_setting_runs_at_each_seed_in_a_folder_that_can_be_read_and_told_ap
     [
         ({"protections": ["none"]}, "none"),
         ({"protections": ["subspaec"]}, "subspaec.* subspace"),
-        ({"protections": ["kl"], "grid": {"steering": {}}}, "kl"),
+        ({"protections": ["kl"], "grid": {"steering": {}}}, "--grid .*steering.*--protections"),
         ({"grid": {"kl": {"penalty_strenght": [1]}}}, "penalty_strenght.* penalty_strength"),
         ({"grid": {"kl": {"train_dataset": ["x"]}}}, "train_dataset"),
         ({"grid": {"kl": {"penalty_strength": []}}}, "penalty_strength"),

@@ -1,6 +1,6 @@
 """LoRA in the null space of the anchors' inputs: Q is numpy's, the trained weights are those of plain math.
 
-`torchrun --nproc_per_node 2 tests/test_trainer_null_space.py OUT` is the two ranks' part.
+`torchrun --nproc_per_node 2 tests/trainer/protections/weights/test_null_space.py OUT` is the part of the two ranks.
 """
 
 import copy

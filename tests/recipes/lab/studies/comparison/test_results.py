@@ -10,7 +10,7 @@ import pytest
 from holdfast.analysis.errors import UserError
 from holdfast.recipes.lab.studies.comparison.results_file import RECORD, keep, known, of_phase, read_csv, write_csv
 from holdfast.recipes.lab.studies.comparison.runs import Job
-from holdfast.recipes.lab.studies.comparison.steps import FROZEN, read_frozen
+from holdfast.recipes.lab.studies.comparison.steps import FROZEN, methods, read_frozen
 from holdfast.recipes.lab.studies.comparison.summary import summary
 
 JOBS = [
@@ -80,4 +80,7 @@ def test_the_committed_tables_are_those_of_the_recorded_runs():
     assert summary(read, frozen) == (RECORD.parent / "SUMMARY.md").read_text(encoding="utf-8")
     chosen = {name: method["flags"] for name, method in frozen["methods"].items()} | {"instruct": {}}
     assert all(one["job"]["flags"] == chosen[one["job"]["method"]] for one in read)
+    for name, flags in chosen.items():
+        listed = methods().get(name, {"flags": {}, "settings": [{}]})
+        assert flags in [{**listed["flags"], **setting} for setting in listed["settings"]]
     assert len(results) == len({json.dumps(one["job"], sort_keys=True) for one in results})
