@@ -1,6 +1,6 @@
 """Gradient projection (SafeGrad): the step is that of plain math, and never against the anchors' answers.
 
-`torchrun --nproc_per_node 2 <this file> OUT` is the part of the two ranks.
+The two ranks: `torchrun --nproc_per_node 2 tests/trainer/protections/steps/test_gradient_projection.py OUT`.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Gradient projection with the KL divergence from the starting model (SafeGrad as published) is plain math.
 
-`torchrun --nproc_per_node 2 <this file> OUT` is the part of the two ranks.
+The two ranks: `torchrun --nproc_per_node 2 tests/trainer/protections/steps/test_gradient_projection_kl.py OUT`.
 """
 
 import json
