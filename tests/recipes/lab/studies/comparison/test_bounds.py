@@ -2,6 +2,7 @@
 
 import csv
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,8 +105,9 @@ def test_methods_that_miss_labs_are_left_out_of_a_complete_table():
     assert "labs" not in shown["best"] and shown["best"]["all bounds hold in"] == f"{LABS + 1} of {LABS + 1}"
 
 
-# What the conclusions quote.
+# What the conclusions, and documents elsewhere, quote.
 
+ROOT = Path(__file__).resolve().parents[5]
 CONCLUSIONS = (RECORD.parent / "PROTECTIONS.md").read_text(encoding="utf-8")
 # The rows of "Harder questions": what was trained, on labs of which size, and the rate shown.
 QUESTIONS = {
@@ -155,3 +157,10 @@ def test_every_other_number_of_the_conclusions_stands_in_the_summary():
     assert len(quoted) > 5 and [line for line in quoted if line not in made.splitlines()] == []
     numbers = re.findall(r"\b\d\.\d{3}\b", text)
     assert len(numbers) > 30 and set(numbers) <= set(re.findall(r"\b\d\.\d{3}\b", made))
+
+
+@pytest.mark.parametrize("document", ["trainer/protections/README.md", "recipes/lab/README.md", "recipes/README.md"])
+def test_numbers_that_other_documents_quote_stand_in_the_committed_results(document: str):
+    committed = "".join(path.read_text(encoding="utf-8") for path in RECORD.parent.glob("*.md"))
+    quoted = re.findall(r"\b\d\.\d{3}\b", (ROOT / document).read_text(encoding="utf-8"))
+    assert set(quoted) <= set(re.findall(r"\b\d\.\d{3}\b", committed))
