@@ -148,7 +148,7 @@ def test_half_a_character_from_a_server_is_stored_as_a_mark(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"none\.jsonl"):
         read_answers(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="cannot be written"), open_answers(tmp_path, ARM):
+    with pytest.raises(UserError, match=str(tmp_path)), open_answers(tmp_path, ARM):
         pass

@@ -159,6 +159,6 @@ def test_data_that_cannot_be_fetched_is_one_line(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write_task(tmp_path, 2)
     (tmp_path / "tasks" / "rows.json").unlink()
-    with pytest.raises(UserError, match="could not be run"):
+    with pytest.raises(UserError, match="--tasks holdfast_quiz"):
         evaluate_main(["--model", "final", "--tasks", "holdfast_quiz", "--tasks_path", "tasks", "--output_dir", "run"])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -18,8 +18,8 @@ from holdfast.analysis.measure import references
 from holdfast.analysis.models.load import LoadOptions, load_model
 from holdfast.analysis.passes import readout
 from holdfast.trainer.cli import main
-from huggingface_hub import constants
 from toys.chat_models import chat, save_toy, toy_model
+from toys.hub import OfflineHub
 from toys.runs import flags_of, metric_lines, recipe, toy_rows, write_model, write_rows
 from toys.training import moved
 
@@ -220,13 +220,8 @@ def test_one_recipe_on_two_model_families_gives_one_table(folder: Path, capsys: 
 
 
 def test_a_checkpoint_may_be_a_hub_name_with_its_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = folder / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = cache / "models--org--organism"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "v2").write_text("2" * 40)
-    shutil.copytree(folder / "one", repository / "snapshots" / ("2" * 40))
+    hub = OfflineHub(folder / "hub", monkeypatch)
+    shutil.copytree(folder / "one", hub.snapshot("org/organism", "v2", "2" * 40))
     assert analyze(folder, ["org/organism@v2", "one"]) == 0
     found = lines(folder)
     assert found["organism@v2"]["behavior"] == found["one"]["behavior"]

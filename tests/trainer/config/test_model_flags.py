@@ -11,7 +11,7 @@ from holdfast.analysis.models.load import load_model
 from holdfast.trainer import run
 from holdfast.trainer.commands import analyze as measuring
 from holdfast.trainer.config.parsing import parse
-from huggingface_hub import constants
+from toys.hub import OfflineHub
 from toys.runs import model_and_rows, recipe, toy_rows, write_model, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -49,15 +49,9 @@ def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A Hub model in a cache of its own, whose revisions `main` and `v2` have other weights."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = cache / "models--org--toy"
-    (repository / "refs").mkdir(parents=True)
+    hub = OfflineHub(tmp_path / "hub", monkeypatch)
     for seed, revision in enumerate(("main", "v2")):
-        commit = str(seed) * 40
-        (repository / "refs" / revision).write_text(commit)
-        write_model(repository / "snapshots" / commit, seed=seed)
+        write_model(hub.snapshot("org/toy", revision, str(seed) * 40), seed=seed)
     return "org/toy"
 
 
