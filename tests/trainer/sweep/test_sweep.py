@@ -322,6 +322,7 @@ def test_a_run_that_was_interrupted_has_the_seconds_of_all_its_starts(inputs: Pa
     assert line["seconds"]["train"] == pytest.approx(sum(starts))
 
 
+@pytest.mark.timeout(900)
 def test_a_run_that_fails_and_a_worker_that_is_killed_are_named_and_the_rest_is_delivered(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,7 +331,7 @@ def test_a_run_that_fails_and_a_worker_that_is_killed_are_named_and_the_rest_is_
     process = start(command(inputs, output, grid=grid, jobs=1))
     wait_for(good / "log.txt", process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    printed, errors = process.communicate(timeout=250)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 3, errors
     failed = [line for line in errors.splitlines() if line.startswith("holdfast: failed: ")][-2:]
     assert good.name in failed[0] and "SIGKILL" in failed[0] and str(good / "log.txt") in failed[0]
